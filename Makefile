@@ -1,0 +1,44 @@
+# Each target sets up what it needs first: a virtual environment in .venv with PyTorch, the dependencies and this package.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+WORK   := OMP_NUM_THREADS=1
+
+.PHONY: help setup demo test check docs clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+setup: $(VENV)/.ready ## the virtual environment, with everything for use and development
+
+# A PyTorch wheel that lies on this machine goes first (elsewhere that step fails quietly); whatever PyTorch is then
+# installed is a constraint for all the rest, so that nothing replaces a CPU build by gigabytes of CUDA.
+$(VENV)/.ready: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "orthokit needs Python 3.11 or newer; try: make PYTHON=python3.12 ...")'
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet --no-index --no-deps torch 2>/dev/null || true
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet 'torch>=2.6'
+	@$(PIP) freeze | grep -i '^torch==' > $(VENV)/torch.txt
+	@$(PIP) install --quiet --constraint $(VENV)/torch.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.ready ## train small networks on real digits, with and without orthogonality, and draw what they learned
+	@$(BIN)/orthokit demo
+
+test: $(VENV)/.ready ## the tests, with every shape annotation checked
+	@$(WORK) $(BIN)/python -m pytest --numprocesses=2 --quiet
+
+check: $(VENV)/.ready ## what continuous integration checks besides the tests: style, types, architecture
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+docs: $(VENV)/.ready ## the documentation as a site in site/
+	@$(PIP) install --quiet --constraint $(VENV)/torch.txt '.[docs]'
+	@$(BIN)/mkdocs build --strict
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

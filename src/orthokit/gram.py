@@ -1,0 +1,113 @@
+"""Gram arithmetic on batches of matrices ``(*b, o, n)``: o filters (rows) of n weights each.
+
+Note [full precision]: every measure runs in float32 or better and outside autocast, whatever the model's dtype. Under
+bfloat16 autocast ``||K K^T - I||^2`` near orthogonality is off by orders of magnitude and its gradient points elsewhere.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, Literal, ParamSpec
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Side = Literal["rows", "cols", "smaller"]
+SIDES: tuple[Side, ...] = ("rows", "cols", "smaller")
+
+P = ParamSpec("P")
+MatrixMeasure = Callable[Concatenate[Tensor, P], Tensor]
+
+
+def full_precision(measure: MatrixMeasure[P]) -> MatrixMeasure[P]:
+    """Make ``measure(matrix, ...)`` follow Note [full precision], and check what goes in and what comes out.
+
+    Raises (from the wrapped function):
+        TypeError: the matrix is not a dense real floating-point tensor.
+        ValueError: it has fewer than two dimensions or an empty one.
+        FloatingPointError: the value is NaN or infinite. Not checked on an accelerator or under ``torch.compile``, where
+            looking would stall the device: there the value itself is NaN or infinite.
+    """
+
+    @functools.wraps(measure)
+    def wrapper(matrix: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        check_weight(matrix)
+        if matrix.ndim < 2:
+            raise ValueError(f"{measure.__name__} needs matrices (*b, o, n), one filter a row; got {tuple(matrix.shape)}")
+        with torch.autocast(matrix.device.type, enabled=False):
+            value = measure(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), *args, **kwargs)
+        if value.device.type == "cpu" and not torch.compiler.is_compiling() and not value.isfinite().all():
+            raise FloatingPointError(
+                f"{measure.__name__} is not finite: the largest |weight| is {matrix.detach().abs().max().item():g} in "
+                f"{matrix.dtype}. Training has diverged, or the weights were never initialised; lower the learning rate "
+                "or load finite weights."
+            )
+        return value
+
+    return wrapper
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``weight`` is a dense, real, floating-point, non-empty tensor."""
+    if weight.layout != torch.strided:
+        raise TypeError(f"sparse weights ({weight.layout}) have no Gram matrix here; convert with .to_dense()")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"weights must be real floating-point numbers; got {weight.dtype}")
+    if weight.is_meta:
+        raise TypeError("weights on the meta device have no values; materialise the model (.to_empty, then initialise) first")
+    if 0 in weight.shape:
+        raise ValueError(f"weights of shape {tuple(weight.shape)} hold no numbers")
+
+
+def gram(matrix: Float[Tensor, "*b o n"], side: Side = "rows") -> Float[Tensor, "*b m m"]:
+    """``K K^T`` (rows), ``K^T K`` (cols), or the smaller of the two."""
+    o, n = matrix.shape[-2:]
+    by_rows = side == "rows" or (side == "smaller" and o <= n)
+    return matrix @ matrix.mT if by_rows else matrix.mT @ matrix
+
+
+def residual(matrix: Float[Tensor, "*b o n"], side: Side = "rows") -> Float[Tensor, "*b m m"]:
+    """The Gram matrix less the identity: zero exactly where that side's vectors are orthonormal."""
+    product = gram(matrix, side)
+    return product - torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
+
+
+def frobenius(square: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:
+    """Frobenius norm, with gradient 0 where it is 0."""
+    norm: Tensor = torch.linalg.vector_norm(square, dim=(-2, -1))
+    return norm
+
+
+def lengths(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o"]:
+    """Euclidean length of each filter, with gradient 0 at a zero filter."""
+    length: Tensor = torch.linalg.vector_norm(matrix, dim=-1)
+    return length
+
+
+def directions(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o n"]:
+    """Filters scaled to unit length; one shorter than ``sqrt(tiny(dtype))`` has no direction and becomes zero."""
+    length = lengths(matrix).unsqueeze(-1)
+    # `<=` so that NaN passes and stays visible; the inner `where` keeps 0/0 out of the gradient.
+    short = length <= torch.finfo(matrix.dtype).tiny ** 0.5
+    return torch.where(short, 0.0, matrix / torch.where(short, 1.0, length))
+
+
+def cosines(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o o"]:
+    """``c_ij = <u_i, u_j>`` for ``i > j``, in the strict lower triangle; zero elsewhere."""
+    return gram(directions(matrix)).tril(-1)
+
+
+def welch_bound(o: int, n: int) -> float:
+    """The least possible ``max |c_ij|`` of ``o`` directions in ``n`` dimensions, as far as closed forms tell.
+
+    0 for ``o <= n``; the Welch bound ``sqrt((o - n) / (n (o - 1)))`` on tall layers; the orthoplex bound ``1 / sqrt(n)`` beyond
+    ``o > n (n + 1) / 2``, where Welch's cannot be reached.
+
+    >>> welch_bound(64, 64), round(welch_bound(64, 16), 3), welch_bound(11, 4)
+    (0.0, 0.218, 0.5)
+    """
+    if o <= n:
+        return 0.0
+    if o > n * (n + 1) // 2:
+        return float(n**-0.5)
+    return float(((o - n) / (n * (o - 1))) ** 0.5)

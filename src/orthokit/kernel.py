@@ -1,0 +1,173 @@
+"""The Kernel: a layer's weight seen as a batch of matrices, one filter per row."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from orthokit.gram import check_weight
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A layer's weight as filters.
+
+    Attributes:
+        weight: ``(*batch, groups, o, i, *spatial)``: per group ``o`` filters, each reading ``i`` channels.
+        stride: one entry per spatial dimension; ``()`` for a linear layer.
+        rank: the transition dimension ``r`` that a relaxation policy chose (an integer, or one per leading dimension),
+            or None where none was resolved. See :mod:`orthokit.relax`.
+
+    >>> kernel_of(nn.Conv2d(6, 8, (3, 1), groups=2)).matrix.shape  # 2 groups of 4 filters with 3 * 3 * 1 weights
+    torch.Size([2, 4, 9])
+    """
+
+    weight: Tensor
+    stride: tuple[int, ...] = ()
+    rank: int | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight)
+        if self.weight.ndim < 3 + len(self.stride):
+            raise ValueError(
+                f"a kernel with {len(self.stride)} spatial dimensions needs a weight (*batch, groups, o, i, *spatial); "
+                f"got shape {tuple(self.weight.shape)}"
+            )
+
+    @property
+    def matrix(self) -> Float[Tensor, "*batch_groups o n"]:
+        """``K``: ``(*batch, groups, o, n)`` with ``n = i * prod(spatial)``."""
+        return self.weight.flatten(-1 - len(self.stride))
+
+    @property
+    def groups(self) -> int:
+        """Number of groups the layer is split into."""
+        return self.weight.shape[-3 - len(self.stride)]
+
+    @property
+    def o(self) -> int:
+        """Filters per group."""
+        return self.weight.shape[-2 - len(self.stride)]
+
+    @property
+    def n(self) -> int:
+        """Weights per filter."""
+        return self.weight.shape[-1 - len(self.stride) :].numel()
+
+    @staticmethod
+    def stack(kernels: Sequence["Kernel"]) -> "Kernel":
+        """Kernels of equal shape and stride as one, along a new leading dimension."""
+        first = kernels[0]
+        ranks = [kernel.rank for kernel in kernels]
+        rank = first.rank
+        if any(r != rank for r in ranks):
+            rank = torch.tensor(ranks, device=first.weight.device).unsqueeze(-1)
+        weight = torch.stack([kernel.weight for kernel in kernels]) if len(kernels) > 1 else first.weight.unsqueeze(0)
+        return Kernel(weight, first.stride, rank)
+
+
+@functools.singledispatch
+def kernel_of(layer: object) -> Kernel:
+    """The :class:`Kernel` of a layer: its weight as it is now, gradients attached.
+
+    Linear and Conv1d/2d/3d give one filter per output feature; ConvTranspose1d/2d/3d the filters of the *output* channels.
+    A plain tensor ``(o, i, *spatial)`` is read as an ungrouped convolution of stride 1. Teach it a layer of your own with
+    ``@orthokit.kernel_of.register``.
+
+    Raises:
+        TypeError: the layer has no kernel view, or its weights are sparse, complex, integer or on the meta device.
+
+    >>> kernel_of(nn.Linear(5, 3)).matrix.shape
+    torch.Size([1, 3, 5])
+    """
+    raise TypeError(
+        f"{type(layer).__name__} has no kernel view; add one with @orthokit.kernel_of.register({type(layer).__name__})"
+    )
+
+
+@kernel_of.register
+def _linear(layer: nn.Linear) -> Kernel:
+    return Kernel(weight_of(layer).unsqueeze(0))
+
+
+@kernel_of.register
+def _convolution(layer: _ConvNd) -> Kernel:
+    return Kernel(weight_of(layer).unflatten(0, (layer.groups, -1)), tuple(layer.stride))
+
+
+@kernel_of.register
+def _transposed_convolution(layer: _ConvTransposeNd) -> Kernel:
+    return Kernel(weight_of(layer).unflatten(0, (layer.groups, -1)).transpose(1, 2), tuple(layer.stride))
+
+
+@kernel_of.register
+def _tensor(weight: Tensor) -> Kernel:
+    if weight.ndim < 2:
+        raise ValueError(f"a weight needs at least two dimensions (o, i, *spatial); got shape {tuple(weight.shape)}")
+    return Kernel(weight.unsqueeze(0), (1,) * (weight.ndim - 2))
+
+
+def has_kernel(layer: object) -> bool:
+    """Whether :func:`kernel_of` knows this kind of layer."""
+    return kernel_of.dispatch(type(layer)) is not kernel_of.dispatch(object)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """``layer.weight`` fresh from its parameters, whatever computes it; reading changes nothing in the model.
+
+    The old ``nn.utils.weight_norm`` and ``spectral_norm`` refresh ``.weight`` only in the forward pass, and a spectral
+    normalisation in training mode advances its power iteration whenever it is read: both are handled here.
+    """
+    if isinstance(getattr(layer, "weight", None), UninitializedParameter):
+        raise ValueError(f"{type(layer).__name__} has no weight yet; run one batch through the model first")
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            return cast(Tensor, hook.compute_weight(layer))
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return hook.compute_weight(layer, do_power_iteration=False)
+    if parametrize.is_parametrized(layer, "weight"):
+        parametrization = _parametrization(layer)
+        device = next(parametrization.parameters()).device
+        with _evaluating(parametrization), torch.autocast(device.type, enabled=False):  # Note [full precision]
+            return cast(Tensor, layer.weight)
+    return cast(Tensor, layer.weight)
+
+
+def _parametrization(layer: nn.Module) -> nn.Module:
+    return cast(nn.ModuleDict, layer.parametrizations)["weight"]
+
+
+def sources(layer: nn.Module) -> tuple[nn.Parameter, ...]:
+    """The parameters from which a layer's kernel is computed: its weight, or what a parametrization makes it from."""
+    if parametrize.is_parametrized(layer, "weight"):
+        return tuple(_parametrization(layer).parameters())
+    own = dict(layer.named_parameters(recurse=False))
+    names = [name for name in ("weight", "weight_g", "weight_v", "weight_orig") if name in own]
+    return tuple(own[name] for name in names) if names else tuple(layer.parameters())
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with each submodule's own mode restored."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+KernelMeasure = Callable[[Kernel], Tensor]
+"""A measure: one value per leading dimension (batch and groups) of a kernel."""

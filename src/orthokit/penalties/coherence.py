@@ -1,0 +1,71 @@
+"""Mutual coherence, of the residual and of the directions.
+
+Bansal, Chen, Wang: "Can We Gain More from Orthogonality Regularizations in Training Deep CNNs?", NeurIPS 2018,
+https://arxiv.org/abs/1810.09102 (MC): the largest entry of the Gram residual, in which lengths count too. The coherence of frame
+theory (Welch, "Lower bounds on the maximum cross correlation of signals", 1974) looks at directions only.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from orthokit.checks import check_choice, short_repr
+from orthokit.gram import cosines, full_precision, residual
+from orthokit.kernel import Kernel
+
+NORMS = ("max", "rowsum")
+
+
+@full_precision
+def mutual_coherence(matrix: Float[Tensor, "*b o n"], *, norm: Literal["max", "rowsum"] = "max") -> Float[Tensor, "*b"]:
+    """``max_ij |(K K^T - I)_ij|``, or the largest sum of absolute values in a row.
+
+    Zero at orthonormal rows. Only the worst pair (or row) of each kernel gets a gradient.
+
+    >>> mutual_coherence(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))  # residual [[3, 2], [2, 1]]
+    tensor(3.)
+    >>> mutual_coherence(torch.tensor([[2.0, 0.0], [1.0, 1.0]]), norm="rowsum")
+    tensor(5.)
+    """
+    check_choice("norm", norm, NORMS)
+    sizes = residual(matrix).abs()
+    return sizes.amax((-2, -1)) if norm == "max" else sizes.sum(-1).amax(-1)
+
+
+@full_precision
+def coherence(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b"]:
+    """``max |c_ij|``, the largest absolute cosine between two filters; 0 for a single filter.
+
+    Zero at mutually orthogonal filters of any length; never below :func:`orthokit.gram.welch_bound`.
+
+    >>> coherence(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+    tensor(0.7071)
+    """
+    return cosines(matrix).abs().amax((-2, -1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MC:
+    """:func:`mutual_coherence` of a layer's kernel matrix."""
+
+    squared: ClassVar[bool] = False
+    norm: Literal["max", "rowsum"] = "max"
+    __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        check_choice("norm", self.norm, NORMS)
+
+    def __call__(self, kernel: Kernel) -> Tensor:
+        return mutual_coherence(kernel.matrix, norm=self.norm)
+
+
+@dataclass(frozen=True)
+class Coherence:
+    """:func:`coherence` of a layer's kernel matrix."""
+
+    squared: ClassVar[bool] = False
+
+    def __call__(self, kernel: Kernel) -> Tensor:
+        return coherence(kernel.matrix)

@@ -1,0 +1,172 @@
+"""The disentangled norm, strict and relaxed.
+
+"Towards Better Orthogonality Regularization with Disentangled Norm in Training Deep CNNs", 2023,
+https://arxiv.org/abs/2306.09939. The residual ``K K^T - I`` mixes how long each filter is with how two filters point; here the
+two are measured apart, and relaxed orthogonality lets some of the correlations stay. Only the abstract and the public reviews
+could be read: the formulas below, their weights, and the forms "welch" and "budget" are ours, after the paper's idea.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from orthokit.checks import check_choice, check_count, check_number, short_repr, warn_once
+from orthokit.gram import cosines, frobenius, full_precision
+from orthokit.kernel import Kernel
+from orthokit.relax import (
+    COUNTS,
+    Count,
+    Policy,
+    cardinality,
+    relaxed_budget,
+    relaxed_ceiling,
+    transition_dimension,
+    welch,
+)
+
+Form = Literal["pairs", "welch", "budget"]
+FORMS: tuple[Form, ...] = ("pairs", "welch", "budget")
+
+
+@full_precision
+def disentangled_orthogonality(
+    matrix: Float[Tensor, "*b o n"],
+    r: int | Tensor | None = None,
+    *,
+    form: Form = "pairs",
+    count: Count = "expected",
+    squared: bool = False,
+    weights: tuple[float, float] = (1.0, 1.0),
+    ceiling: float | None = None,
+) -> Float[Tensor, "*b"]:
+    """``a ||d||_2 + b ||c||_2``: errors of length ``d_i = ||k_i||^2 - 1`` and cosines ``c_ij`` of all pairs ``i > j``, apart.
+
+    The gradient of the first term is parallel to each filter, that of the second perpendicular to it. Strict (``r = o``) it is
+    zero at orthonormal rows. With a transition dimension ``r < o`` only part of the correlations must vanish:
+
+    * ``form="pairs"``: ``b ||c||`` without its ``cardinality(o, r, count)`` largest ``|c_ij|``, chosen anew at every call; of
+      equal ones the earlier pair in row-major order is freed first. Free pairs get no gradient.
+    * ``form="welch"``: ``b ||max(0, |c_ij| - w_r)||`` with ``w_r = sqrt((o - r) / (r (o - 1)))``.
+    * ``form="budget"``: ``b max(0, ||c|| - sqrt(o (o - r) / (2 r)))``.
+
+    Zero of the last two implies ``o^2 / ||U U^T||_F^2 >= r``, hence rank at least ``r``. Filters shorter than
+    ``sqrt(tiny(dtype))`` have no direction: their cosines are 0. Exact copies are stationary points: never initialise so.
+
+    Args:
+        matrix: ``(*b, o, n)``, one filter a row.
+        r: transition dimension, from 1 to ``o``, an integer or a tensor that broadcasts to ``*b``; None is strict.
+        form: how the relaxed correlations are chosen.
+        count: for ``form="pairs"``, how many are free: see :func:`orthokit.relax.cardinality`.
+        squared: every norm squared, for comparison; its pull fades near orthogonality.
+        weights: ``(a, b)`` of lengths and directions.
+        ceiling: adds ``b ||max(0, |c_ij| - ceiling)||`` over all pairs, free or not.
+
+    >>> disentangled_orthogonality(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))  # d = (3, 1), c = (.7071)
+    tensor(3.8694)
+    >>> disentangled_orthogonality(torch.tensor([[2.0, 0.0], [1.0, 1.0]]), 1)  # the only pair is free
+    tensor(3.1623)
+    """
+    check_choice("form", form, FORMS)
+    check_choice("count", count, COUNTS)
+    o = matrix.shape[-2]
+    if isinstance(r, Tensor):
+        r = r.to(matrix.device)
+    else:
+        r = o if r is None else r
+        check_count("r", r, 1, o)
+    a, b = weights
+    d = matrix.square().sum(-1) - 1
+    c = cosines(matrix)
+    strict = isinstance(r, int) and r == o
+    if form == "budget" and not strict:
+        directions = (frobenius(c) - relaxed_budget(o, r)).relu()
+    elif form == "welch" and not strict:
+        directions = frobenius(_excess(c, relaxed_ceiling(o, r)))
+    else:
+        directions = frobenius(c if strict else _without_largest(c, cardinality(o, r, count)))
+    value = a * _power(torch.linalg.vector_norm(d, dim=-1), squared) + b * _power(directions, squared)
+    if ceiling is None:
+        return value
+    return value + b * _power(frobenius(_excess(c, ceiling)), squared)
+
+
+def _power(norm: Tensor, squared: bool) -> Tensor:
+    return norm**2 if squared else norm
+
+
+def _excess(c: Float[Tensor, "*b o o"], ceiling: float | Tensor) -> Float[Tensor, "*b o o"]:
+    """How far each ``|c_ij|`` exceeds the ceiling; 0 outside the lower triangle as the ceiling is never negative."""
+    return (c.abs() - (ceiling[..., None, None] if isinstance(ceiling, Tensor) else ceiling)).relu()
+
+
+def _without_largest(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[Tensor, "*b o o"]:
+    """``c`` with its ``count`` largest entries in absolute value set to zero, the earlier of equal ones first."""
+    i, j = torch.tril_indices(c.shape[-2], c.shape[-1], offset=-1, device=c.device)
+    order = c.detach().abs()[..., i, j].argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(order.shape[-1], device=c.device).expand_as(order)
+    counts = torch.as_tensor(count, device=c.device).unsqueeze(-1)
+    kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, place >= counts)
+    mask = torch.zeros_like(c, dtype=torch.bool)
+    mask[..., i, j] = kept
+    return torch.where(mask, c, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disentangled:
+    """:func:`disentangled_orthogonality` of a layer's kernel matrix; strict by default, relaxed by a policy.
+
+    Args:
+        relax: a policy of :mod:`orthokit.relax`, such as ``feasible()`` or ``share(0.1)``; None is strict: every pair.
+        form: ``"pairs"`` frees the most correlated pairs; ``"welch"`` and ``"budget"`` (ours) forbid copies.
+        count: with ``"pairs"``, the ``"expected"`` or the ``"fewest"`` free pairs.
+        squared: square every norm, for comparison.
+        weights: ``(a, b)`` of lengths and directions.
+        ceiling: a cap on ``|c_ij|`` over all pairs: a number in [0, 1], or ``welch()`` for the least possible one.
+
+    >>> Disentangled()(Kernel(torch.eye(2, 3)[None]))
+    tensor([0.])
+    """
+
+    relax: Policy | None = None
+    form: Form = "pairs"
+    count: Count = "expected"
+    squared: bool = False
+    weights: tuple[float, float] = (1.0, 1.0)
+    ceiling: float | welch | None = None
+    __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        check_choice("form", self.form, FORMS)
+        check_choice("count", self.count, COUNTS)
+        if self.relax is not None and not callable(self.relax):
+            raise TypeError(f"relax must be a policy such as orthokit.share(0.1), or None; got {self.relax!r}")
+        if not isinstance(self.ceiling, welch | None):
+            check_number("ceiling", self.ceiling, 0, 1)
+        if len(self.weights) != 2:
+            raise ValueError(f"weights must be two numbers, for lengths and for directions; got {self.weights!r}")
+        for weight in self.weights:
+            check_number("weights", weight)
+
+    def transition(self, o: int, n: int, name: str = "") -> int:
+        """The transition dimension of a layer with ``o`` filters of ``n`` weights."""
+        r = transition_dimension(self.relax, o, n, name)
+        if self.form == "pairs" and self.ceiling is None and r < o and o > n:
+            warn_once(
+                "form='pairs' lets filters of a tall layer (more filters than weights per filter) become copies of each "
+                "other; add ceiling=orthokit.welch(), or use form='welch' or form='budget'"
+            )
+        return r
+
+    def __call__(self, kernel: Kernel) -> Tensor:
+        return disentangled_orthogonality(
+            kernel.matrix,
+            self.transition(kernel.o, kernel.n) if kernel.rank is None else kernel.rank,
+            form=self.form,
+            count=self.count,
+            squared=self.squared,
+            weights=self.weights,
+            ceiling=self.ceiling(kernel.o, kernel.n) if isinstance(self.ceiling, welch) else self.ceiling,
+        )

@@ -1,0 +1,38 @@
+"""Double soft orthogonality.
+
+Bansal, Chen, Wang: "Can We Gain More from Orthogonality Regularizations in Training Deep CNNs?", NeurIPS 2018,
+https://arxiv.org/abs/1810.09102 (DSO). Rows and columns at once.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from orthokit.gram import frobenius, full_precision, residual
+from orthokit.kernel import Kernel
+
+
+@full_precision
+def double_soft_orthogonality(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b"]:
+    """``||K K^T - I||_F^2 + ||K^T K - I||_F^2``.
+
+    Zero at orthogonal square kernels only; otherwise never below ``|o - n|``. The two terms differ by the constant ``n - o``, so
+    only the smaller Gram matrix is formed.
+
+    >>> double_soft_orthogonality(torch.eye(3, 5))
+    tensor(2.)
+    """
+    o, n = matrix.shape[-2:]
+    return 2 * frobenius(residual(matrix, "smaller")) ** 2 + abs(o - n)
+
+
+@dataclass(frozen=True)
+class DSO:
+    """:func:`double_soft_orthogonality` of a layer's kernel matrix."""
+
+    squared: ClassVar[bool] = True
+
+    def __call__(self, kernel: Kernel) -> Tensor:
+        return double_soft_orthogonality(kernel.matrix)

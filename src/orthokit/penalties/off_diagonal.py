@@ -1,0 +1,37 @@
+"""Orthogonal regularization without the diagonal.
+
+Brock, Donahue, Simonyan: "Large Scale GAN Training for High Fidelity Natural Image Synthesis", ICLR 2019,
+https://arxiv.org/abs/1809.11096 (BigGAN). Filters are pushed apart, their lengths left free.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from orthokit.gram import frobenius, full_precision, gram
+from orthokit.kernel import Kernel
+
+
+@full_precision
+def off_diagonal_orthogonality(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b"]:
+    """``1/2 ||(K K^T) o (1 - I)||_F^2``: the squared inner product of every pair of filters, summed.
+
+    Zero at mutually orthogonal filters of any length, and at zero filters. The half makes the gradient
+    ``2 ((K K^T) o (1 - I)) K``, which the published BigGAN code adds.
+
+    >>> off_diagonal_orthogonality(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+    tensor(4.)
+    """
+    return frobenius(gram(matrix).tril(-1)) ** 2
+
+
+@dataclass(frozen=True)
+class OffDiagonal:
+    """:func:`off_diagonal_orthogonality` of a layer's kernel matrix."""
+
+    squared: ClassVar[bool] = True
+
+    def __call__(self, kernel: Kernel) -> Tensor:
+        return off_diagonal_orthogonality(kernel.matrix)

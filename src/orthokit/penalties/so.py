@@ -1,0 +1,51 @@
+"""Soft orthogonality.
+
+Bansal, Chen, Wang: "Can We Gain More from Orthogonality Regularizations in Training Deep CNNs?", NeurIPS 2018,
+https://arxiv.org/abs/1810.09102 (SO). The distance of the Gram matrix from the identity. ``squared=False`` on the smaller side
+is ``orth_dist`` of Wang, Chen, Chakraborty, Yu: "Orthogonal Convolutional Neural Networks", CVPR 2020,
+https://arxiv.org/abs/1911.12207.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from orthokit.checks import check_choice, short_repr
+from orthokit.gram import SIDES, Side, frobenius, full_precision, residual
+from orthokit.kernel import Kernel
+
+
+@full_precision
+def soft_orthogonality(matrix: Float[Tensor, "*b o n"], *, side: Side = "rows", squared: bool = True) -> Float[Tensor, "*b"]:
+    """``||G - I||_F^2`` with ``G = K K^T`` (rows), ``K^T K`` (cols), or the smaller of the two.
+
+    Zero where that side's vectors are orthonormal; never below ``o - n`` by rows of a tall kernel, nor ``n - o`` by columns
+    of a wide one.
+
+    Args:
+        matrix: ``(*b, o, n)``, one filter a row.
+        side: which Gram matrix.
+        squared: False gives the norm itself, whose pull does not fade near orthogonality.
+
+    >>> soft_orthogonality(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))  # Gram [[2, 1], [1, 1]]
+    tensor(3.)
+    """
+    check_choice("side", side, SIDES)
+    norm = frobenius(residual(matrix, side))
+    return norm**2 if squared else norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class SO:
+    """:func:`soft_orthogonality` of a layer's kernel matrix."""
+
+    side: Side = "rows"
+    squared: bool = True
+    __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        check_choice("side", self.side, SIDES)
+
+    def __call__(self, kernel: Kernel) -> Tensor:
+        return soft_orthogonality(kernel.matrix, side=self.side, squared=self.squared)

@@ -1,0 +1,192 @@
+"""Which layers: predicates on (name, module), and the walk over a model that applies them."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from orthokit.kernel import Kernel, has_kernel, kernel_of, sources
+
+Where = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """A choice of layers that combines with ``&``, ``|`` and ``~``; any ``(name, module) -> bool`` may stand beside it.
+
+    >>> convs & ~stem
+    (convs & ~stem)
+    """
+
+    name: str
+    test: Where = field(repr=False)
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        return self.test(name, module)
+
+    def __and__(self, other: Where) -> "Predicate":
+        return Predicate(f"({self} & {_label(other)})", lambda name, module: self(name, module) and other(name, module))
+
+    def __or__(self, other: Where) -> "Predicate":
+        return Predicate(f"({self} | {_label(other)})", lambda name, module: self(name, module) or other(name, module))
+
+    def __invert__(self) -> "Predicate":
+        return Predicate(f"~{self}", lambda name, module: not self(name, module))
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _label(where: Where) -> str:
+    return repr(where) if isinstance(where, Predicate) else getattr(where, "__name__", repr(where))
+
+
+def _taps(module: nn.Module) -> int:
+    """Spatial positions of a convolution's kernel; 0 for anything else."""
+    return math.prod(module.kernel_size) if isinstance(module, _ConvNd) else 0
+
+
+def _reads_image(name: str, module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and module.groups == 1 and module.in_channels <= 4 and _taps(module) > 1
+
+
+def _is_depthwise(name: str, module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
+
+
+convs = Predicate("convs", lambda name, module: isinstance(module, _ConvNd))
+"""Every convolution, transposed ones too."""
+linears = Predicate("linears", lambda name, module: isinstance(module, nn.Linear))
+"""Every ``nn.Linear``."""
+layers = Predicate("layers", lambda name, module: has_kernel(module))
+"""Every layer that has a kernel view, including those you registered."""
+spatial = Predicate("spatial", lambda name, module: _taps(module) > 1)
+"""Convolutions whose kernel is larger than one position."""
+pointwise = Predicate("pointwise", lambda name, module: _taps(module) == 1)
+"""1x1 convolutions (of any dimension)."""
+depthwise = Predicate("depthwise", _is_depthwise)
+"""Convolutions with one group per input channel."""
+stem = Predicate("stem", _reads_image)
+"""Spatial convolutions that read an image: ungrouped, at most 4 input channels. Leave it out with ``convs & ~stem``."""
+
+
+def matching(*patterns: str) -> Predicate:
+    """Layers whose dotted name matches one of the shell-style ``patterns``.
+
+    >>> matching("layer1.*", "*.downsample.0")("layer1.0.conv1", nn.Conv2d(1, 1, 1))
+    True
+    """
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"matching takes one or more patterns such as 'layer1.*'; got {patterns!r}")
+    shown = ", ".join(map(repr, patterns))
+    return Predicate(f"matching({shown})", lambda name, module: any(fnmatchcase(name, p) for p in patterns))
+
+
+class Layer(NamedTuple):
+    """A selected layer: its dotted name in the model, and the module itself."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def kernel(self) -> Kernel:
+        """Its kernel now; an error names the layer."""
+        try:
+            return kernel_of(self.module)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {self.name!r}: {error}") from None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether none of the parameters behind the kernel asks for a gradient."""
+        return not any(parameter.requires_grad for parameter in sources(self.module))
+
+
+def select(model: nn.Module | Mapping[str, Any], where: Where = convs) -> tuple[Layer, ...]:
+    """The layers of ``model`` for which ``where(name, module)`` holds, in the model's order, tied weights once.
+
+    DistributedDataParallel, DataParallel and ``torch.compile`` wrappers are looked through: names are those of the bare model.
+    Of a state dict, or a checkpoint that holds one, the tensors named ``weight`` are read as Linear (two dimensions) or
+    convolution (three to five); it does not record groups, strides or transposition, so these are taken as 1, 1 and no.
+
+    Raises:
+        TypeError: ``model`` is neither module nor mapping, ``where`` no callable, or a chosen layer has no kernel view.
+        ValueError: no layer was chosen; the message counts what the model has.
+    """
+    if not callable(where):
+        raise TypeError(f"where must be a predicate (name, module) -> bool such as orthokit.convs; got {where!r}")
+    if isinstance(model, nn.Module):
+        kind, modules = type(unwrap(model)).__name__, dict(unwrap(model).named_modules())
+    elif isinstance(model, Mapping):
+        kind, modules = "the state dict", _modules_of(model)
+    else:
+        raise TypeError(f"expected a torch.nn.Module or a state dict; got {type(model).__name__}")
+    chosen: dict[tuple[int, ...], Layer] = {}
+    for name, module in modules.items():
+        name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        # A compiled submodule is a shell: the module inside it comes next.
+        if "_orig_mod" not in module._modules and where(name, module):
+            layer = Layer(name or type(module).__name__, module)
+            layer.kernel  # noqa: B018  fails here, with the layer's name, rather than in the first step
+            key = tuple(map(id, sources(module))) or (id(module),)
+            chosen.setdefault(key, layer)
+    if not chosen:
+        found = Counter(type(module).__name__ for module in modules.values() if has_kernel(module))
+        has = ", ".join(f"{count} {kind}" for kind, count in found.items()) or "no layer with a kernel view"
+        raise ValueError(f"{_label(where)} selects no layer of {kind}, which has: {has}; pass another where=")
+    return tuple(chosen.values())
+
+
+def _modules_of(checkpoint: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Modules that hold the weights of the state dict found in ``checkpoint``, by name."""
+    state = max(_mappings(checkpoint), key=lambda mapping: len(_weights(mapping)))
+    weights = _weights(state)
+    if not weights:
+        shown = ", ".join(map(repr, list(checkpoint)[:8])) + (", ..." if len(checkpoint) > 8 else "")
+        raise ValueError(f"no layer's weight in this state dict (tensors named '*.weight' with 2 to 5 dimensions); keys: {shown}")
+    parameters: dict[tuple[int, torch.Size], nn.Parameter] = {}  # tied entries share their storage
+    modules: dict[str, nn.Module] = {}
+    for key, weight in weights.items():
+        name = key.removesuffix("weight").removesuffix(".").removeprefix("module.")
+        tied = (weight.data_ptr(), weight.shape)
+        o, i, *size = weight.shape
+        module: nn.Module = nn.Linear(i, o, bias=False, device="meta")
+        if size:
+            kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(size) - 1]
+            module = kind(i, o, tuple(size), bias=False, device="meta")
+        module.weight = parameters.setdefault(tied, nn.Parameter(weight, requires_grad=False))
+        modules[name] = module
+    return modules
+
+
+def _mappings(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield value
+    for item in value.values():
+        if isinstance(item, Mapping):
+            yield from _mappings(item)
+
+
+def _weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(key, str) and key.rpartition(".")[2] == "weight" and isinstance(value, Tensor) and 2 <= value.ndim <= 5
+    }
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and ``torch.compile`` wrappers."""
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model

@@ -1,0 +1,108 @@
+"""A table of layers with totals: what ``report`` and ``plan`` return. Prints itself; goes to a dict, CSV and JSON."""
+
+import csv
+import io
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
+from rich.table import Table as RichTable
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: the rows' key, a header, and how to show a value. ``shown=False`` keeps it to the dict, CSV and JSON."""
+
+    key: str
+    header: str
+    format: str = ".3g"
+    shown: bool = True
+
+    def show(self, value: Any) -> str:
+        """``value`` as text; a dash where there is none."""
+        return "–" if value is None else format(value, self.format)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows (one per layer) and named totals. Where the terminal is too narrow the last columns are left out of the print.
+
+    Attributes:
+        title: printed above.
+        columns: in order; the first names the row.
+        rows: one dictionary per layer. A value that does not apply is None.
+        totals: dictionaries with some of the same keys, by name.
+        notes: lines printed below.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    totals: dict[str, Row]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"layers": [...], "totals": {...}}`` with plain Python values."""
+        return {"layers": [dict(row) for row in self.rows], "totals": {name: dict(row) for name, row in self.totals.items()}}
+
+    def to_json(self, path: str | PathLike[str] | None = None) -> str:
+        """The dictionary as JSON; NaN and infinity, which JSON lacks, become null. Written to ``path`` if given."""
+        return _written(json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False) + "\n", path)
+
+    def to_csv(self, path: str | PathLike[str] | None = None) -> str:
+        """One line per layer, every column. Written to ``path`` if given."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [column.key for column in self.columns], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return _written(text.getvalue(), path)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable | str]:
+        every = [*self.rows, *self.totals.values()]
+        columns = [c for c in self.columns if c.shown and any(row.get(c.key) is not None for row in every)]
+        drawn = self._drawn(columns)
+        while Measurement.get(console, options.update(width=1000), drawn).maximum > options.max_width and len(columns) > 2:
+            columns.pop()
+            drawn = self._drawn(columns)
+        yield drawn
+        yield from self.notes
+
+    def _drawn(self, columns: list[Column]) -> RichTable:
+        drawn = RichTable(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        for place, column in enumerate(columns):
+            drawn.add_column(column.header, justify="right" if place else "left", no_wrap=bool(place), overflow="fold")
+        for place, row in enumerate(self.rows, 1):
+            drawn.add_row(*(c.show(row.get(c.key)) for c in columns), end_section=place == len(self.rows))
+        for name, row in self.totals.items():
+            drawn.add_row(name, *(c.show(row[c.key]) if c.key in row else "" for c in columns[1:]), style="bold")
+        return drawn
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        width = shutil.get_terminal_size((110, 24)).columns
+        Console(file=text, width=width, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _written(text: str, path: str | PathLike[str] | None) -> str:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
