@@ -5,9 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import references as slow
-
 import orthokit as ok
+import references as slow
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,23 @@ CASES = [
     Case(ok.MC(norm="rowsum"), partial(slow.mc, norm="rowsum"), wide_zero),
     Case(ok.Coherence(), slow.coherence, wide_zero, ("order", "sign", "rotation", "length")),
     Case(ok.SRIP(), slow.srip, zero, ()),
-    Case(ok.SRIP(steps=3, squared=True, side="rows"), partial(slow.srip, steps=3, squared=True, side="rows"), wide_zero, ("rotation",)),
+    Case(
+        ok.SRIP(steps=3, squared=True, side="rows"),
+        partial(slow.srip, steps=3, squared=True, side="rows"),
+        wide_zero,
+        ("rotation",),
+    ),
     Case(ok.OffDiagonal(), slow.off_diagonal, zero),
     Case(ok.Disentangled(), slow.disentangled, frame),
-    Case(ok.Disentangled(squared=True, weights=(2.0, 0.5)), partial(slow.disentangled, squared=True, weights=(2.0, 0.5)), wide_zero),
-    Case(ok.Disentangled(weights=(0.0, 1.0)), partial(slow.disentangled, weights=(0.0, 1.0)), frame, ("order", "sign", "rotation", "length")),
+    Case(
+        ok.Disentangled(squared=True, weights=(2.0, 0.5)), partial(slow.disentangled, squared=True, weights=(2.0, 0.5)), wide_zero
+    ),
+    Case(
+        ok.Disentangled(weights=(0.0, 1.0)),
+        partial(slow.disentangled, weights=(0.0, 1.0)),
+        frame,
+        ("order", "sign", "rotation", "length"),
+    ),
     Case(ok.Disentangled(ceiling=ok.welch()), capped, wide_zero),
     Case(ok.Disentangled(relax=feasible), relaxed(feasible), zero),
     Case(ok.Disentangled(relax=half), relaxed(half), zero),

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import CASES
 from torch import nn
 
 import orthokit as ok
+from cases import CASES
 from orthokit.testing import check_penalty
 
 KERNELS = [(6, 9), (9, 4), (5, 5), (16, 4)]

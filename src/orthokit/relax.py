@@ -213,13 +213,13 @@ def transition_dimension(relax: Policy | None, o: int, n: int, name: str = "") -
 
 PLAN_COLUMNS = (
     Column("layer", "layer", "s"),
-    Column("groups", "groups", "d"),
-    Column("o", "filters o", "d"),
-    Column("n", "weights n", "d"),
-    Column("determined", "determined", "s"),
+    Column("groups", "g", "d"),
+    Column("o", "o", "d"),
+    Column("n", "n", "d"),
+    Column("determined", "det.", "s"),
     Column("r", "r", "d"),
     Column("free", "free pairs", ",d"),
-    Column("pairs", "of pairs", ",d"),
+    Column("pairs", "of", ",d"),
     Column("ceiling", "w_r"),
 )
 

@@ -41,9 +41,9 @@ def check_penalty(
     """Check a penalty on every kind of layer in :data:`LAYERS`, in float64.
 
     It must give one value per leading dimension, equal to the slow ``reference``; pass ``torch.autograd.gradcheck``; give the
-    same for a stack as for each kernel alone; fall along its negative gradient; keep float64 and float32, and compute in float32 for
-    lower precisions and under autocast; have finite gradients at zero, equal and orthonormal filters; have its ``minimum``; and
-    not change under its ``invariances``.
+    same for a stack as for each kernel alone; fall along its negative gradient; keep float64 and float32, and compute in
+    float32 for lower precisions and under autocast; have finite gradients at zero, equal and orthonormal filters; have its
+    ``minimum``; and not change under its ``invariances``.
 
     Args:
         penalty: an instance, ``Kernel -> Tensor``.
@@ -158,7 +158,7 @@ class _Checks:
         attained = bool((found <= least + 1e-7).all())
         self.require(attained, f"the minimum {least} is not attained: {found.tolist()} is the least found")
         weight = self.kernel.weight.clone().requires_grad_()
-        for step in range(100):
+        for step in range(40):
             value = self.of(weight)
             self.require(bool((value >= least - 1e-7).all()), f"{value.tolist()} is below the minimum {least}")
             (gradient,) = torch.autograd.grad(value.sum(), weight)

@@ -28,6 +28,8 @@ def mutual_coherence(matrix: Float[Tensor, "*b o n"], *, norm: Literal["max", "r
     tensor(3.)
     >>> mutual_coherence(torch.tensor([[2.0, 0.0], [1.0, 1.0]]), norm="rowsum")
     tensor(5.)
+
+    Source: Bansal, Chen, Wang 2018, arXiv 1810.09102.
     """
     check_choice("norm", norm, NORMS)
     sizes = residual(matrix).abs()
@@ -42,6 +44,8 @@ def coherence(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b"]:
 
     >>> coherence(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
     tensor(0.7071)
+
+    Source: Welch 1974; as a penalty ours.
     """
     return cosines(matrix).abs().amax((-2, -1))
 

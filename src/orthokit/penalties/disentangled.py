@@ -68,6 +68,8 @@ def disentangled_orthogonality(
     tensor(3.8694)
     >>> disentangled_orthogonality(torch.tensor([[2.0, 0.0], [1.0, 1.0]]), 1)  # the only pair is free
     tensor(3.1623)
+
+    Source: ours, after the idea of the disentangled norm, 2023, arXiv 2306.09939.
     """
     check_choice("form", form, FORMS)
     check_choice("count", count, COUNTS)

@@ -23,6 +23,8 @@ def double_soft_orthogonality(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, 
 
     >>> double_soft_orthogonality(torch.eye(3, 5))
     tensor(2.)
+
+    Source: Bansal, Chen, Wang 2018, arXiv 1810.09102.
     """
     o, n = matrix.shape[-2:]
     return 2 * frobenius(residual(matrix, "smaller")) ** 2 + abs(o - n)

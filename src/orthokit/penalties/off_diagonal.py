@@ -23,6 +23,8 @@ def off_diagonal_orthogonality(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor,
 
     >>> off_diagonal_orthogonality(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
     tensor(4.)
+
+    Source: Brock, Donahue, Simonyan 2019, arXiv 1809.11096.
     """
     return frobenius(gram(matrix).tril(-1)) ** 2
 

@@ -30,6 +30,8 @@ def soft_orthogonality(matrix: Float[Tensor, "*b o n"], *, side: Side = "rows", 
 
     >>> soft_orthogonality(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))  # Gram [[2, 1], [1, 1]]
     tensor(3.)
+
+    Source: Bansal, Chen, Wang 2018, arXiv 1810.09102.
     """
     check_choice("side", side, SIDES)
     norm = frobenius(residual(matrix, side))

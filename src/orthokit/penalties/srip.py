@@ -40,6 +40,8 @@ def spectral_restricted_isometry(
 
     >>> spectral_restricted_isometry(torch.diag(torch.tensor([2.0, 1.0])), steps=20)  # residual diag(3, 0)
     tensor(3.)
+
+    Source: Bansal, Chen, Wang 2018, arXiv 1810.09102.
     """
     check_choice("side", side, SIDES)
     check_count("steps", steps)
