@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -180,7 +181,9 @@ def load_checkpoint(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on the pickle protocol of files that turn out to be no checkpoint
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise UsageError(f"{path} is no safetensors file, or a damaged one ({error})") from None
     except pickle.UnpicklingError as error:
@@ -191,7 +194,7 @@ def load_checkpoint(path: Path) -> Mapping[str, Any]:
             ) from None
         raise UsageError(f"{path} is no PyTorch checkpoint, or a damaged one") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UsageError(f"{path} is no PyTorch checkpoint, or a damaged one ({str(error).splitlines()[0]})") from None
+        raise UsageError(f"{path} is no PyTorch checkpoint, or a damaged one ({str(error).partition("\n")[0] or "it ends too early"})") from None
     if not isinstance(loaded, Mapping):
         raise UsageError(f"{path} holds a {type(loaded).__name__}, not a state dict; save model.state_dict()")
     return loaded
@@ -221,7 +224,10 @@ def _plain(text: str) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 2 for what the caller can put right, 130 when interrupted."""
+    """Run the command line; return the exit status: 0, 2 for what the caller can put right, 130 when interrupted.
+
+    With ``ORTHOKIT_DEBUG=1`` in the environment errors keep their traceback.
+    """
     args = sys.argv[1:] if args is None else list(args)
     if args == ["--version"]:
         print(f"orthokit {ok.__version__}")
@@ -237,7 +243,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         command.run(Console(soft_wrap=False))
         sys.stdout.flush()
-    except (UsageError, ValueError, OSError, ModuleNotFoundError) as error:
+    except (UsageError, ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("ORTHOKIT_DEBUG"):
+            raise
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0

@@ -128,18 +128,18 @@ def weight_of(layer: nn.Module) -> Tensor:
     The old ``nn.utils.weight_norm`` and ``spectral_norm`` refresh ``.weight`` only in the forward pass, and a spectral
     normalisation in training mode advances its power iteration whenever it is read: both are handled here.
     """
-    if isinstance(getattr(layer, "weight", None), UninitializedParameter):
-        raise ValueError(f"{type(layer).__name__} has no weight yet; run one batch through the model first")
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.name == "weight":
-            return cast(Tensor, hook.compute_weight(layer))
-        if isinstance(hook, SpectralNorm) and hook.name == "weight":
-            return hook.compute_weight(layer, do_power_iteration=False)
     if parametrize.is_parametrized(layer, "weight"):
         parametrization = _parametrization(layer)
         device = next(parametrization.parameters()).device
         with _evaluating(parametrization), torch.autocast(device.type, enabled=False):  # Note [full precision]
             return cast(Tensor, layer.weight)
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            return cast(Tensor, hook.compute_weight(layer))
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return hook.compute_weight(layer, do_power_iteration=False)
+    if isinstance(layer.weight, UninitializedParameter):
+        raise ValueError(f"{type(layer).__name__} has no weight yet; run one batch through the model first")
     return cast(Tensor, layer.weight)
 
 

@@ -166,14 +166,14 @@ def _modules_of(checkpoint: Mapping[str, Any]) -> dict[str, nn.Module]:
     return modules
 
 
-def _mappings(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _mappings(value: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
     yield value
     for item in value.values():
         if isinstance(item, Mapping):
             yield from _mappings(item)
 
 
-def _weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _weights(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {
         key: value
         for key, value in state.items()

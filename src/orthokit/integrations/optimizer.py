@@ -42,7 +42,8 @@ def attach(ortho: Regularizer, optimizer: Optimizer) -> RemovableHandle:
     def before_step(
         optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        closure = args[0] if args else kwargs.get("closure")
+        # torch passes the optimizer itself as the first of args.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             # A fused optimizer under a GradScaler divides by this scale itself, inside its step.
             scale = getattr(optimizer, "grad_scale", None)
@@ -55,6 +56,6 @@ def attach(ortho: Regularizer, optimizer: Optimizer) -> RemovableHandle:
             penalty = ortho.add_grad_()
             return loss if loss is None else loss + penalty
 
-        return ((with_penalty, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": with_penalty})
+        return args[:1], {**kwargs, "closure": with_penalty}
 
     return optimizer.register_step_pre_hook(before_step)

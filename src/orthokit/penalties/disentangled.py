@@ -143,7 +143,7 @@ class Disentangled:
     def __post_init__(self) -> None:
         check_choice("form", self.form, FORMS)
         check_choice("count", self.count, COUNTS)
-        if self.relax is not None and not callable(self.relax):
+        if self.relax is not None and (isinstance(self.relax, type) or not callable(self.relax)):
             raise TypeError(f"relax must be a policy such as orthokit.share(0.1), or None; got {self.relax!r}")
         if not isinstance(self.ceiling, welch | None):
             check_number("ceiling", self.ceiling, 0, 1)
