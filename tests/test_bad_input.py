@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import orthokit as ok
+from cases import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore:form='pairs'")
 

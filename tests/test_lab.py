@@ -33,7 +33,12 @@ def cifar(tmp_path_factory):
     rng = np.random.default_rng(0)
     for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
         images = rng.integers(0, 256, (10_000, 3072), dtype=np.uint8)
-        batch = {b"data": images, b"labels": rng.permutation(10_000) % 10, b"batch_label": name.encode(), b"filenames": [b"a.png"]}
+        batch = {
+            b"data": images,
+            b"labels": rng.permutation(10_000) % 10,
+            b"batch_label": name.encode(),
+            b"filenames": [b"a.png"],
+        }
         batch[b"labels"] = batch[b"labels"].tolist()
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
     return root
@@ -64,7 +69,10 @@ class Evil:
         (b"", "damaged, or no batch"),
         (b"not a pickle", "damaged, or no batch"),
         (pickle.dumps({b"data": np.zeros((5, 3072), np.uint8), b"labels": [0] * 5}), "is no batch of CIFAR-10"),
-        (pickle.dumps({b"data": np.zeros((10_000, 3072), np.uint8), b"labels": [10] * 10_000}), "labels must be integers from 0 to 9"),
+        (
+            pickle.dumps({b"data": np.zeros((10_000, 3072), np.uint8), b"labels": [10] * 10_000}),
+            "labels must be integers from 0 to 9",
+        ),
         (pickle.dumps({b"data": np.zeros((10_000, 3072), np.uint8), b"fine_labels": [0] * 10_000}), "damaged, or no batch"),
         (pickle.dumps([1, 2]), "damaged, or no batch"),
         (pickle.dumps(Evil()), "asks for builtins.exec"),

@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-import references as slow
 import torch
 from torch import nn
 
 import orthokit as ok
+import references as slow
 
 PAIRS = [(o, r) for o in (4, 9, 16, 33, 64) for r in sorted({1, 2, o // 3, o // 2, o - 1})][:21]
 
@@ -77,7 +77,14 @@ def test_welch_bound():
 
 
 def test_values_compare_and_print_as_themselves():
-    for policy in (ok.feasible(), ok.feasible(floor=3), ok.fraction(0.5), ok.share(0.1, floor=10), ok.ranks({"a": 3}), ok.welch()):
+    for policy in (
+        ok.feasible(),
+        ok.feasible(floor=3),
+        ok.fraction(0.5),
+        ok.share(0.1, floor=10),
+        ok.ranks({"a": 3}),
+        ok.welch(),
+    ):
         again = eval(f"ok.{policy!r}")
         assert again == policy
         assert hash(again) == hash(policy)

@@ -8,11 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-import references as slow
 import torch
 from torch import nn
 
 import orthokit as ok
+import references as slow
 from orthokit import diagnostics
 
 

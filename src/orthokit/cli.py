@@ -194,7 +194,8 @@ def load_checkpoint(path: Path) -> Mapping[str, Any]:
             ) from None
         raise UsageError(f"{path} is no PyTorch checkpoint, or a damaged one") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UsageError(f"{path} is no PyTorch checkpoint, or a damaged one ({str(error).partition("\n")[0] or "it ends too early"})") from None
+        reason = str(error).partition("\n")[0] or "it ends too early"
+        raise UsageError(f"{path} is no PyTorch checkpoint, or a damaged one ({reason})") from None
     if not isinstance(loaded, Mapping):
         raise UsageError(f"{path} holds a {type(loaded).__name__}, not a state dict; save model.state_dict()")
     return loaded

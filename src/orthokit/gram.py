@@ -72,9 +72,14 @@ def residual(matrix: Float[Tensor, "*b o n"], side: Side = "rows") -> Float[Tens
     return product - torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
 
 
-def frobenius(square: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:
+def sum_of_squares(matrix: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:
+    """Squared Frobenius norm."""
+    return matrix.square().sum((-2, -1))
+
+
+def frobenius(matrix: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:
     """Frobenius norm, with gradient 0 where it is 0."""
-    norm: Tensor = torch.linalg.vector_norm(square, dim=(-2, -1))
+    norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1))
     return norm
 
 

@@ -1,6 +1,6 @@
 """The disentangled norm, strict and relaxed.
 
-"Towards Better Orthogonality Regularization with Disentangled Norm in Training Deep CNNs", 2023,
+Wu, Zhang, Long, Yin, Leng: "Towards Better Orthogonality Regularization with Disentangled Norm in Training Deep CNNs", 2023,
 https://arxiv.org/abs/2306.09939. The residual ``K K^T - I`` mixes how long each filter is with how two filters point; here the
 two are measured apart, and relaxed orthogonality lets some of the correlations stay. Only the abstract and the public reviews
 could be read: the formulas below, their weights, and the forms "welch" and "budget" are ours, after the paper's idea.
@@ -69,7 +69,7 @@ def disentangled_orthogonality(
     >>> disentangled_orthogonality(torch.tensor([[2.0, 0.0], [1.0, 1.0]]), 1)  # the only pair is free
     tensor(3.1623)
 
-    Source: ours, after the idea of the disentangled norm, 2023, arXiv 2306.09939.
+    Source: ours, after the idea of Wu et al. 2023, arXiv 2306.09939.
     """
     check_choice("form", form, FORMS)
     check_choice("count", count, COUNTS)

@@ -10,7 +10,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.gram import frobenius, full_precision, gram
+from orthokit.gram import full_precision, gram, sum_of_squares
 from orthokit.kernel import Kernel
 
 
@@ -26,7 +26,7 @@ def off_diagonal_orthogonality(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor,
 
     Source: Brock, Donahue, Simonyan 2019, arXiv 1809.11096.
     """
-    return frobenius(gram(matrix).tril(-1)) ** 2
+    return sum_of_squares(gram(matrix).tril(-1))
 
 
 @dataclass(frozen=True)
