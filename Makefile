@@ -37,8 +37,9 @@ check: $(VENV)/.ready ## what continuous integration checks besides the tests: s
 	@$(BIN)/lint-imports
 
 docs: $(VENV)/.ready ## the documentation as a site in site/
-	@$(PIP) install --quiet --constraint $(VENV)/torch.txt '.[docs]'
-	@$(BIN)/mkdocs build --strict
+	@$(PIP) install --quiet --constraint $(VENV)/torch.txt --editable '.[docs]'
+	@$(BIN)/sphinx-build -q -W --keep-going docs site
+	@echo "open site/index.html"
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -38,7 +38,7 @@ def names(where, m=None):
         (lambda name, m: ok.convs(name, m) and m.stride == (1, 1), ["0", "1.0", "1.2"]),
         (ok.convs & (lambda name, m: m.out_channels > 8), ["1.2"]),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "name", None),
 )
 def test_predicates(where, wanted):
     assert names(where) == wanted

@@ -22,11 +22,10 @@ MatrixMeasure = Callable[Concatenate[Tensor, P], Tensor]
 def full_precision(measure: MatrixMeasure[P]) -> MatrixMeasure[P]:
     """Make ``measure(matrix, ...)`` follow Note [full precision], and check what goes in and what comes out.
 
-    Raises (from the wrapped function):
-        TypeError: the matrix is not a dense real floating-point tensor.
-        ValueError: it has fewer than two dimensions or an empty one.
-        FloatingPointError: the value is NaN or infinite. Not checked on an accelerator or under ``torch.compile``, where
-            looking would stall the device: there the value itself is NaN or infinite.
+    The wrapped function raises ``TypeError`` unless the matrix is a dense real floating-point tensor, ``ValueError`` if it has
+    fewer than two dimensions or an empty one, and ``FloatingPointError`` if the value is NaN or infinite. The last is not
+    checked on an accelerator or under ``torch.compile``, where looking would stall the device: there the value itself is NaN
+    or infinite.
     """
 
     @functools.wraps(measure)

@@ -1,0 +1,21 @@
+"""Sphinx configuration; ``make docs`` builds the site."""
+
+from importlib.metadata import version as _version
+
+project = "orthokit"
+copyright = "2026, the orthokit authors"  # noqa: A001
+version = release = _version("orthokit")
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+source_suffix = {".md": "markdown"}
+html_theme = "furo"
+html_title = f"orthokit {version}"
+myst_enable_extensions = ["colon_fence"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": False}
+maximum_signature_line_length = 100
+napoleon_google_docstring = True
+napoleon_use_ivar = True
+napoleon_numpy_docstring = False
+python_use_unqualified_type_names = True
+nitpicky = False
