@@ -46,7 +46,7 @@ class Kernel:
 
     @property
     def matrix(self) -> Float[Tensor, "*batch_groups o n"]:
-        """``K``: ``(*batch, groups, o, n)`` with ``n = i * prod(spatial)``."""
+        """The matrices ``K``, ``(*batch, groups, o, n)`` with ``n = i * prod(spatial)``."""
         return self.weight.flatten(-1 - len(self.stride))
 
     @property
