@@ -3,7 +3,7 @@
 from importlib.metadata import version as _version
 
 project = "orthokit"
-copyright = "2026, the orthokit authors"  # noqa: A001
+copyright = "2026, the orthokit authors"
 version = release = _version("orthokit")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 source_suffix = {".md": "markdown"}

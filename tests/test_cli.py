@@ -1,6 +1,7 @@
 """The command line as a person uses it: files good and bad, exit codes, formats, the demo."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -102,11 +103,11 @@ def malicious(path):
         ("text.pth", lambda p: p.write_text("hello"), "no PyTorch checkpoint"),
         ("cut.pt", truncated, "no PyTorch checkpoint, or a damaged one"),
         ("whole.pt", whole_model, "save model.state_dict() instead"),
-        ("evil.pt", malicious, "no PyTorch checkpoint, or a damaged one"),
+        ("evil.pt", malicious, "which are not loaded as they could run code"),
         ("list.pt", lambda p: torch.save([1, 2], p), "holds a list, not a state dict"),
         ("none.pt", lambda p: torch.save({}, p), "no layer's weight in this state dict"),
         ("norms.pt", lambda p: torch.save(nn.BatchNorm2d(3).state_dict(), p), "no layer's weight in this state dict"),
-        ("ints.pt", lambda p: torch.save({"a.weight": torch.ones(2, 2, 1, 1).int()}, p), "layer 'a': weights must be real"),
+        ("ints.pt", lambda p: torch.save({"a.weight": torch.ones(2, 2, 1, 1).int()}, p), "no layer's weight in this state dict"),
         ("bad.safetensors", lambda p: p.write_bytes(b"\xff" * 100), "no safetensors file"),
         ("empty.safetensors", lambda p: p.write_bytes(b""), "no safetensors file"),
     ],
@@ -171,3 +172,49 @@ def test_the_demo_is_interrupted_cleanly(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(demo, "wait", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(["demo", "--seeds", "1", "--epochs", "50", "--out", str(tmp_path)]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_one_odd_entry_does_not_spoil_the_report(tmp_path, capsys):
+    state = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.Conv2d(8, 4, 3)).state_dict()
+    state |= {"q.weight": torch.ones(3, 3).char(), "s.weight": torch.eye(3).to_sparse(), "e.weight": torch.zeros(0, 3)}
+    state["x[/b][red].weight"] = torch.eye(4)
+    state["self"] = {"inner": state}
+    torch.save({"a": state}, tmp_path / "odd.pt")
+    assert main(["report", str(tmp_path / "odd.pt")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "x[/b][red]" in out
+    assert "left out: q.weight, s.weight, e.weight" in out or "left out: 0.parametrizations.weight.original0" in out
+
+
+def test_broken_weights_in_a_picture(tmp_path, capsys):
+    state = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)).state_dict()
+    state["0.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    assert main(["report", str(tmp_path / "nan.pt"), "--picture", str(tmp_path / "p.png")]) == 0
+    state["1.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    assert main(["report", str(tmp_path / "nan.pt"), "--picture", str(tmp_path / "p.png")]) == 2
+    assert "nothing to draw" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cut", range(0, 700, 50))
+def test_damaged_pickles(tmp_path, capsys, cut):
+    torch.save({"a.weight": torch.eye(3)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[min(cut, len(content) - 1)] ^= 0xFF
+    (tmp_path / "a.pt").write_bytes(content)
+    assert main(["report", str(tmp_path / "a.pt")]) in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_terminal_without_greek_letters(checkpoint):
+    command = [sys.executable, "-m", "orthokit.cli", "report", str(checkpoint)]
+    run = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0
+    assert b"under-determined" in run.stdout
+
+
+def test_list_into_a_closed_pipe():
+    command = f"{sys.executable} -m orthokit.cli list | head -n 1"
+    run = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")

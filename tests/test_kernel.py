@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import orthokit as ok
-from orthokit.kernel import Kernel, sources, weight_of
+from orthokit.kernel import Kernel, sources
 
 VIEWS = [
     (nn.Linear(5, 3), (1, 3, 5)),
@@ -98,7 +98,7 @@ def test_a_parametrization_is_read_outside_autocast():
     layer = nn.Linear(6, 4)
     parametrize.register_parametrization(layer, "weight", Twice())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert weight_of(layer).dtype == torch.float32
+        assert ok.select(layer, ok.linears)[0].kernel.weight.dtype == torch.float32
 
 
 def test_stack_carries_the_ranks():
@@ -134,3 +134,112 @@ def test_other_bad_weights():
         ok.kernel_of(nn.LazyLinear(3))
     with pytest.raises(ValueError, match="spatial dimensions needs"):
         Kernel(torch.zeros(3, 4), (1, 1))
+
+
+def test_pruned_layers():
+    layer = nn.Conv2d(4, 6, 3)
+    ortho = ok.Regularizer(layer, ok.SO(), strength=1.0)
+    prune.l1_unstructured(layer, "weight", 0.3)
+    prune.random_unstructured(layer, "weight", 0.1)
+    layer(torch.randn(1, 4, 8, 8)).sum().backward()
+    ortho.add_grad_()
+    before = ortho().item()
+    with torch.no_grad():
+        layer.weight_orig.mul_(2)
+    assert ortho().item() != before
+    assert sources(layer) == (layer.weight_orig,)
+
+
+def test_the_cache_of_parametrizations_is_left_alone():
+    layer = parametrizations.weight_norm(nn.Linear(6, 4))
+    ortho = ok.Regularizer(layer, ok.SO(), strength=1.0, where=ok.linears)
+    with parametrize.cached():
+        ortho.per_layer()
+        layer(torch.randn(2, 6)).sum().backward()
+    assert layer.parametrizations.weight.original0.grad is not None
+
+
+def test_spectral_norm_before_the_forward_pass():
+    layer = nn.utils.spectral_norm(nn.Linear(6, 4))
+    value = ok.Regularizer(layer, ok.SO(), strength=1.0, where=ok.linears)()
+    (value + layer(torch.randn(2, 6)).sum()).backward()
+    assert layer.weight_orig.grad is not None
+
+
+def test_every_parameter_behind_a_kernel_of_ones_own():
+    class Gain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.gain = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(4, 1))
+            self.other = nn.Parameter(torch.randn(4))
+
+    @ok.kernel_of.register
+    def _(layer: Gain) -> Kernel:
+        return Kernel((layer.weight * layer.gain).unsqueeze(0))
+
+    layer = Gain()
+    ortho = ok.Regularizer(layer, ok.SO(), strength=1.0, where=ok.layers)
+    ortho().backward()
+    wanted = layer.gain.grad.clone()
+    layer.zero_grad()
+    ortho.add_grad_()
+    assert torch.allclose(layer.gain.grad, wanted)
+    assert {id(p) for p in sources(layer)} == {id(layer.weight), id(layer.gain)}
+    layer.weight.requires_grad_(False)
+    assert ortho().item() > 0
+
+
+def test_a_kernel_of_ones_own_is_computed_outside_autocast():
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.empty(64, 64)), nn.Parameter(torch.empty(64, 64))
+            nn.init.orthogonal_(self.a), nn.init.orthogonal_(self.b)
+
+    @ok.kernel_of.register
+    def _(layer: Product) -> Kernel:
+        return Kernel((layer.a @ layer.b).unsqueeze(0))
+
+    ortho = ok.Regularizer(Product(), ok.SO(), strength=1.0, where=ok.layers)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ortho().item() < 1e-8
+
+
+def test_kernels_with_a_batch():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 2, 4, 6))
+
+    @ok.kernel_of.register
+    def _(layer: Experts) -> Kernel:
+        return Kernel(layer.weight)
+
+    model = nn.Sequential(Experts(), Experts())
+    values = [ok.SO()(ok.kernel_of(layer)) for layer in model]
+    assert values[0].shape == (3, 2)
+    found = ok.Regularizer(model, ok.SO(), strength=1.0, where=ok.layers).per_layer()
+    assert list(found.values()) == pytest.approx([value.sum().item() for value in values])
+    relaxed = ok.Disentangled(relax=ok.ranks({"0": 2, "1": 3}), form="welch")
+    ok.Regularizer(model, relaxed, strength=1.0, where=ok.layers)().backward()
+    assert ok.report(model).rows[0]["pairs"] == 6 * 6
+
+
+def test_other_precisions():
+    half = nn.Linear(16, 8).half()
+    with torch.no_grad():
+        half.weight.mul_(1e-6)
+    ok.Regularizer(half, ok.Disentangled(), strength=1.0, where=ok.linears)().backward()
+    assert half.weight.grad.isfinite().all()
+    tiny = nn.Linear(16, 8).to(torch.float8_e4m3fn)
+    assert ok.Regularizer(tiny, ok.SO(), strength=1.0, where=ok.linears)().dtype == torch.float32
+    assert ok.report(tiny).rows
+
+
+def test_classes_and_layers_without_a_weight():
+    with pytest.raises(TypeError, match="an instance; got the class Conv2d"):
+        ok.kernel_of(nn.Conv2d)
+    layer = nn.Linear(2, 2)
+    layer.weight = None
+    with pytest.raises(TypeError, match="the weight of this Linear is None"):
+        ok.kernel_of(layer)

@@ -4,13 +4,16 @@ import copy
 import pickle
 import subprocess
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import orthokit as ok
+from orthokit.penalties import srip
 
 STRICT = ok.Disentangled()
 RELAXED = ok.Disentangled(relax=ok.share(0.1), form="welch")
@@ -370,3 +373,85 @@ def test_the_warning_points_at_the_callers_line():
 def test_no_other_form_warns(penalty, recwarn):
     ok.Regularizer(nn.Conv2d(4, 16, 1), penalty, strength=0.1)()
     assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scale": 2.0}, TypeError, "scale must be a function"),
+        ({"scale": lambda kernel: -1.0}, ValueError, "scale of layer '0'"),
+        ({"strength": 10**400}, (ValueError, OverflowError), r"strength|int too large"),
+        ({"penalty": ok.Disentangled(relax=lambda o, n, name: o + 1)}, ValueError, "r of layer '0'"),
+    ],
+)
+def test_more_bad_arguments(unchecked, options, error, message):
+    arguments = {"model": model(), "penalty": STRICT, "strength": 0.1, **options}
+    with pytest.raises(error, match=message):
+        ok.Regularizer(arguments.pop("model"), arguments.pop("penalty"), **arguments)
+
+
+def test_bad_penalties_of_ones_own(unchecked):
+    m = model()
+    with pytest.raises(ValueError, match="must return one value per leading dimension"):
+        ok.Regularizer(m, lambda kernel: 1.0, strength=1.0)()
+    with pytest.raises(FloatingPointError, match=r"layer 0: .* is not finite"):
+        ok.Regularizer(m, lambda kernel: kernel.matrix.sum((-2, -1)) * float("nan"), strength=1.0)()
+    with pytest.raises(TypeError, match="measured by the classes"):
+        ok.Regularizer(m, ok.soft_orthogonality, strength=1.0)()
+
+
+def test_numbers_of_other_kinds(unchecked):
+    m = model()
+    wanted = ok.Regularizer(m, STRICT, strength=0.5)().item()
+    for strength in (np.float32(0.5), Fraction(1, 2), lambda step: Fraction(1, 2)):
+        assert ok.Regularizer(m, STRICT, strength=strength)().item() == pytest.approx(wanted)
+
+
+def test_layers_the_optimizer_does_not_train_gather_no_gradient():
+    m = model()
+    m[0].requires_grad_(False)
+    ortho = ok.Regularizer(m, STRICT, strength=1.0)
+    optimizer = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1)
+    ok.attach(ortho, optimizer)
+    m[0].requires_grad_(True)
+    optimizer.step()
+    assert m[0].weight.grad is None
+    assert m[3].weight.grad is not None
+
+
+def test_attach_with_arguments_swapped(unchecked):
+    m = model()
+    with pytest.raises(TypeError, match=r"attach takes a Regularizer and a torch\.optim\.Optimizer; got SGD, Regularizer"):
+        ok.attach(torch.optim.SGD(m.parameters()), ok.Regularizer(m, STRICT, strength=1.0))
+
+
+def test_inference_mode():
+    m = model()
+    ortho = ok.Regularizer(m, STRICT, strength=1.0)
+    with torch.inference_mode():
+        assert ortho().item() > 0
+        assert ortho.per_layer()
+        with pytest.raises(RuntimeError, match="inference_mode"):
+            ortho.add_grad_()
+    with torch.no_grad():
+        assert ortho().item() > 0
+
+
+@pytest.mark.parametrize("state", [None, {1: 2}, {"steps": "x"}, {"steps": -5}])
+def test_bad_states(unchecked, state):
+    with pytest.raises((ValueError, TypeError), match="steps"):
+        ok.Regularizer(model(), STRICT, strength=1.0).load_state_dict(state)
+
+
+def test_a_default_device_and_dtype_of_ones_own():
+    wanted = ok.Regularizer(model(), ok.SRIP(), strength=1.0)().item()
+    srip._start.cache_clear()
+    with torch.device("meta"):
+        ok.spectral_restricted_isometry(torch.eye(5, device="cpu"))
+    assert ok.Regularizer(model(), ok.SRIP(), strength=1.0)().item() == wanted
+    m = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)).double()
+    for form in ("pairs", "welch", "budget"):
+        both = ok.Regularizer(m, ok.Disentangled(relax=ok.ranks({"0": 2, "1": 3}), form=form), strength=1.0).per_layer()
+        for place, r in enumerate((2, 3)):
+            alone = ok.disentangled_orthogonality(ok.kernel_of(m[place]).matrix, r, form=form).item()
+            assert both[str(place)] == pytest.approx(alone, rel=1e-12)

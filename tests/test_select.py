@@ -96,3 +96,31 @@ def test_state_dicts():
     assert names(ok.layers, tied) == ["a"]
     with pytest.raises(ValueError, match="no layer's weight in this state dict"):
         ok.select({"x": torch.ones(3)}, ok.layers)
+
+
+def test_predicates_that_match_containers_choose_their_layers():
+    assert names(ok.matching("1*")) == ["1.0", "1.2"]
+    assert names(~ok.convs) == ["4"]
+
+
+def test_words_instead_of_operators(unchecked):
+    with pytest.raises(TypeError, match=r"combine predicates with & \| ~"):
+        _ = ok.convs or ok.linears
+    with pytest.raises(TypeError, match="where must be a predicate"):
+        _ = ok.convs & "layer1"
+    assert names((lambda name, m: name != "0") & ok.convs) == ["1.0", "1.2", "2"]
+
+
+def test_weights_that_are_buffers():
+    class Fixed(nn.Linear):
+        def __init__(self, bias):
+            super().__init__(3, 3)
+            del self.weight
+            self.register_buffer("weight", torch.eye(3))
+            self.bias = bias
+
+    bias = nn.Parameter(torch.zeros(3))
+    m = nn.Sequential(Fixed(bias), Fixed(bias))
+    chosen = ok.select(m, ok.linears)
+    assert [layer.name for layer in chosen] == ["0", "1"]
+    assert all(layer.frozen for layer in chosen)

@@ -7,7 +7,7 @@ import numbers
 import sys
 import warnings
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
@@ -20,7 +20,8 @@ def check_number(name: str, value: object, low: float = 0.0, high: float = math.
     """Raise unless ``value`` is a finite real number in ``[low, high]`` (``(low, high]`` with ``open_low``)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number; got {value!r}")
-    if not math.isfinite(value) or not low <= float(value) <= high or (open_low and value == low):
+    real = cast(float, value)
+    if not (low <= real <= high and real < math.inf) or (open_low and real == low):
         interval = f"{'(' if open_low else '['}{low:g}, {f'{high:g}]' if high < math.inf else 'inf)'}"
         raise ValueError(f"{name} must be a finite number in {interval}; got {value!r}")
 

@@ -2,12 +2,12 @@
 
 import functools
 import inspect
+import io
 import os
 import pickle
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,13 +187,13 @@ def load_checkpoint(path: Path) -> Mapping[str, Any]:
     except SafetensorError as error:
         raise UsageError(f"{path} is no safetensors file, or a damaged one ({error})") from None
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) and "Unsupported" in str(error):
+        if "Unsupported" in str(error) and "magic" not in str(error):
             raise UsageError(
                 f"{path} holds Python objects besides tensors, which are not loaded as they could run code; "
                 "save model.state_dict() instead"
             ) from None
         raise UsageError(f"{path} is no PyTorch checkpoint, or a damaged one") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged pickle can fail in any way
         reason = str(error).partition("\n")[0] or "it ends too early"
         raise UsageError(f"{path} is no PyTorch checkpoint, or a damaged one ({reason})") from None
     if not isinstance(loaded, Mapping):
@@ -208,7 +208,8 @@ def _module_doc(penalty: type) -> str:
 def _function(penalty: type) -> Any:
     """The function that a penalty's class docstring points to."""
     match = re.search(r":func:`(\w+)`", inspect.getdoc(penalty) or "")
-    assert match, penalty
+    if match is None:
+        raise UsageError("descriptions are read from docstrings, which python -OO strips; run without it")
     return getattr(sys.modules[penalty.__module__], match[1])
 
 
@@ -222,6 +223,13 @@ def _options(penalty: type) -> str:
 
 def _plain(text: str) -> str:
     return re.sub(r":\w+:`([^`]*)`", r"\1", text).replace("``", "")
+
+
+class _Console(Console):
+    """Treats a closed pipe (``| head``) as the reader having seen enough."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -240,11 +248,14 @@ def main(args: Sequence[str] | None = None) -> int:
         args=args or ["--help"],
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # Greek letters on a terminal without them
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        command.run(Console(soft_wrap=False))
+        command.run(_Console())
         sys.stdout.flush()
-    except (UsageError, ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except (UsageError, ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("ORTHOKIT_DEBUG"):
             raise
         if isinstance(error, BrokenPipeError):

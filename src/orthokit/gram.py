@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from orthokit.checks import check_count
+
 Side = Literal["rows", "cols", "smaller"]
 SIDES: tuple[Side, ...] = ("rows", "cols", "smaller")
 
@@ -34,8 +36,9 @@ def full_precision(measure: MatrixMeasure[P]) -> MatrixMeasure[P]:
         if matrix.ndim < 2:
             raise ValueError(f"{measure.__name__} needs matrices (*b, o, n), one filter a row; got {tuple(matrix.shape)}")
         with torch.autocast(matrix.device.type, enabled=False):
-            value = measure(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), *args, **kwargs)
-        if value.device.type == "cpu" and not torch.compiler.is_compiling() and not value.isfinite().all():
+            value = measure(upcast(matrix), *args, **kwargs)
+        # A single NaN filter has no pair to show it, hence the weights themselves too.
+        if not (is_finite(value) and is_finite(matrix.detach().sum(dtype=value.dtype))):
             raise FloatingPointError(
                 f"{measure.__name__} is not finite: the largest |weight| is {matrix.detach().abs().max().item():g} in "
                 f"{matrix.dtype}. Training has diverged, or the weights were never initialised; lower the learning rate "
@@ -46,8 +49,31 @@ def full_precision(measure: MatrixMeasure[P]) -> MatrixMeasure[P]:
     return wrapper
 
 
+def upcast(weight: Tensor) -> Tensor:
+    """``weight`` in float32 or better; a gradient too large for its own precision is clipped on the way back, not infinite."""
+    if weight.dtype.itemsize >= 4:
+        return weight
+    limit = torch.finfo(weight.dtype).max
+    upcasted = weight.float()
+    if upcasted.requires_grad:
+        upcasted.register_hook(lambda gradient: gradient.clamp(-limit, limit))
+    return upcasted
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, as far as can be seen without stalling: True on an accelerator or when compiling."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return bool(value.isfinite().all())
+
+
 def check_weight(weight: Tensor) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless ``weight`` is a dense, real, floating-point, non-empty tensor."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"expected a tensor of matrices (*b, o, n); got {type(weight).__name__}. Layers and kernels are measured by the "
+            "classes, e.g. orthokit.SO()(orthokit.kernel_of(layer))"
+        )
     if weight.layout != torch.strided:
         raise TypeError(f"sparse weights ({weight.layout}) have no Gram matrix here; convert with .to_dense()")
     if not weight.dtype.is_floating_point:
@@ -91,9 +117,10 @@ def lengths(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o"]:
 def directions(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o n"]:
     """Filters scaled to unit length; one shorter than ``sqrt(tiny(dtype))`` has no direction and becomes zero."""
     length = lengths(matrix).unsqueeze(-1)
-    # `<=` so that NaN passes and stays visible; the inner `where` keeps 0/0 out of the gradient.
+    # `<=` so that NaN passes and stays visible, as does a length that overflowed; the inner `where` keeps the gradient finite.
     short = length <= torch.finfo(matrix.dtype).tiny ** 0.5
-    return torch.where(short, 0.0, matrix / torch.where(short, 1.0, length))
+    divisor = torch.where(short, 1.0, torch.where(length.isinf(), torch.nan, length))
+    return torch.where(short, 0.0, matrix / divisor)
 
 
 def cosines(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o o"]:
@@ -110,6 +137,8 @@ def welch_bound(o: int, n: int) -> float:
     >>> welch_bound(64, 64), round(welch_bound(64, 16), 3), welch_bound(11, 4)
     (0.0, 0.218, 0.5)
     """
+    check_count("o", o)
+    check_count("n", n)
     if o <= n:
         return 0.0
     if o > n * (n + 1) // 2:

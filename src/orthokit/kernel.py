@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -50,9 +51,14 @@ class Kernel:
         return self.weight.flatten(-1 - len(self.stride))
 
     @property
+    def leading(self) -> torch.Size:
+        """``(*batch, groups)``: the dimensions of which a measure gives one value each."""
+        return self.weight.shape[: -2 - len(self.stride)]
+
+    @property
     def groups(self) -> int:
         """Number of groups the layer is split into."""
-        return self.weight.shape[-3 - len(self.stride)]
+        return self.leading[-1]
 
     @property
     def o(self) -> int:
@@ -68,10 +74,10 @@ class Kernel:
     def stack(kernels: Sequence["Kernel"]) -> "Kernel":
         """Kernels of equal shape and stride as one, along a new leading dimension."""
         first = kernels[0]
-        ranks = [kernel.rank for kernel in kernels]
         rank = first.rank
-        if any(r != rank for r in ranks):
-            rank = torch.tensor(ranks, device=first.weight.device).unsqueeze(-1)
+        if any(not isinstance(kernel.rank, int) or kernel.rank != rank for kernel in kernels) and rank is not None:
+            each = [torch.as_tensor(kernel.rank, device=kernel.weight.device).expand(kernel.leading) for kernel in kernels]
+            rank = torch.stack(each)
         weight = torch.stack([kernel.weight for kernel in kernels]) if len(kernels) > 1 else first.weight.unsqueeze(0)
         return Kernel(weight, first.stride, rank)
 
@@ -90,6 +96,8 @@ def kernel_of(layer: object) -> Kernel:
     >>> kernel_of(nn.Linear(5, 3)).matrix.shape
     torch.Size([1, 3, 5])
     """
+    if isinstance(layer, type):
+        raise TypeError(f"expected a layer, an instance; got the class {layer.__name__}")
     raise TypeError(
         f"{type(layer).__name__} has no kernel view; add one with @orthokit.kernel_of.register({type(layer).__name__})"
     )
@@ -125,35 +133,61 @@ def has_kernel(layer: object) -> bool:
 def weight_of(layer: nn.Module) -> Tensor:
     """``layer.weight`` fresh from its parameters, whatever computes it; reading changes nothing in the model.
 
-    The old ``nn.utils.weight_norm`` and ``spectral_norm`` refresh ``.weight`` only in the forward pass, and a spectral
-    normalisation in training mode advances its power iteration whenever it is read: both are handled here.
+    The old ``nn.utils.weight_norm``, ``spectral_norm`` and ``prune`` refresh ``.weight`` only in the forward pass, and a
+    spectral normalisation in training mode advances its power iteration whenever it is read: both are handled here.
     """
     if parametrize.is_parametrized(layer, "weight"):
-        parametrization = _parametrization(layer)
-        device = next(parametrization.parameters()).device
-        with _evaluating(parametrization), torch.autocast(device.type, enabled=False):  # Note [full precision]
-            return cast(Tensor, layer.weight)
+        parametrization = cast(nn.ModuleDict, layer.parametrizations)["weight"]
+        # Its own call rather than `layer.weight`, which would leave this reading in the cache of `parametrize.cached()`.
+        with _evaluating(parametrization):
+            return cast(Tensor, parametrization())
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == "weight":
             return cast(Tensor, hook.compute_weight(layer))
         if isinstance(hook, SpectralNorm) and hook.name == "weight":
-            return hook.compute_weight(layer, do_power_iteration=False)
-    if isinstance(layer.weight, UninitializedParameter):
+            matrix = hook.reshape_weight_to_matrix(cast(Tensor, layer.weight_orig))
+            # Copies: the next forward pass overwrites these vectors, perhaps before our backward pass.
+            u, v = cast(Tensor, layer.weight_u).clone(), cast(Tensor, layer.weight_v).clone()
+            return cast(Tensor, layer.weight_orig) / torch.dot(u, torch.mv(matrix, v))
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+            return cast(Tensor, hook.apply_mask(layer))
+    weight = layer.weight
+    if isinstance(weight, UninitializedParameter):
         raise ValueError(f"{type(layer).__name__} has no weight yet; run one batch through the model first")
-    return cast(Tensor, layer.weight)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"the weight of this {type(layer).__name__} is {weight!r}, not a tensor")
+    return weight
 
 
-def _parametrization(layer: nn.Module) -> nn.Module:
-    return cast(nn.ModuleDict, layer.parametrizations)["weight"]
+def sources(layer: nn.Module) -> tuple[Tensor, ...]:
+    """The parameters from which a layer's kernel is computed: its weight, or what a parametrization makes it from.
+
+    They are read off the graph of the kernel. Where nothing asks for a gradient: the parameters with which it could.
+    """
+    with torch.enable_grad():
+        if found := leaves(kernel_of(layer).weight):
+            return found
+    own = layer._parameters.get("weight")
+    if own is not None or isinstance(layer._buffers.get("weight"), Tensor):
+        return () if own is None else (own,)
+    return tuple(layer.parameters())
 
 
-def sources(layer: nn.Module) -> tuple[nn.Parameter, ...]:
-    """The parameters from which a layer's kernel is computed: its weight, or what a parametrization makes it from."""
-    if parametrize.is_parametrized(layer, "weight"):
-        return tuple(_parametrization(layer).parameters())
-    own = dict(layer.named_parameters(recurse=False))
-    names = [name for name in ("weight", "weight_g", "weight_v", "weight_orig") if name in own]
-    return tuple(own[name] for name in names) if names else tuple(layer.parameters())
+def leaves(value: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that ask for a gradient in the graph that computed ``value``, each once."""
+    if value.grad_fn is None:
+        return (value,) if value.requires_grad else ()
+    found: dict[int, Tensor] = {}
+    waiting, seen = [value.grad_fn], {value.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            found[id(leaf)] = leaf
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                waiting.append(after)
+    return tuple(found.values())
 
 
 @contextmanager

@@ -39,6 +39,7 @@ def draw(
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; the message gives the install command.
+        ValueError: ``where`` selects nothing, or no layer that is free of NaN and infinite weights (those are left out).
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,7 +47,12 @@ def draw(
     except ModuleNotFoundError:
         raise ModuleNotFoundError("pictures need matplotlib: pip install 'orthokit[lab]'") from None
 
-    kernels = {arm: [layer.kernel for model in trained for layer in select(model, where)] for arm, trained in models.items()}
+    kernels = {
+        arm: [k for model in trained for k in (layer.kernel for layer in select(model, where)) if k.weight.isfinite().all()]
+        for arm, trained in models.items()
+    }
+    if not any(kernels.values()):
+        raise ValueError("nothing to draw: every selected layer holds NaN or infinite weights")
     tall = {arm: [k for k in ks if k.o > k.n] for arm, ks in kernels.items()}
     wide = {arm: [k for k in ks if k.o <= k.n] for arm, ks in kernels.items()}
     named = {"Under-determined layers (filters ≤ weights per filter)": wide, "Over-determined layers (more filters)": tall}

@@ -1,14 +1,15 @@
 """The Regularizer: binds a penalty to the layers of a model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from orthokit.checks import check_number, warn_once
-from orthokit.kernel import Kernel, KernelMeasure, sources
+from orthokit.checks import check_count, check_number, warn_once
+from orthokit.gram import is_finite, upcast
+from orthokit.kernel import Kernel, KernelMeasure, leaves, sources
 from orthokit.schedules import Schedule, as_schedule, constant
 from orthokit.select import Layer, Where, convs, select
 
@@ -73,6 +74,11 @@ class Regularizer:
         self.layers = select(model, where)
         if not include_frozen and all(layer.frozen for layer in self.layers):
             raise ValueError(f"all {len(self.layers)} selected layers are frozen; unfreeze some, or pass include_frozen=True")
+        if scale is not None:
+            if not callable(scale):
+                raise TypeError(f"scale must be a function Kernel -> float such as orthokit.sqrt_filters; got {scale!r}")
+            for layer in self.layers:
+                check_number(f"scale of layer {layer.name!r}", scale(layer.kernel))
         if scale is not None and self._squared:
             warn_once(f"scale= does nothing here: it applies to unsquared penalties, and {penalty!r} is squared")
         self._ranks: dict[str, int] = {}
@@ -91,7 +97,7 @@ class Regularizer:
         """The strength at the present step."""
         strength = self.schedule(self.steps)
         check_number(f"strength at step {self.steps}", strength)
-        return strength
+        return float(strength)
 
     def __call__(self) -> Tensor:
         """``strength * sum of the layers' penalties``, a scalar to add to the loss.
@@ -120,8 +126,9 @@ class Regularizer:
         """Layers of equal shape, and the penalty of each as a vector."""
         stacks: dict[tuple[Any, ...], list[tuple[Layer, Kernel]]] = {}
         for layer in self.layers:
-            if self.include_frozen or not layer.frozen:
+            with torch.enable_grad():  # without it the kernel would not tell whether it trains
                 kernel = replace(layer.kernel, rank=self._ranks.get(layer.name))
+            if self.include_frozen or kernel.weight.requires_grad or not layer.frozen:
                 key = (kernel.weight.shape, kernel.stride, kernel.weight.dtype, kernel.weight.device)
                 stacks.setdefault(key, []).append((layer, kernel))
         for stack in stacks.values():
@@ -129,47 +136,50 @@ class Regularizer:
             yield layers, self._measure(layers, Kernel.stack(kernels))
 
     def _measure(self, layers: list[Layer], kernel: Kernel) -> Tensor:
-        weight = kernel.weight
-        kernel = replace(kernel, weight=weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        kernel = replace(kernel, weight=upcast(kernel.weight))
         try:
-            with torch.autocast(weight.device.type, enabled=False):  # Note [full precision]
+            with torch.autocast(kernel.weight.device.type, enabled=False):  # Note [full precision]
                 values = self.penalty(kernel)
+            if not isinstance(values, Tensor) or values.shape != kernel.leading:
+                got = tuple(values.shape) if isinstance(values, Tensor) else repr(values)
+                wanted = f"one value per leading dimension of the kernel, {tuple(kernel.leading)}"
+                raise ValueError(f"{self.penalty!r} must return {wanted}; got {got}")
+            if not is_finite(values):
+                raise FloatingPointError(f"{self.penalty!r} is not finite")
         except FloatingPointError as error:
             broken = [layer.name for layer in layers if not layer.kernel.weight.isfinite().all()]
             raise FloatingPointError(f"layer {', '.join(broken or [layer.name for layer in layers])}: {error}") from None
-        if values.shape != (len(layers), kernel.groups):
-            raise ValueError(
-                f"{self.penalty!r} must return one value per leading dimension of the kernel, {(len(layers), kernel.groups)}; "
-                f"got {tuple(values.shape)}"
-            )
+        values = values.flatten(1)
         if self._squared:
             return values.sum(-1)
-        scale = self.scale(kernel) if self.scale else 1.0
-        return values.sum(-1) * (scale / float(kernel.groups**0.5))
+        scale = float(self.scale(kernel)) if self.scale else 1.0
+        return values.sum(-1) * (scale / float(values.shape[-1] ** 0.5))
 
-    def add_grad_(self, scale: float | Tensor = 1.0) -> Tensor:
+    def add_grad_(self, scale: float | Tensor = 1.0, *, only: Collection[Tensor] | None = None) -> Tensor:
         """Add the gradient of ``self()`` times ``scale`` to ``.grad`` of the parameters behind the kernels; return the value.
 
         Call it between ``loss.backward()`` and the optimizer's step: after gradient clipping, so that the penalty is not clipped,
         and with a ``GradScaler`` after ``scaler.unscale_(optimizer)``. No hook of the model or of autograd sees it.
+
+        Args:
+            scale: factor of the gradient, for whoever scales gradients by hand.
+            only: parameters to serve; by default all.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "add_grad_ needs autograd, which torch.inference_mode() switches off for good; use torch.no_grad()"
+            )
         with torch.enable_grad():
             value = self()
-        if value.requires_grad:
-            parameters = [p for p in dict.fromkeys(self._parameters()) if p.requires_grad]
-            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(value, parameters, allow_unused=True)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is None:
-                    continue
+        wanted = None if only is None else set(map(id, only))
+        parameters = [p for p in leaves(value) if wanted is None or id(p) in wanted]
+        if parameters:
+            for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters), strict=True):
                 if parameter.grad is None:
                     # Fused optimizers want the gradient laid out as the parameter, e.g. channels_last.
                     parameter.grad = torch.zeros_like(parameter)
                 parameter.grad.add_(gradient * scale)
         return value.detach()
-
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        for layer in self.layers:
-            yield from sources(layer.module)
 
     def param_groups(self, model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
         """The parameters of ``model`` for an optimizer, with weight decay on all but the regularized kernels.
@@ -177,7 +187,7 @@ class Regularizer:
         Decay would pull their lengths towards 0 while the penalty pulls them towards 1.
         """
         check_number("weight_decay", weight_decay)
-        kernels = set(self._parameters())
+        kernels = {parameter for layer in self.layers for parameter in sources(layer.module)}
         groups: list[dict[str, Any]] = [
             {"params": [p for p in model.parameters() if p not in kernels], "weight_decay": weight_decay},
             {"params": [p for p in model.parameters() if p in kernels], "weight_decay": 0.0},
@@ -198,8 +208,9 @@ class Regularizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the step of a saved :meth:`state_dict`."""
-        if "steps" not in state:
-            raise ValueError(f"not the state of a Regularizer: expected the key 'steps', got {sorted(state)}")
+        if not isinstance(state, Mapping) or "steps" not in state:
+            raise ValueError(f"not the state of a Regularizer: expected {{'steps': ...}}, got {state!r:.200}")
+        check_count("steps", state["steps"], 0)
         self.steps = int(state["steps"])
 
     def __repr__(self) -> str:

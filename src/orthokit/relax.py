@@ -164,6 +164,8 @@ class ranks:
     floor: int | None
 
     def __init__(self, by_name: Mapping[str, int], *, floor: int | None = None) -> None:
+        if not isinstance(by_name, Mapping):
+            raise TypeError(f"ranks takes a mapping from layer name to rank; got {by_name!r}")
         for name, r in by_name.items():
             check_count(f"the rank of {name!r}", r)
         object.__setattr__(self, "by_name", tuple(by_name.items()))
@@ -198,12 +200,19 @@ class welch:
         return welch_bound(o, n)
 
 
+def check_policy(relax: object) -> None:
+    """Raise ``TypeError`` unless ``relax`` is a policy or None."""
+    if relax is not None and (isinstance(relax, type) or not callable(relax)):
+        raise TypeError(f"relax must be a policy such as orthokit.share(0.1), or None; got {relax!r}")
+
+
 def transition_dimension(relax: Policy | None, o: int, n: int, name: str = "") -> int:
     """The ``r`` that ``relax`` chooses for a layer; ``o``, the strict form, for None.
 
     Raises:
         ValueError: the policy leaves ``1 <= r <= min(o, n)``.
     """
+    check_policy(relax)
     if relax is None:
         return o
     r = relax(o, n, name)

@@ -10,7 +10,7 @@ from torch import nn
 from orthokit.diagnostics import angles, effective_rank, frame_tightness, singular_values, stable_rank
 from orthokit.gram import frobenius, lengths, residual, welch_bound
 from orthokit.kernel import Kernel
-from orthokit.select import Where, layers, select
+from orthokit.select import Where, layers, select, unread
 from orthokit.tables import Column, Row, Table
 
 COLUMNS = (
@@ -66,13 +66,19 @@ def report(model: nn.Module | Mapping[str, Any], *, where: Where = layers) -> Ta
     broken = [row["layer"] for row in rows if row["mean_length_error"] is None]
     notes = ["c: cosine of two filters; ν: filter length; copies: |c| > .99; residual: ‖KKᵀ-I‖/√o"]
     notes += [f"NaN or infinite weights, left out of the totals: {', '.join(broken)}"] if broken else []
-    notes += ["a state dict does not record groups: each weight is read as ungrouped"] if isinstance(model, Mapping) else []
+    if isinstance(model, Mapping):
+        notes.append("a state dict does not record groups: each weight is read as ungrouped")
+        if left_out := unread(model):
+            shown = ", ".join(left_out[:4]) + (f" and {len(left_out) - 4} more" if len(left_out) > 4 else "")
+            notes.append(
+                f"parametrized, sparse, integer or empty weights, left out: {shown}; report the model itself to see them"
+            )
     kind = "state dict" if isinstance(model, Mapping) else type(model).__name__
     return Table(f"orthogonality of {kind}", COLUMNS, tuple(rows), totals, tuple(notes))
 
 
 def _measure(kernel: Kernel) -> Row:
-    matrix = kernel.matrix.detach().cpu().double()  # (groups, o, n)
+    matrix = kernel.matrix.detach().cpu().double().flatten(0, -3)  # (groups, o, n)
     groups, o, n = matrix.shape
     pairs = groups * (o * (o - 1) // 2)
     row: Row = {"groups": groups, "o": o, "n": n, "determined": "under" if o <= n else "over", "filters": groups * o}

@@ -5,6 +5,7 @@ written in lower case because they are used as words in a call, as ``slice`` and
 """
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -42,6 +43,8 @@ class piecewise:
     pieces: tuple[tuple[int, float], ...]
 
     def __init__(self, pieces: Mapping[int, float]) -> None:
+        if not isinstance(pieces, Mapping):
+            raise TypeError(f"piecewise takes a mapping from step to strength; got {pieces!r}")
         for start, strength in pieces.items():
             check_count("the steps of piecewise", start, 0)
             check_number("the strengths of piecewise", strength)
@@ -153,8 +156,8 @@ def as_schedule(strength: object) -> Schedule:
     """A schedule as it is, a number as a constant one."""
     if callable(strength):
         return strength
-    if isinstance(strength, (int, float)):
-        return constant(strength)
+    if isinstance(strength, numbers.Real):
+        return constant(float(strength))
     raise TypeError(f"a strength is a number or a function from step to number; got {strength!r}")
 
 

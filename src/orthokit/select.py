@@ -1,8 +1,10 @@
 """Which layers: predicates on (name, module), and the walk over a model that applies them."""
 
+import itertools
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -32,16 +34,28 @@ class Predicate:
         return self.test(name, module)
 
     def __and__(self, other: Where) -> "Predicate":
+        _check_where(other)
         return Predicate(f"({self} & {_label(other)})", lambda name, module: self(name, module) and other(name, module))
 
     def __or__(self, other: Where) -> "Predicate":
+        _check_where(other)
         return Predicate(f"({self} | {_label(other)})", lambda name, module: self(name, module) or other(name, module))
+
+    __rand__, __ror__ = __and__, __or__
+
+    def __bool__(self) -> bool:
+        raise TypeError("combine predicates with & | ~; `and`, `or` and `not` would silently drop one")
 
     def __invert__(self) -> "Predicate":
         return Predicate(f"~{self}", lambda name, module: not self(name, module))
 
     def __repr__(self) -> str:
         return self.name
+
+
+def _check_where(where: object) -> None:
+    if not callable(where):
+        raise TypeError(f"where must be a predicate (name, module) -> bool such as orthokit.convs; got {where!r}")
 
 
 def _label(where: Where) -> str:
@@ -78,7 +92,7 @@ stem = Predicate("stem", _reads_image)
 
 
 def matching(*patterns: str) -> Predicate:
-    """Layers whose dotted name matches one of the shell-style ``patterns``.
+    """Layers (with a kernel view) whose dotted name matches one of the shell-style ``patterns``.
 
     >>> matching("layer1.*", "*.downsample.0")("layer1.0.conv1", nn.Conv2d(1, 1, 1))
     True
@@ -98,8 +112,10 @@ class Layer(NamedTuple):
     @property
     def kernel(self) -> Kernel:
         """Its kernel now; an error names the layer."""
+        tensor = next(itertools.chain(self.module.parameters(), self.module.buffers()), torch.empty(0))
         try:
-            return kernel_of(self.module)
+            with torch.autocast(tensor.device.type, enabled=False):  # Note [full precision]
+                return kernel_of(self.module)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {self.name!r}: {error}") from None
 
@@ -120,8 +136,7 @@ def select(model: nn.Module | Mapping[str, Any], where: Where = convs) -> tuple[
         TypeError: ``model`` is neither module nor mapping, ``where`` no callable, or a chosen layer has no kernel view.
         ValueError: no layer was chosen; the message counts what the model has.
     """
-    if not callable(where):
-        raise TypeError(f"where must be a predicate (name, module) -> bool such as orthokit.convs; got {where!r}")
+    _check_where(where)
     if isinstance(model, nn.Module):
         kind, modules = type(unwrap(model)).__name__, dict(unwrap(model).named_modules())
     elif isinstance(model, Mapping):
@@ -131,8 +146,11 @@ def select(model: nn.Module | Mapping[str, Any], where: Where = convs) -> tuple[
     chosen: dict[tuple[int, ...], Layer] = {}
     for name, module in modules.items():
         name = ".".join(part for part in name.split(".") if part != "_orig_mod")
-        # A compiled submodule is a shell: the module inside it comes next.
-        if "_orig_mod" not in module._modules and where(name, module):
+        # A compiled submodule is a shell: the module inside it comes next. Containers that a predicate matches are passed over;
+        # a function of the caller's own that picks one without a kernel view is told so.
+        if "_orig_mod" in module._modules or (isinstance(where, Predicate) and not has_kernel(module)):
+            continue
+        if where(name, module):
             layer = Layer(name or type(module).__name__, module)
             layer.kernel  # noqa: B018  fails here, with the layer's name, rather than in the first step
             key = tuple(map(id, sources(module))) or (id(module),)
@@ -146,11 +164,14 @@ def select(model: nn.Module | Mapping[str, Any], where: Where = convs) -> tuple[
 
 def _modules_of(checkpoint: Mapping[str, Any]) -> dict[str, nn.Module]:
     """Modules that hold the weights of the state dict found in ``checkpoint``, by name."""
-    state = max(_mappings(checkpoint), key=lambda mapping: len(_weights(mapping)))
+    state = _state_of(checkpoint)
     weights = _weights(state)
     if not weights:
         shown = ", ".join(map(repr, list(checkpoint)[:8])) + (", ..." if len(checkpoint) > 8 else "")
-        raise ValueError(f"no layer's weight in this state dict (tensors named '*.weight' with 2 to 5 dimensions); keys: {shown}")
+        raise ValueError(
+            "no layer's weight in this state dict (dense floating-point tensors named '*.weight' with 2 to 5 dimensions); "
+            f"keys: {shown}"
+        )
     parameters: dict[tuple[int, torch.Size], nn.Parameter] = {}  # tied entries share their storage
     modules: dict[str, nn.Module] = {}
     for key, weight in weights.items():
@@ -166,19 +187,45 @@ def _modules_of(checkpoint: Mapping[str, Any]) -> dict[str, nn.Module]:
     return modules
 
 
-def _mappings(value: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
-    yield value
-    for item in value.values():
-        if isinstance(item, Mapping):
-            yield from _mappings(item)
+def _state_of(checkpoint: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Of the checkpoint and all mappings in it, the one with the most weights."""
+    found, waiting = {id(checkpoint): checkpoint}, [checkpoint]
+    while waiting:
+        for item in waiting.pop().values():
+            if isinstance(item, Mapping) and id(item) not in found:
+                found[id(item)] = item
+                waiting.append(item)
+    return max(found.values(), key=lambda mapping: len(_weights(mapping)))
 
 
 def _weights(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {
         key: value
         for key, value in state.items()
-        if isinstance(key, str) and key.rpartition(".")[2] == "weight" and isinstance(value, Tensor) and 2 <= value.ndim <= 5
+        if isinstance(key, str)
+        and key.rpartition(".")[2] == "weight"
+        and isinstance(value, Tensor)
+        and 2 <= value.ndim <= 5
+        and value.numel() > 0
+        and value.layout == torch.strided
+        and value.dtype.is_floating_point
+        and not value.is_meta
     }
+
+
+def unread(checkpoint: Mapping[Any, Any]) -> list[str]:
+    """Entries of a state dict that belong to the weight of a layer but cannot be read: parametrized, sparse, integer, empty."""
+    state = _state_of(checkpoint)
+    parts = re.compile(r"(^|\.)(weight_(g|v|orig|mask)|parametrizations\.weight\..+)$")
+    known = _weights(state)
+    return [
+        key
+        for key, value in state.items()
+        if isinstance(key, str)
+        and isinstance(value, Tensor)
+        and key not in known
+        and (parts.search(key) or (key.rpartition(".")[2] == "weight" and value.ndim != 1))
+    ]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

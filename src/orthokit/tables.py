@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Table as RichTable
+from rich.text import Text
 
 Row = dict[str, Any]
 
@@ -67,7 +68,7 @@ class Table:
         writer.writerows(self.rows)
         return _written(text.getvalue(), path)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable | str]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable | Text]:
         every = [*self.rows, *self.totals.values()]
         columns = [c for c in self.columns if c.shown and any(row.get(c.key) is not None for row in every)]
         drawn = self._drawn(columns)
@@ -75,14 +76,14 @@ class Table:
             columns.pop()
             drawn = self._drawn(columns)
         yield drawn
-        yield from self.notes
+        yield from map(Text, self.notes)
 
     def _drawn(self, columns: list[Column]) -> RichTable:
-        drawn = RichTable(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        drawn = RichTable(title=Text(self.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for place, column in enumerate(columns):
             drawn.add_column(column.header, justify="right" if place else "left", no_wrap=bool(place), overflow="fold")
         for place, row in enumerate(self.rows, 1):
-            drawn.add_row(*(c.show(row.get(c.key)) for c in columns), end_section=place == len(self.rows))
+            drawn.add_row(*(Text(c.show(row.get(c.key))) for c in columns), end_section=place == len(self.rows))
         for name, row in self.totals.items():
             drawn.add_row(name, *(c.show(row[c.key]) if c.key in row else "" for c in columns[1:]), style="bold")
         return drawn

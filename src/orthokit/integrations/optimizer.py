@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -27,7 +28,11 @@ def attach(ortho: Regularizer, optimizer: Optimizer) -> RemovableHandle:
     Raises:
         ValueError: the optimizer does not hold every regularized parameter that asks for a gradient.
     """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not isinstance(ortho, Regularizer) or not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"attach takes a Regularizer and a torch.optim.Optimizer; got {type(ortho).__name__}, {type(optimizer).__name__}"
+        )
+    held = {id(parameter) for parameter in _parameters(optimizer)}
     missing = [
         layer.name
         for layer in ortho.layers
@@ -47,15 +52,19 @@ def attach(ortho: Regularizer, optimizer: Optimizer) -> RemovableHandle:
         if closure is None:
             # A fused optimizer under a GradScaler divides by this scale itself, inside its step.
             scale = getattr(optimizer, "grad_scale", None)
-            ortho.add_grad_(1.0 if scale is None else scale)
+            ortho.add_grad_(1.0 if scale is None else scale, only=_parameters(optimizer))
             return None
 
         def with_penalty() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            penalty = ortho.add_grad_()
+            penalty = ortho.add_grad_(only=_parameters(optimizer))
             return loss if loss is None else loss + penalty
 
         return args[:1], {**kwargs, "closure": with_penalty}
 
     return optimizer.register_step_pre_hook(before_step)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -14,13 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, check_count, check_number, short_repr, warn_once
-from orthokit.gram import cosines, frobenius, full_precision
+from orthokit.gram import cosines, frobenius, full_precision, is_finite
 from orthokit.kernel import Kernel
 from orthokit.relax import (
     COUNTS,
     Count,
     Policy,
     cardinality,
+    check_policy,
     relaxed_budget,
     relaxed_ceiling,
     transition_dimension,
@@ -74,19 +75,22 @@ def disentangled_orthogonality(
     check_choice("form", form, FORMS)
     check_choice("count", count, COUNTS)
     o = matrix.shape[-2]
-    if isinstance(r, Tensor):
-        r = r.to(matrix.device)
-    else:
-        r = o if r is None else r
+    r = o if r is None else r
+    if not isinstance(r, Tensor):
         check_count("r", r, 1, o)
+    elif r.dtype.is_floating_point or not is_finite(1 / ((r >= 1) & (r <= o))):
+        raise ValueError(f"r must hold integers from 1 to {o}; got {r.dtype} {r.tolist()}")
+    if ceiling is not None:
+        check_number("ceiling", ceiling, 0, 1)
     a, b = weights
+    real_r = r.to(matrix) if isinstance(r, Tensor) else r
     d = matrix.square().sum(-1) - 1
     c = cosines(matrix)
     strict = isinstance(r, int) and r == o
     if form == "budget" and not strict:
-        directions = (frobenius(c) - relaxed_budget(o, r)).relu()
+        directions = (frobenius(c) - relaxed_budget(o, real_r)).relu()
     elif form == "welch" and not strict:
-        directions = frobenius(_excess(c, relaxed_ceiling(o, r)))
+        directions = frobenius(_excess(c, relaxed_ceiling(o, real_r)))
     else:
         directions = frobenius(c if strict else _without_largest(c, cardinality(o, r, count)))
     value = a * _power(torch.linalg.vector_norm(d, dim=-1), squared) + b * _power(directions, squared)
@@ -143,14 +147,20 @@ class Disentangled:
     def __post_init__(self) -> None:
         check_choice("form", self.form, FORMS)
         check_choice("count", self.count, COUNTS)
-        if self.relax is not None and (isinstance(self.relax, type) or not callable(self.relax)):
-            raise TypeError(f"relax must be a policy such as orthokit.share(0.1), or None; got {self.relax!r}")
+        check_policy(self.relax)
         if not isinstance(self.ceiling, welch | None):
             check_number("ceiling", self.ceiling, 0, 1)
-        if len(self.weights) != 2:
+        if not isinstance(self.weights, (tuple, list)) or len(self.weights) != 2:
             raise ValueError(f"weights must be two numbers, for lengths and for directions; got {self.weights!r}")
         for weight in self.weights:
             check_number("weights", weight)
+        if not any(self.weights):
+            raise ValueError("weights must not both be 0: nothing would be measured")
+        object.__setattr__(self, "weights", tuple(self.weights))
+        if self.relax is None and self.form != "pairs":
+            warn_once(f"form={self.form!r} does nothing without relax=: every form is the same where all pairs count")
+        if self.count != "expected" and (self.relax is None or self.form != "pairs"):
+            warn_once(f"count={self.count!r} does nothing here: it applies to form='pairs' with relax=")
 
     def transition(self, o: int, n: int, name: str = "") -> int:
         """The transition dimension of a layer with ``o`` filters of ``n`` weights."""

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, check_count, short_repr
-from orthokit.gram import SIDES, Side, full_precision, residual
+from orthokit.gram import SIDES, Side, full_precision, is_finite, residual
 from orthokit.kernel import Kernel
 
 
@@ -53,6 +53,8 @@ def spectral_restricted_isometry(
             f"start must be a vector of {size} numbers, as this side's Gram matrix has; got {vector.squeeze(-1).shape}"
         )
     length = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
+    if start is not None and not is_finite(1 / length):
+        raise ValueError("start must not be zero")
     for _ in range(steps):
         # At an exactly orthonormal kernel the product is zero and stays zero, with zero gradient.
         vector = difference @ (vector / torch.where(length == 0, 1.0, length))
@@ -63,7 +65,7 @@ def spectral_restricted_isometry(
 
 @cache
 def _start(size: int) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
