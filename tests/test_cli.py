@@ -218,3 +218,14 @@ def test_list_into_a_closed_pipe():
     command = f"{sys.executable} -m orthokit.cli list | head -n 1"
     run = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("module", ["sklearn.datasets", "matplotlib.figure"])
+def test_missing_extras_are_named(monkeypatch, checkpoint, capsys, tmp_path, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    if module.startswith("sklearn"):
+        arguments = ["demo", "--out", str(tmp_path)]
+    else:
+        arguments = ["report", str(checkpoint), "--picture", str(tmp_path / "p.png")]
+    assert main(arguments) == 2
+    assert "pip install 'orthokit[lab]'" in capsys.readouterr().err.replace("\n", " ")

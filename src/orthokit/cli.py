@@ -156,18 +156,18 @@ class Demo:
             raise UsageError("--data cifar10 and --root DIR go together")
         try:
             from orthokit.lab import data, demo
+
+            demo.run(
+                data.digits if self.root is None else functools.partial(data.cifar10, self.root),
+                seeds=self.seeds,
+                epochs=self.epochs or (40 if self.root is None else 8),
+                batch=50 if self.root is None else 125,
+                workers=min(self.workers or os.cpu_count() or 1, self.seeds),
+                out=self.out,
+                console=console,
+            )
         except ModuleNotFoundError as error:
             raise UsageError(f"the demo needs {error.name}: pip install 'orthokit[lab]'") from None
-        load = data.digits if self.root is None else functools.partial(data.cifar10, self.root)
-        demo.run(
-            load,
-            seeds=self.seeds,
-            epochs=self.epochs or (40 if self.root is None else 8),
-            batch=50 if self.root is None else 125,
-            workers=min(self.workers or os.cpu_count() or 1, self.seeds),
-            out=self.out,
-            console=console,
-        )
 
 
 def load_checkpoint(path: Path) -> Mapping[str, Any]:
