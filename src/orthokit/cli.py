@@ -18,11 +18,14 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as RichTable
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import orthokit as ok
+from orthokit.tables import Table
+
+Format = Literal["table", "json", "csv"]
 
 
 class UsageError(Exception):
@@ -44,7 +47,7 @@ class List:
             console.print(f"[bold]orthokit.{penalty.__name__}[/]{escape(_options(penalty))}\n")
             console.print(_plain(f"{_module_doc(penalty)}\n\n{inspect.getdoc(_function(penalty))}"), markup=False)
             return
-        table = Table(box=box.SIMPLE_HEAD)
+        table = RichTable(box=box.SIMPLE_HEAD)
         for header in ("penalty", "value", "source"):
             table.add_column(header, overflow="fold")
         for penalty in ok.PENALTIES:
@@ -60,7 +63,7 @@ class Report:
 
     checkpoint: tyro.conf.Positional[Path]
     """A .pt, .pth or .safetensors file with a state dict. Nothing in it is executed."""
-    format: Literal["table", "json", "csv"] = "table"
+    format: Format = "table"
     """What to print."""
     layers: tuple[str, ...] = ("*",)
     """Only layers whose name matches one of these patterns, e.g. 'layer1.*'."""
@@ -75,10 +78,7 @@ class Report:
             from orthokit.plots import draw
 
             draw({self.checkpoint.stem: [state]}, self.picture, title=str(self.checkpoint), where=where)
-        if self.format == "table":
-            console.print(report)
-        else:
-            print(report.to_json() if self.format == "json" else report.to_csv(), end="")
+        _show(report, self.format, console)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Plan:
     """Which number of pairs form="pairs" leaves free."""
     linears: bool = False
     """Linear layers too."""
-    format: Literal["table", "json", "csv"] = "table"
+    format: Format = "table"
     """What to print."""
 
     def run(self, console: Console) -> None:
@@ -122,10 +122,7 @@ class Plan:
             raise UsageError("--floor does nothing without --feasible, --fraction or --share")
         where = ok.convs | ok.linears if self.linears else ok.convs
         plan = ok.plan(load_checkpoint(self.checkpoint), policies[0] if policies else None, where=where, count=self.count)
-        if self.format == "table":
-            console.print(plan)
-        else:
-            print(plan.to_json() if self.format == "json" else plan.to_csv(), end="")
+        _show(plan, self.format, console)
 
 
 @dataclass(frozen=True)
@@ -199,6 +196,13 @@ def load_checkpoint(path: Path) -> Mapping[str, Any]:
     if not isinstance(loaded, Mapping):
         raise UsageError(f"{path} holds a {type(loaded).__name__}, not a state dict; save model.state_dict()")
     return loaded
+
+
+def _show(table: Table, form: Format, console: Console) -> None:
+    if form == "table":
+        console.print(table)
+    else:
+        print(table.to_json() if form == "json" else table.to_csv(), end="")
 
 
 def _module_doc(penalty: type) -> str:
