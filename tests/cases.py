@@ -15,9 +15,10 @@ class Case:
     twin: Callable  # of the kernel matrix as a numpy array
     minimum: Callable | None = None
     invariances: tuple = ("order", "sign", "rotation")
+    of_kernel: bool = False  # the twin takes the kernel, not its matrix
 
     def reference(self, kernel):
-        return self.twin(kernel.matrix[0].numpy())
+        return self.twin(kernel if self.of_kernel else kernel.matrix[0].numpy())
 
 
 def relaxed(policy, **options):
@@ -84,4 +85,14 @@ CASES = [
     Case(ok.Disentangled(relax=feasible, form="welch", squared=True), relaxed(feasible, form="welch", squared=True), wide_zero),
     Case(ok.Disentangled(relax=half, form="budget"), relaxed(half, form="budget"), zero),
     Case(ok.Disentangled(relax=feasible, form="budget"), relaxed(feasible, form="budget"), zero),
+    Case(ok.ConvOrth(), slow.conv_orth, None, ("order", "sign"), of_kernel=True),
+    Case(ok.ConvOrth(squared=False), partial(slow.conv_orth, squared=False), None, ("order", "sign"), of_kernel=True),
+    Case(ok.Lorth(), slow.lorth, None, ("order", "sign"), of_kernel=True),
+    Case(ok.EADK(), slow.eadk, wide_zero),
+    Case(ok.EADK(theta=1.3, weight=2.0), partial(slow.eadk, theta=1.3, weight=2.0), wide_zero),
+    Case(ok.EADK(double=True), partial(slow.eadk, double=True), None, ("order", "sign")),
+    Case(ok.EADC(), slow.eadc, None, ("order", "sign"), of_kernel=True),
+    Case(ok.EADC(theta=1.3, weight=2.0), partial(slow.eadc, theta=1.3, weight=2.0), None, ("order", "sign"), of_kernel=True),
+    Case(ok.GOR(), slow.gor, wide_zero, ("sign", "rotation")),
+    Case(ok.GOR(kind="intra"), partial(slow.gor, kind="intra"), wide_zero, ("sign", "rotation")),
 ]

@@ -1,5 +1,6 @@
 """Slow twins of the penalties: loops over filters in numpy, written from the formulas alone."""
 
+import itertools
 import math
 
 import numpy as np
@@ -97,3 +98,68 @@ def welch(o, n):
     if o <= n:
         return 0.0
     return 1 / math.sqrt(n) if o > n * (n + 1) / 2 else math.sqrt((o - n) / (n * (o - 1)))
+
+
+def overlaps(kernel):
+    """Inner products of all filters with all filters at every shift: {shift: (o, o)}, from filters laid out on the grid."""
+    w = kernel.weight[0].numpy()
+    if kernel.transposed:
+        w = w.swapaxes(0, 1)
+    stride, dilation = kernel.stride, kernel.dilation or (1,) * len(kernel.stride)
+    o, i, *size = w.shape
+    taps = list(itertools.product(*map(range, size)))
+    filters = [{} for _ in range(o)]
+    for f, c, tap in itertools.product(range(o), range(i), taps):
+        filters[f][(c, *(d * t for d, t in zip(dilation, tap, strict=True)))] = w[(f, c, *tap)]
+    reach = [range(-(d * (k - 1) // s), d * (k - 1) // s + 1) for d, k, s in zip(dilation, size, stride, strict=True)]
+
+    def product(f, g, shift):
+        return sum(x * g.get((at[0], *(a + b for a, b in zip(at[1:], shift, strict=True))), 0.0) for at, x in f.items())
+
+    shifts = {steps: [s * p for s, p in zip(stride, steps, strict=True)] for steps in itertools.product(*reach)}
+    return {steps: np.array([[product(f, g, by) for g in filters] for f in filters]) for steps, by in shifts.items()}
+
+
+def conv_orth(kernel, squared=True):
+    value = sum(((g - (np.eye(len(g)) if not any(shift) else 0)) ** 2).sum() for shift, g in overlaps(kernel).items())
+    return value if squared else math.sqrt(value)
+
+
+def lorth(kernel):
+    w = kernel.weight[0].numpy()
+    o, i, *size = w.swapaxes(0, 1).shape if kernel.transposed else w.shape
+    dilation = kernel.dilation or (1,) * len(size)
+    # Of each residue of the input grid modulo the stride: is it ever read?
+    read = [len({d * t % s for t in range(k)}) for d, k, s in zip(dilation, size, kernel.stride, strict=True)]
+    return conv_orth(kernel) - max(0, o - i * math.prod(read))
+
+
+def hinge(cosine, theta):
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    return max(0.0, theta - min(angle, math.pi - angle))
+
+
+def eadk(k, theta=math.pi / 2, weight=0.1, double=False, target=1.0):
+    value = sum((target - sum(x * x for x in row)) ** 2 for row in k) + 2 * weight * sum(hinge(c, theta) ** 2 for c in pairs(k))
+    return value + eadk(k.T, theta, weight, target=len(k) / len(k.T)) if double else value
+
+
+def eadc(kernel, theta=math.pi / 2, weight=0.1):
+    found = overlaps(kernel)
+    squares = np.diag(next(g for shift, g in found.items() if not any(shift)))
+    value = sum((1 - s) ** 2 for s in squares)
+    for shift, g in found.items():
+        for i, j in np.ndindex(*g.shape):
+            if i != j or any(shift):
+                value += weight * hinge(g[i, j] / math.sqrt(squares[i] * squares[j]), theta) ** 2
+    return value
+
+
+def gor(k, kind="inter", groups=None):
+    o = len(k)
+    groups = groups or max(g for g in range(1, max(1, min(32, o // 4)) + 1) if o % g == 0)
+    if kind == "inter":
+        parts = [k[g * (o // groups) : (g + 1) * (o // groups)] for g in range(groups)]
+    else:
+        parts = [k[i :: o // groups] for i in range(o // groups)]
+    return sum(residual_squares(side_of(part, "smaller")) for part in parts)

@@ -11,6 +11,7 @@ from typing import Concatenate, Literal, ParamSpec
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from orthokit.checks import check_count
 
@@ -126,6 +127,31 @@ def directions(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o n"]:
 def cosines(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o o"]:
     """``c_ij = <u_i, u_j>`` for ``i > j``, in the strict lower triangle; zero elsewhere."""
     return gram(directions(matrix)).tril(-1)
+
+
+def self_convolution(weight: Float[Tensor, "..."], stride: tuple[int, ...]) -> Float[Tensor, "*b o o lags"]:
+    """Inner products of all filters with all filters shifted: the Gram matrix of a convolution operator.
+
+    Args:
+        weight: ``(*b, o, i, *spatial)``.
+        stride: one entry per spatial dimension, in taps.
+
+    Returns:
+        ``(*b, o, o, lags)``: every shift by a multiple of the stride at which two filters overlap, ``2 floor((k - 1) / s) + 1``
+        of them per dimension. Lag zero is in the middle.
+    """
+    if not stride:
+        return gram(weight).unsqueeze(-1)
+    batch, size = weight.shape[: -2 - len(stride)], weight.shape[-len(stride) :]
+    o, i = weight.shape[-2 - len(stride) : -len(stride)]
+    many = batch.numel()
+    padding = [(k - 1) // s * s for k, s in zip(size, stride, strict=True)]
+    flat = weight.reshape(many, o, i, *size)
+    convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
+    # The filters are the images and the filters; each kernel of the batch is a group.
+    images = flat.transpose(0, 1).reshape(o, many * i, *size)
+    products = convolve(images, flat.reshape(many * o, i, *size), stride=stride, padding=padding, groups=many)
+    return products.reshape(o, many, o, -1).transpose(0, 1).reshape(*batch, o, o, -1)
 
 
 def welch_bound(o: int, n: int) -> float:

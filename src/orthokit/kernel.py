@@ -1,9 +1,10 @@
 """The Kernel: a layer's weight seen as a batch of matrices, one filter per row."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -26,6 +27,9 @@ class Kernel:
     Attributes:
         weight: ``(*batch, groups, o, i, *spatial)``: per group ``o`` filters, each reading ``i`` channels.
         stride: one entry per spatial dimension; ``()`` for a linear layer.
+        dilation: likewise; ``()`` is 1 everywhere.
+        transposed: whether the layer is a transposed convolution. Then ``weight`` holds the filters of its output channels, and
+            :attr:`convolution` the convolution that it is the adjoint of.
         rank: the transition dimension ``r`` that a relaxation policy chose (an integer, or one per leading dimension),
             or None where none was resolved. See :mod:`orthokit.relax`.
 
@@ -36,6 +40,8 @@ class Kernel:
     weight: Tensor
     stride: tuple[int, ...] = ()
     rank: int | Tensor | None = None
+    dilation: tuple[int, ...] = ()
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
@@ -49,6 +55,18 @@ class Kernel:
     def matrix(self) -> Float[Tensor, "*batch_groups o n"]:
         """The matrices ``K``, ``(*batch, groups, o, n)`` with ``n = i * prod(spatial)``."""
         return self.weight.flatten(-1 - len(self.stride))
+
+    @property
+    def convolution(self) -> tuple[Tensor, tuple[int, ...]]:
+        """The layer as a convolution operator: ``(*batch, groups, o, i, *spatial)``, and its stride counted in taps.
+
+        A transposed convolution is read as its adjoint, the stored weight. A stride ``s`` with dilation ``d`` makes two outputs
+        share taps only at shifts that are multiples of both: in taps, of ``s / gcd(s, d)``.
+        """
+        place = -1 - len(self.stride)
+        weight = self.weight.transpose(place, place - 1) if self.transposed else self.weight
+        dilation = self.dilation or (1,) * len(self.stride)
+        return weight, tuple(s // math.gcd(s, d) for s, d in zip(self.stride, dilation, strict=True))
 
     @property
     def leading(self) -> torch.Size:
@@ -70,16 +88,22 @@ class Kernel:
         """Weights per filter."""
         return self.weight.shape[-1 - len(self.stride) :].numel()
 
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What kernels must have in common to be stacked."""
+        weight = self.weight
+        return weight.shape, self.stride, self.dilation, self.transposed, weight.dtype, weight.device
+
     @staticmethod
     def stack(kernels: Sequence["Kernel"]) -> "Kernel":
-        """Kernels of equal shape and stride as one, along a new leading dimension."""
+        """Kernels of equal :attr:`layout` as one, along a new leading dimension."""
         first = kernels[0]
         rank = first.rank
         if any(not isinstance(kernel.rank, int) or kernel.rank != rank for kernel in kernels) and rank is not None:
             each = [torch.as_tensor(kernel.rank, device=kernel.weight.device).expand(kernel.leading) for kernel in kernels]
             rank = torch.stack(each)
         weight = torch.stack([kernel.weight for kernel in kernels]) if len(kernels) > 1 else first.weight.unsqueeze(0)
-        return Kernel(weight, first.stride, rank)
+        return replace(first, weight=weight, rank=rank)
 
 
 @functools.singledispatch
@@ -110,12 +134,14 @@ def _linear(layer: nn.Linear) -> Kernel:
 
 @kernel_of.register
 def _convolution(layer: _ConvNd) -> Kernel:
-    return Kernel(weight_of(layer).unflatten(0, (layer.groups, -1)), tuple(layer.stride))
+    weight = weight_of(layer).unflatten(0, (layer.groups, -1))
+    return Kernel(weight, tuple(layer.stride), dilation=tuple(layer.dilation))
 
 
 @kernel_of.register
 def _transposed_convolution(layer: _ConvTransposeNd) -> Kernel:
-    return Kernel(weight_of(layer).unflatten(0, (layer.groups, -1)).transpose(1, 2), tuple(layer.stride))
+    weight = weight_of(layer).unflatten(0, (layer.groups, -1)).transpose(1, 2)
+    return Kernel(weight, tuple(layer.stride), dilation=tuple(layer.dilation), transposed=True)
 
 
 @kernel_of.register

@@ -124,13 +124,12 @@ class Regularizer:
 
     def _stacks(self) -> Iterator[tuple[list[Layer], Tensor]]:
         """Layers of equal shape, and the penalty of each as a vector."""
-        stacks: dict[tuple[Any, ...], list[tuple[Layer, Kernel]]] = {}
+        stacks: dict[tuple[object, ...], list[tuple[Layer, Kernel]]] = {}
         for layer in self.layers:
             with torch.enable_grad():  # without it the kernel would not tell whether it trains
                 kernel = replace(layer.kernel, rank=self._ranks.get(layer.name))
             if self.include_frozen or kernel.weight.requires_grad or not layer.frozen:
-                key = (kernel.weight.shape, kernel.stride, kernel.weight.dtype, kernel.weight.device)
-                stacks.setdefault(key, []).append((layer, kernel))
+                stacks.setdefault(kernel.layout, []).append((layer, kernel))
         for stack in stacks.values():
             layers, kernels = map(list, zip(*stack, strict=True))
             yield layers, self._measure(layers, Kernel.stack(kernels))

@@ -18,6 +18,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(7, 4),
     "rectangular": lambda: nn.Conv2d(3, 6, (3, 1)),
     "strided": lambda: nn.Conv2d(2, 5, 3, stride=2),
+    "dilated": lambda: nn.Conv2d(2, 4, 3, stride=(2, 1), dilation=(2, 3)),
+    "small kernel": lambda: nn.Conv2d(2, 12, (1, 2), stride=(2, 3)),
     "grouped": lambda: nn.Conv2d(6, 8, 3, groups=2),
     "depthwise": lambda: nn.Conv2d(5, 10, 3, groups=5),
     "transposed": lambda: nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2),

@@ -1,0 +1,98 @@
+"""Orthogonal convolutions: the layer as an operator on images, not its kernel matrix alone.
+
+Wang, Chen, Chakraborty, Yu: "Orthogonal Convolutional Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.12207 (OCNN): the
+self-convolution of the kernel, less the identity at lag zero. We pad as the paper says, so that every lag counts; the published
+code pads by 1 and misses some. Achour, Malgouyres, Mamalet: "Existence, Stability and Scalability of Orthogonal Convolutional
+Neural Networks", JMLR 2022, https://arxiv.org/abs/2108.05623 (Lorth): the same less the least value that the layer's shape
+allows, so that zero means orthogonal for tall layers too. Lorth here also knows kernels smaller than their stride.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from orthokit.checks import short_repr
+from orthokit.gram import full_precision, self_convolution
+from orthokit.kernel import Kernel
+
+
+@full_precision
+def convolution_orthogonality(
+    weight: Float[Tensor, "..."], *, stride: tuple[int, ...] = (), squared: bool = True
+) -> Float[Tensor, "..."]:
+    """``||conv(K, K) - I_0||_F^2``: filters are orthonormal, and orthogonal to every shifted filter that they overlap.
+
+    Zero where the rows of the convolution, as an operator with circular or full padding, are orthonormal. Never zero where there
+    are more outputs than inputs: see :func:`lorth`.
+
+    Args:
+        weight: ``(*b, o, i, *spatial)``.
+        stride: one entry per spatial dimension; with a dilation ``d``, ``s / gcd(s, d)``.
+        squared: False gives the norm itself.
+
+    >>> convolution_orthogonality(torch.tensor([[[1.0, 1.0]]]), stride=(1,))  # lags -1, 0, 1: 1, 2, 1
+    tensor(3.)
+    >>> convolution_orthogonality(torch.tensor([[[1.0, 1.0]]]), stride=(2,))  # lag 0 alone: 2
+    tensor(1.)
+
+    Source: Wang, Chen, Chakraborty, Yu 2020, arXiv 1911.12207.
+    """
+    difference = _residual(weight, stride)
+    return difference.square().sum(-1) if squared else torch.linalg.vector_norm(difference, dim=-1)
+
+
+@full_precision
+def lorth(weight: Float[Tensor, "..."], *, stride: tuple[int, ...] = ()) -> Float[Tensor, "..."]:
+    """``||conv(K, K) - I_0||_F^2 - max(0, o - i prod_d min(k_d, s_d))``: zero exactly at an orthogonal convolution.
+
+    Row-orthogonal where the layer has no more outputs than inputs, column-orthogonal where it has more: then all singular
+    values of the operator (circular padding) are 1.
+
+    Args:
+        weight: ``(*b, o, i, *spatial)``.
+        stride: one entry per spatial dimension; with a dilation ``d``, ``s / gcd(s, d)``.
+
+    >>> lorth(torch.tensor([[[1.0]], [[0.0]]]), stride=(1,))  # two outputs of one input
+    tensor(0.)
+
+    Source: Achour, Malgouyres, Mamalet 2022, arXiv 2108.05623; the minimum for kernels smaller than the stride ours.
+    """
+    o, i, *size = weight.shape[weight.ndim - 2 - len(stride) :]
+    inputs = i * math.prod(min(k, s) for k, s in zip(size, stride, strict=True))
+    return (_residual(weight, stride).square().sum(-1) - max(0, o - inputs)).relu()
+
+
+def _residual(weight: Float[Tensor, "..."], stride: tuple[int, ...]) -> Float[Tensor, "*b entries"]:
+    """``conv(K, K) - I_0``: the self-convolution less the identity at lag zero, flat."""
+    products = self_convolution(weight, stride)
+    o, lags = products.shape[-2:]
+    identity = products.new_zeros(o, o, lags)
+    identity.diagonal()[lags // 2] = 1
+    return (products - identity).flatten(-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvOrth:
+    """:func:`convolution_orthogonality` of a layer; a transposed convolution as its adjoint."""
+
+    squared: bool = True
+    __repr__ = short_repr
+
+    def __call__(self, kernel: Kernel) -> Tensor:
+        weight, stride = kernel.convolution
+        return convolution_orthogonality(weight, stride=stride, squared=self.squared)
+
+
+@dataclass(frozen=True)
+class Lorth:
+    """:func:`lorth` of a layer; a transposed convolution as its adjoint."""
+
+    squared: ClassVar[bool] = True
+
+    def __call__(self, kernel: Kernel) -> Tensor:
+        weight, stride = kernel.convolution
+        return lorth(weight, stride=stride)
