@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ import torch
 import tyro
 from rich import box
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table as RichTable
 from safetensors import SafetensorError
@@ -44,8 +46,11 @@ class List:
         if self.name is not None:
             if (penalty := known.get(self.name.lower())) is None:
                 raise UsageError(f"no penalty {self.name!r}; there are {', '.join(p.__name__ for p in ok.PENALTIES)}")
-            console.print(f"[bold]orthokit.{penalty.__name__}[/]{escape(_options(penalty))}\n")
-            console.print(_plain(f"{_module_doc(penalty)}\n\n{inspect.getdoc(_function(penalty))}"), markup=False)
+            console.print(f"[bold]orthokit.{penalty.__name__}[/]{escape(_options(penalty))}")
+            console.print(
+                Markdown(resources.files("orthokit.cards").joinpath(f"{penalty.__name__.lower()}.md").read_text("utf-8"))
+            )
+            console.print(f"\n{_plain(_module_doc(penalty))}", markup=False)
             return
         table = RichTable(box=box.SIMPLE_HEAD)
         for header in ("penalty", "value", "source"):

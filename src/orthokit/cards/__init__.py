@@ -1,0 +1,1 @@
+"""A card for each penalty, in Markdown: what ``orthokit list NAME`` shows."""
