@@ -124,6 +124,28 @@ def directions(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o n"]:
     return torch.where(short, 0.0, matrix / divisor)
 
 
+@torch.no_grad()
+def polar(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o n"]:
+    """The nearest matrix with orthonormal rows (columns, if tall), by Newton-Schulz iteration; no gradient.
+
+    Directions whose singular value is below a millionth of the largest stay as they are, or zero: nothing says where to.
+
+    >>> polar(torch.tensor([[2.0, 0.0], [0.0, 0.5]]))
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+    tall = upcast(matrix if matrix.shape[-2] > matrix.shape[-1] else matrix.mT)
+    basis, x = torch.linalg.qr(tall)[:2]  # the iteration runs on the square factor alone
+    # The Frobenius norm bounds the largest singular value; the iteration converges from all below sqrt(3).
+    norm = frobenius(x)[..., None, None]
+    x = x / torch.where(norm == 0, 1.0, norm)
+    # The smallest singular value grows by 3/2 a step until it is near one, then converges quadratically.
+    for _ in range(40):
+        x = 1.5 * x - 0.5 * (x @ x.mT) @ x
+    nearest: Tensor = (basis @ x).to(matrix.dtype)
+    return nearest if matrix.shape[-2] > matrix.shape[-1] else nearest.mT
+
+
 def cosines(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o o"]:
     """``c_ij = <u_i, u_j>`` for ``i > j``, in the strict lower triangle; zero elsewhere."""
     return gram(directions(matrix)).tril(-1)

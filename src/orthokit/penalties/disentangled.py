@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, check_count, check_number, short_repr, warn_once
-from orthokit.gram import cosines, frobenius, full_precision, is_finite
+from orthokit.gram import cosines, directions, frobenius, full_precision, is_finite, polar
 from orthokit.kernel import Kernel
 from orthokit.relax import (
     COUNTS,
@@ -88,12 +88,12 @@ def disentangled_orthogonality(
     c = cosines(matrix)
     strict = isinstance(r, int) and r == o
     if form == "budget" and not strict:
-        directions = (frobenius(c) - relaxed_budget(o, real_r)).relu()
+        pull = (frobenius(c) - relaxed_budget(o, real_r)).relu()
     elif form == "welch" and not strict:
-        directions = frobenius(_excess(c, relaxed_ceiling(o, real_r)))
+        pull = frobenius(_excess(c, relaxed_ceiling(o, real_r)))
     else:
-        directions = frobenius(c if strict else _without_largest(c, cardinality(o, r, count)))
-    value = a * _power(torch.linalg.vector_norm(d, dim=-1), squared) + b * _power(directions, squared)
+        pull = frobenius(c if strict else _without_largest(c, cardinality(o, r, count)))
+    value = a * _power(torch.linalg.vector_norm(d, dim=-1), squared) + b * _power(pull, squared)
     if ceiling is None:
         return value
     return value + b * _power(frobenius(_excess(c, ceiling)), squared)
@@ -182,3 +182,22 @@ class Disentangled:
             weights=self.weights,
             ceiling=self.ceiling(kernel.o, kernel.n) if isinstance(self.ceiling, welch) else self.ceiling,
         )
+
+    def nearest(self, kernel: Kernel) -> Tensor:
+        """The nearest kernel matrix at its minimum: orthonormal rows; on a tall layer a tight frame, its lengths then set to 1.
+
+        Raises:
+            ValueError: relaxed (or with a ceiling) so that no nearest one is known in closed form.
+        """
+        o, n = kernel.o, kernel.n
+        r = torch.as_tensor(self.transition(o, n) if kernel.rank is None else kernel.rank)
+        strict, tight = bool((r == o).all()), self.form == "budget" and bool((r == n).all())
+        if self.ceiling is not None or not (strict or tight):
+            why = "a ceiling" if self.ceiling is not None else f"form={self.form!r}"
+            raise ValueError(
+                f"the kernel nearest to the minimum of {self!r} is not known in closed form for {o} filters of {n} weights: "
+                f"{why} leaves many minima, and no formula projects onto them; take it strict, or form='budget' with "
+                "relax=feasible(), or add the penalty to the loss"
+            )
+        nearest = polar(kernel.matrix)
+        return nearest if o <= n else directions((o / n) ** 0.5 * nearest)

@@ -10,7 +10,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.gram import full_precision, residual, sum_of_squares
+from orthokit.gram import full_precision, polar, residual, sum_of_squares
 from orthokit.kernel import Kernel
 
 
@@ -38,3 +38,7 @@ class DSO:
 
     def __call__(self, kernel: Kernel) -> Tensor:
         return double_soft_orthogonality(kernel.matrix)
+
+    def nearest(self, kernel: Kernel) -> Tensor:
+        """The nearest kernel matrix at its minimum: orthonormal rows, or columns if tall."""
+        return polar(kernel.matrix)

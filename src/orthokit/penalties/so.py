@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, short_repr
-from orthokit.gram import SIDES, Side, frobenius, full_precision, residual, sum_of_squares
+from orthokit.gram import SIDES, Side, frobenius, full_precision, polar, residual, sum_of_squares
 from orthokit.kernel import Kernel
 
 
@@ -51,3 +51,7 @@ class SO:
 
     def __call__(self, kernel: Kernel) -> Tensor:
         return soft_orthogonality(kernel.matrix, side=self.side, squared=self.squared)
+
+    def nearest(self, kernel: Kernel) -> Tensor:
+        """The nearest kernel matrix at its minimum: orthonormal rows, or columns if tall."""
+        return polar(kernel.matrix)

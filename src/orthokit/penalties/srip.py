@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, check_count, short_repr
-from orthokit.gram import SIDES, Side, full_precision, is_finite, residual
+from orthokit.gram import SIDES, Side, full_precision, is_finite, polar, residual
 from orthokit.kernel import Kernel
 
 
@@ -83,3 +83,7 @@ class SRIP:
 
     def __call__(self, kernel: Kernel) -> Tensor:
         return spectral_restricted_isometry(kernel.matrix, steps=self.steps, squared=self.squared, side=self.side)
+
+    def nearest(self, kernel: Kernel) -> Tensor:
+        """The nearest kernel matrix at its minimum: orthonormal rows, or columns if tall."""
+        return polar(kernel.matrix)
