@@ -16,7 +16,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from orthokit.gram import check_weight
+from orthokit.gram import check_weight, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,8 @@ class Kernel:
     """A layer's weight as filters.
 
     Attributes:
-        weight: ``(*batch, groups, o, i, *spatial)``: per group ``o`` filters, each reading ``i`` channels.
+        weight: ``(*batch, groups, o, i, *spatial)``: per group ``o`` filters, each reading ``i`` channels. A sharded one
+            (a DTensor) is gathered.
         stride: one entry per spatial dimension; ``()`` for a linear layer.
         rank: the transition dimension ``r`` that a relaxation policy chose (an integer, or one per leading dimension),
             or None where none was resolved. See :mod:`orthokit.relax`.
@@ -39,6 +40,7 @@ class Kernel:
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
+        object.__setattr__(self, "weight", whole(self.weight))
         if self.weight.ndim < 3 + len(self.stride):
             raise ValueError(
                 f"a kernel with {len(self.stride)} spatial dimensions needs a weight (*batch, groups, o, i, *spatial); "
@@ -105,17 +107,17 @@ def kernel_of(layer: object) -> Kernel:
 
 @kernel_of.register
 def _linear(layer: nn.Linear) -> Kernel:
-    return Kernel(weight_of(layer).unsqueeze(0))
+    return Kernel(whole(weight_of(layer)).unsqueeze(0))
 
 
 @kernel_of.register
 def _convolution(layer: _ConvNd) -> Kernel:
-    return Kernel(weight_of(layer).unflatten(0, (layer.groups, -1)), tuple(layer.stride))
+    return Kernel(whole(weight_of(layer)).unflatten(0, (layer.groups, -1)), tuple(layer.stride))
 
 
 @kernel_of.register
 def _transposed_convolution(layer: _ConvTransposeNd) -> Kernel:
-    return Kernel(weight_of(layer).unflatten(0, (layer.groups, -1)).transpose(1, 2), tuple(layer.stride))
+    return Kernel(whole(weight_of(layer)).unflatten(0, (layer.groups, -1)).transpose(1, 2), tuple(layer.stride))
 
 
 @kernel_of.register
@@ -159,13 +161,13 @@ def weight_of(layer: nn.Module) -> Tensor:
     return weight
 
 
-def sources(layer: nn.Module) -> tuple[Tensor, ...]:
+def sources(layer: nn.Module, kernel: Kernel | None = None) -> tuple[Tensor, ...]:
     """The parameters from which a layer's kernel is computed: its weight, or what a parametrization makes it from.
 
-    They are read off the graph of the kernel. Where nothing asks for a gradient: the parameters with which it could.
+    They are read off the graph of the kernel (pass it where it was read already). Where nothing asks for a gradient: the parameters with which it could.
     """
     with torch.enable_grad():
-        if found := leaves(kernel_of(layer).weight):
+        if found := leaves((kernel or kernel_of(layer)).weight):
             return found
     own = layer._parameters.get("weight")
     if own is not None or isinstance(layer._buffers.get("weight"), Tensor):

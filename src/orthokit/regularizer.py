@@ -11,7 +11,7 @@ from orthokit.checks import check_count, check_number, warn_once
 from orthokit.gram import is_finite, upcast
 from orthokit.kernel import Kernel, KernelMeasure, leaves, sources
 from orthokit.schedules import Schedule, as_schedule, constant
-from orthokit.select import Layer, Where, convs, select
+from orthokit.select import Layer, Where, convs, reshard, select
 
 
 def sqrt_filters(kernel: Kernel) -> float:
@@ -68,7 +68,7 @@ class Regularizer:
         if isinstance(penalty, type) or not callable(penalty):
             name = penalty.__name__ if isinstance(penalty, type) else repr(penalty)
             raise TypeError(f"penalty must be an instance such as orthokit.SO(); got {name}")
-        self.penalty, self.schedule, self.scale = penalty, as_schedule(strength), scale
+        self.model, self.penalty, self.schedule, self.scale = model, penalty, as_schedule(strength), scale
         self.include_frozen = include_frozen
         self.steps = 0
         self.layers = select(model, where)
@@ -108,7 +108,7 @@ class Regularizer:
         strength = self.strength
         values = [value.sum() for _, value in self._stacks()] if strength > 0 else []
         if not values:
-            return torch.zeros((), device=self.layers[0].kernel.weight.device)
+            return torch.zeros((), device=self.layers[0].device)
         total: Tensor = torch.stack([value.to(values[0].device) for value in values]).sum()
         return strength * total
 
@@ -124,11 +124,13 @@ class Regularizer:
 
     def _stacks(self) -> Iterator[tuple[list[Layer], Tensor]]:
         """Layers of equal shape, and the penalty of each as a vector."""
+        reshard(self.model)
         stacks: dict[tuple[Any, ...], list[tuple[Layer, Kernel]]] = {}
         for layer in self.layers:
             with torch.enable_grad():  # without it the kernel would not tell whether it trains
                 kernel = replace(layer.kernel, rank=self._ranks.get(layer.name))
-            if self.include_frozen or kernel.weight.requires_grad or not layer.frozen:
+            trains = kernel.weight.requires_grad or any(p.requires_grad for p in sources(layer.module, kernel))
+            if self.include_frozen or trains:
                 key = (kernel.weight.shape, kernel.stride, kernel.weight.dtype, kernel.weight.device)
                 stacks.setdefault(key, []).append((layer, kernel))
         for stack in stacks.values():
@@ -187,6 +189,7 @@ class Regularizer:
         Decay would pull their lengths towards 0 while the penalty pulls them towards 1.
         """
         check_number("weight_decay", weight_decay)
+        reshard(model)
         kernels = {parameter for layer in self.layers for parameter in sources(layer.module)}
         groups: list[dict[str, Any]] = [
             {"params": [p for p in model.parameters() if p not in kernels], "weight_decay": weight_decay},

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -112,12 +113,16 @@ class Layer(NamedTuple):
     @property
     def kernel(self) -> Kernel:
         """Its kernel now; an error names the layer."""
-        tensor = next(itertools.chain(self.module.parameters(), self.module.buffers()), torch.empty(0))
         try:
-            with torch.autocast(tensor.device.type, enabled=False):  # Note [full precision]
+            with torch.autocast(self.device.type, enabled=False):  # Note [full precision]
                 return kernel_of(self.module)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {self.name!r}: {error}") from None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(itertools.chain(self.module.parameters(), self.module.buffers()), torch.empty(0)).device
 
     @property
     def frozen(self) -> bool:
@@ -138,6 +143,7 @@ def select(model: nn.Module | Mapping[str, Any], where: Where = convs) -> tuple[
     """
     _check_where(where)
     if isinstance(model, nn.Module):
+        reshard(model)
         kind, modules = type(unwrap(model)).__name__, dict(unwrap(model).named_modules())
     elif isinstance(model, Mapping):
         kind, modules = "the state dict", _modules_of(model)
@@ -237,3 +243,16 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 (``fully_shard``) put its shards back where a forward pass has left gathered weights in the model.
+
+    The gathered ones may be of lower precision, and a gradient that reached them would be averaged, or lost.
+    """
+    # Nobody can have sharded the model who has not imported it.
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if sharded is not None:
+        for module in model.modules():
+            if isinstance(module, sharded):
+                module.reshard()
