@@ -178,11 +178,12 @@ def _modules_of(checkpoint: Mapping[str, Any]) -> dict[str, nn.Module]:
             "no layer's weight in this state dict (dense floating-point tensors named '*.weight' with 2 to 5 dimensions); "
             f"keys: {shown}"
         )
-    parameters: dict[tuple[int, torch.Size], nn.Parameter] = {}  # tied entries share their storage
+    # Tied entries share their storage. Of a sharded weight it is not known, and its part on this rank may be empty.
+    parameters: dict[tuple[int, torch.Size], nn.Parameter] = {}
     modules: dict[str, nn.Module] = {}
     for key, weight in weights.items():
         name = key.removesuffix("weight").removesuffix(".").removeprefix("module.")
-        tied = (weight.data_ptr(), weight.shape)
+        tied = (weight.data_ptr() or id(weight), weight.shape)
         o, i, *size = weight.shape
         module: nn.Module = nn.Linear(i, o, bias=False, device="meta")
         if size:
