@@ -51,7 +51,7 @@ def full_precision(measure: MatrixMeasure[P]) -> MatrixMeasure[P]:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """``weight`` itself, or all of it if it is sharded over devices: every rank must ask, and takes its own part of the gradient."""
+    """``weight``, gathered if it is sharded over devices: every rank must ask, and gets its own part of the gradient back."""
     # A DTensor is known by its method: importing its class takes longer than importing this package.
     gather = getattr(weight, "full_tensor", None)
     return weight if gather is None else cast(Tensor, gather())

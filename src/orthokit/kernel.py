@@ -164,7 +164,8 @@ def weight_of(layer: nn.Module) -> Tensor:
 def sources(layer: nn.Module, kernel: Kernel | None = None) -> tuple[Tensor, ...]:
     """The parameters from which a layer's kernel is computed: its weight, or what a parametrization makes it from.
 
-    They are read off the graph of the kernel (pass it where it was read already). Where nothing asks for a gradient: the parameters with which it could.
+    They are read off the graph of the kernel; pass it if it was read already. Where nothing asks for a gradient: the parameters
+    with which it could.
     """
     with torch.enable_grad():
         if found := leaves((kernel or kernel_of(layer)).weight):
