@@ -25,7 +25,7 @@ STEPS, BATCH, ACCUMULATED = 3, 12, 2
 
 
 def model():
-    """Rows that 2 and 3 ranks share unevenly or that some get none of; a stack, a tied, a grouped and a frozen layer."""
+    """Rows that ranks share unevenly, or get none of; a stack, a tied, a grouped, a frozen and a parametrized layer."""
     torch.manual_seed(0)
     m = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -44,6 +44,7 @@ def model():
         nn.Linear(10, 5),
     )
     m[9].weight = m[8].weight
+    nn.utils.parametrizations.weight_norm(m[7])
     m[10].requires_grad_(False)
     return m
 

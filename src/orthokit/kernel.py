@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
@@ -141,8 +142,9 @@ def weight_of(layer: nn.Module) -> Tensor:
     if parametrize.is_parametrized(layer, "weight"):
         parametrization = cast(nn.ModuleDict, layer.parametrizations)["weight"]
         # Its own call rather than `layer.weight`, which would leave this reading in the cache of `parametrize.cached()`.
+        sharded = {name: whole(part) for name, part in parametrization.named_parameters() if hasattr(part, "full_tensor")}
         with _evaluating(parametrization):
-            return cast(Tensor, parametrization())
+            return cast(Tensor, functional_call(parametrization, sharded, ()) if sharded else parametrization())
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == "weight":
             return cast(Tensor, hook.compute_weight(layer))

@@ -250,10 +250,18 @@ def reshard(model: nn.Module) -> None:
     """Have FSDP2 (``fully_shard``) put its shards back where a forward pass has left gathered weights in the model.
 
     The gathered ones may be of lower precision, and a gradient that reached them would be averaged, or lost.
+
+    Raises:
+        TypeError: the model is in the first FSDP, ``FullyShardedDataParallel``.
     """
-    # Nobody can have sharded the model who has not imported it.
-    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if sharded is not None:
-        for module in model.modules():
-            if isinstance(module, sharded):
-                module.reshard()
+    # Nobody can have sharded the model who has not imported this.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise TypeError(
+                "FullyShardedDataParallel flattens the weights; use torch.distributed.fsdp.fully_shard"
+            )
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
