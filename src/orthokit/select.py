@@ -260,8 +260,6 @@ def reshard(model: nn.Module) -> None:
         return
     for module in model.modules():
         if isinstance(module, fsdp.FullyShardedDataParallel):
-            raise TypeError(
-                "FullyShardedDataParallel flattens the weights; use torch.distributed.fsdp.fully_shard"
-            )
+            raise TypeError("FullyShardedDataParallel flattens the weights; use torch.distributed.fsdp.fully_shard")
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
