@@ -6,7 +6,7 @@ bfloat16 autocast ``||K K^T - I||^2`` near orthogonality is off by orders of mag
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, Literal, ParamSpec
+from typing import Concatenate, Literal, ParamSpec, cast
 
 import torch
 from jaxtyping import Float
@@ -34,6 +34,7 @@ def full_precision(measure: MatrixMeasure[P]) -> MatrixMeasure[P]:
     @functools.wraps(measure)
     def wrapper(matrix: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         check_weight(matrix)
+        matrix = whole(matrix)
         if matrix.ndim < 2:
             raise ValueError(f"{measure.__name__} needs matrices (*b, o, n), one filter a row; got {tuple(matrix.shape)}")
         with torch.autocast(matrix.device.type, enabled=False):
@@ -48,6 +49,13 @@ def full_precision(measure: MatrixMeasure[P]) -> MatrixMeasure[P]:
         return value
 
     return wrapper
+
+
+def whole(weight: Tensor) -> Tensor:
+    """``weight``, gathered if it is sharded over devices: every rank must ask, and gets its own part of the gradient back."""
+    # A DTensor is known by its method: importing its class takes longer than importing this package.
+    gather = getattr(weight, "full_tensor", None)
+    return weight if gather is None else cast(Tensor, gather())
 
 
 def upcast(weight: Tensor) -> Tensor:

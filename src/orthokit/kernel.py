@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
@@ -17,7 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from orthokit.gram import check_weight
+from orthokit.gram import check_weight, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,8 @@ class Kernel:
     """A layer's weight as filters.
 
     Attributes:
-        weight: ``(*batch, groups, o, i, *spatial)``: per group ``o`` filters, each reading ``i`` channels.
+        weight: ``(*batch, groups, o, i, *spatial)``: per group ``o`` filters, each reading ``i`` channels. A sharded one
+            (a DTensor) is gathered.
         stride: one entry per spatial dimension; ``()`` for a linear layer.
         dilation: likewise; ``()`` is 1 everywhere.
         transposed: whether the layer is a transposed convolution. Then ``weight`` holds the filters of its output channels, and
@@ -45,6 +47,7 @@ class Kernel:
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
+        object.__setattr__(self, "weight", whole(self.weight))
         if self.weight.ndim < 3 + len(self.stride):
             raise ValueError(
                 f"a kernel with {len(self.stride)} spatial dimensions needs a weight (*batch, groups, o, i, *spatial); "
@@ -129,18 +132,18 @@ def kernel_of(layer: object) -> Kernel:
 
 @kernel_of.register
 def _linear(layer: nn.Linear) -> Kernel:
-    return Kernel(weight_of(layer).unsqueeze(0))
+    return Kernel(whole(weight_of(layer)).unsqueeze(0))
 
 
 @kernel_of.register
 def _convolution(layer: _ConvNd) -> Kernel:
-    weight = weight_of(layer).unflatten(0, (layer.groups, -1))
+    weight = whole(weight_of(layer)).unflatten(0, (layer.groups, -1))
     return Kernel(weight, tuple(layer.stride), dilation=tuple(layer.dilation))
 
 
 @kernel_of.register
 def _transposed_convolution(layer: _ConvTransposeNd) -> Kernel:
-    weight = weight_of(layer).unflatten(0, (layer.groups, -1)).transpose(1, 2)
+    weight = whole(weight_of(layer)).unflatten(0, (layer.groups, -1)).transpose(1, 2)
     return Kernel(weight, tuple(layer.stride), dilation=tuple(layer.dilation), transposed=True)
 
 
@@ -165,8 +168,9 @@ def weight_of(layer: nn.Module) -> Tensor:
     if parametrize.is_parametrized(layer, "weight"):
         parametrization = cast(nn.ModuleDict, layer.parametrizations)["weight"]
         # Its own call rather than `layer.weight`, which would leave this reading in the cache of `parametrize.cached()`.
+        sharded = {name: whole(part) for name, part in parametrization.named_parameters() if hasattr(part, "full_tensor")}
         with _evaluating(parametrization):
-            return cast(Tensor, parametrization())
+            return cast(Tensor, functional_call(parametrization, sharded, ()) if sharded else parametrization())
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == "weight":
             return cast(Tensor, hook.compute_weight(layer))
@@ -185,13 +189,14 @@ def weight_of(layer: nn.Module) -> Tensor:
     return weight
 
 
-def sources(layer: nn.Module) -> tuple[Tensor, ...]:
+def sources(layer: nn.Module, kernel: Kernel | None = None) -> tuple[Tensor, ...]:
     """The parameters from which a layer's kernel is computed: its weight, or what a parametrization makes it from.
 
-    They are read off the graph of the kernel. Where nothing asks for a gradient: the parameters with which it could.
+    They are read off the graph of the kernel; pass it if it was read already. Where nothing asks for a gradient: the parameters
+    with which it could.
     """
     with torch.enable_grad():
-        if found := leaves(kernel_of(layer).weight):
+        if found := leaves((kernel or kernel_of(layer)).weight):
             return found
     own = layer._parameters.get("weight")
     if own is not None or isinstance(layer._buffers.get("weight"), Tensor):

@@ -11,7 +11,7 @@ from orthokit.checks import check_count, check_number, warn_once
 from orthokit.gram import is_finite, upcast
 from orthokit.kernel import Kernel, KernelMeasure, leaves, sources
 from orthokit.schedules import Schedule, as_schedule, constant
-from orthokit.select import Layer, Where, convs, select
+from orthokit.select import Layer, Where, convs, reshard, select
 
 
 def sqrt_filters(kernel: Kernel) -> float:
@@ -68,7 +68,7 @@ class Regularizer:
         if isinstance(penalty, type) or not callable(penalty):
             name = penalty.__name__ if isinstance(penalty, type) else repr(penalty)
             raise TypeError(f"penalty must be an instance such as orthokit.SO(); got {name}")
-        self.penalty, self.schedule, self.scale = penalty, as_schedule(strength), scale
+        self.model, self.penalty, self.schedule, self.scale = model, penalty, as_schedule(strength), scale
         self.include_frozen = include_frozen
         self.steps = 0
         self.layers = select(model, where)
@@ -108,7 +108,7 @@ class Regularizer:
         strength = self.strength
         values = [value.sum() for _, value in self._stacks()] if strength > 0 else []
         if not values:
-            return torch.zeros((), device=self.layers[0].kernel.weight.device)
+            return torch.zeros((), device=self.layers[0].device)
         total: Tensor = torch.stack([value.to(values[0].device) for value in values]).sum()
         return strength * total
 
@@ -124,15 +124,22 @@ class Regularizer:
 
     def _stacks(self) -> Iterator[tuple[list[Layer], Tensor]]:
         """Layers of equal shape, and the penalty of each as a vector."""
+        for layers, kernel in self._kernels():
+            yield layers, self._measure(layers, kernel)
+
+    def _kernels(self) -> Iterator[tuple[list[Layer], Kernel]]:
+        """Layers of equal shape, and their kernels stacked."""
+        reshard(self.model)
         stacks: dict[tuple[object, ...], list[tuple[Layer, Kernel]]] = {}
         for layer in self.layers:
             with torch.enable_grad():  # without it the kernel would not tell whether it trains
                 kernel = replace(layer.kernel, rank=self._ranks.get(layer.name))
-            if self.include_frozen or kernel.weight.requires_grad or not layer.frozen:
+            trains = kernel.weight.requires_grad or any(p.requires_grad for p in sources(layer.module, kernel))
+            if self.include_frozen or trains:
                 stacks.setdefault(kernel.layout, []).append((layer, kernel))
         for stack in stacks.values():
             layers, kernels = map(list, zip(*stack, strict=True))
-            yield layers, self._measure(layers, Kernel.stack(kernels))
+            yield layers, Kernel.stack(kernels)
 
     def _measure(self, layers: list[Layer], kernel: Kernel) -> Tensor:
         kernel = replace(kernel, weight=upcast(kernel.weight))
@@ -180,12 +187,41 @@ class Regularizer:
                 parameter.grad.add_(gradient * scale)
         return value.detach()
 
+    @torch.no_grad()
+    def retract_(self, rate: float = 1.0) -> None:
+        """Move every kernel the part ``rate`` of the way to the penalty's nearest minimum, in closed form and in place.
+
+        Call it after the optimizer's step: decoupled from the gradient, as AdamW decouples weight decay, so that neither
+        momentum nor the optimizer's scaling touches it. Neither strength nor schedule applies. ``rate=1`` keeps the kernels
+        on the minimum; the optimizer's state is not changed.
+
+        Raises:
+            TypeError: the penalty has no method ``nearest`` (``SO``, ``DSO``, ``SRIP`` and ``Disentangled`` have).
+            ValueError: ``rate`` is not in (0, 1]; a relaxation whose nearest minimum is not known in closed form; or a layer
+                whose weight is computed (parametrized, pruned, sharded) and cannot be set.
+        """
+        check_number("rate", rate, 0, 1, open_low=True)
+        nearest = getattr(self.penalty, "nearest", None)
+        if nearest is None:
+            raise TypeError(f"{self.penalty!r} knows no nearest minimum in closed form; use SO, DSO, SRIP or Disentangled")
+        moves = []
+        for layers, kernel in self._kernels():
+            for layer, target in zip(layers, nearest(kernel), strict=True):
+                weight = layer.kernel.weight
+                (parameter,) = found if len(found := sources(layer.module)) == 1 else (None,)
+                if parameter is None or weight.data_ptr() != parameter.data_ptr() or weight.numel() != parameter.numel():
+                    raise ValueError(f"the weight of layer {layer.name!r} is computed from others and cannot be set; see where=")
+                moves.append((weight, target.reshape(weight.shape).to(weight.dtype)))
+        for weight, target in moves:
+            weight.lerp_(target, rate)
+
     def param_groups(self, model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
         """The parameters of ``model`` for an optimizer, with weight decay on all but the regularized kernels.
 
         Decay would pull their lengths towards 0 while the penalty pulls them towards 1.
         """
         check_number("weight_decay", weight_decay)
+        reshard(model)
         kernels = {parameter for layer in self.layers for parameter in sources(layer.module)}
         groups: list[dict[str, Any]] = [
             {"params": [p for p in model.parameters() if p not in kernels], "weight_decay": weight_decay},

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -112,12 +113,16 @@ class Layer(NamedTuple):
     @property
     def kernel(self) -> Kernel:
         """Its kernel now; an error names the layer."""
-        tensor = next(itertools.chain(self.module.parameters(), self.module.buffers()), torch.empty(0))
         try:
-            with torch.autocast(tensor.device.type, enabled=False):  # Note [full precision]
+            with torch.autocast(self.device.type, enabled=False):  # Note [full precision]
                 return kernel_of(self.module)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {self.name!r}: {error}") from None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(itertools.chain(self.module.parameters(), self.module.buffers()), torch.empty(0)).device
 
     @property
     def frozen(self) -> bool:
@@ -138,6 +143,7 @@ def select(model: nn.Module | Mapping[str, Any], where: Where = convs) -> tuple[
     """
     _check_where(where)
     if isinstance(model, nn.Module):
+        reshard(model)
         kind, modules = type(unwrap(model)).__name__, dict(unwrap(model).named_modules())
     elif isinstance(model, Mapping):
         kind, modules = "the state dict", _modules_of(model)
@@ -172,11 +178,12 @@ def _modules_of(checkpoint: Mapping[str, Any]) -> dict[str, nn.Module]:
             "no layer's weight in this state dict (dense floating-point tensors named '*.weight' with 2 to 5 dimensions); "
             f"keys: {shown}"
         )
-    parameters: dict[tuple[int, torch.Size], nn.Parameter] = {}  # tied entries share their storage
+    # Tied entries share their storage. Of a sharded weight it is not known, and its part on this rank may be empty.
+    parameters: dict[tuple[int, torch.Size], nn.Parameter] = {}
     modules: dict[str, nn.Module] = {}
     for key, weight in weights.items():
         name = key.removesuffix("weight").removesuffix(".").removeprefix("module.")
-        tied = (weight.data_ptr(), weight.shape)
+        tied = (weight.data_ptr() or id(weight), weight.shape)
         o, i, *size = weight.shape
         module: nn.Module = nn.Linear(i, o, bias=False, device="meta")
         if size:
@@ -237,3 +244,22 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 (``fully_shard``) put its shards back where a forward pass has left gathered weights in the model.
+
+    The gathered ones may be of lower precision, and a gradient that reached them would be averaged, or lost.
+
+    Raises:
+        TypeError: the model is in the first FSDP, ``FullyShardedDataParallel``.
+    """
+    # Nobody can have sharded the model who has not imported this.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise TypeError("FullyShardedDataParallel flattens the weights; use torch.distributed.fsdp.fully_shard")
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from orthokit.kernel import sources
 from orthokit.regularizer import Regularizer
+from orthokit.select import reshard
 
 
 def attach(ortho: Regularizer, optimizer: Optimizer) -> RemovableHandle:
@@ -32,6 +33,7 @@ def attach(ortho: Regularizer, optimizer: Optimizer) -> RemovableHandle:
         raise TypeError(
             f"attach takes a Regularizer and a torch.optim.Optimizer; got {type(ortho).__name__}, {type(optimizer).__name__}"
         )
+    reshard(ortho.model)
     held = {id(parameter) for parameter in _parameters(optimizer)}
     missing = [
         layer.name

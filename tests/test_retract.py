@@ -1,0 +1,129 @@
+"""The decoupled step towards the nearest minimum."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import orthokit as ok
+from orthokit.gram import polar
+from orthokit.lab.data import digits
+from orthokit.lab.models import ResNet
+
+
+def model():
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, padding=1, groups=3),
+        nn.ReLU(),
+        nn.ConvTranspose2d(12, 6, 2, stride=2),
+        nn.Conv2d(6, 24, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 5),
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6), (3, 4, 8)])
+@pytest.mark.parametrize("condition", [1, 1e3])
+def test_polar_is_the_nearest(shape, condition):
+    m = torch.randn(*shape, dtype=torch.float64)
+    left, sigma, right = torch.linalg.svd(m, full_matrices=False)
+    m = (
+        left
+        * torch.logspace(0, -torch.tensor(float(condition)).log10().item(), sigma.shape[-1], dtype=torch.float64).unsqueeze(-2)
+        @ right
+    )
+    assert torch.allclose(polar(m), left @ right, atol=1e-9)
+
+
+def test_polar_of_degenerate_matrices_is_finite():
+    assert polar(torch.zeros(3, 5)).abs().max() == 0
+    assert polar(torch.ones(3, 5)).isfinite().all()
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), lambda p: torch.optim.AdamW(p, lr=3e-3)])
+@pytest.mark.parametrize("penalty", [ok.Disentangled(), ok.SO(), ok.SRIP()], ids=repr)
+def test_real_training_on_the_minimum(make, penalty):
+    data = digits(200)
+    m = ResNet(8, channels=1)
+    wide = ok.convs & ~ok.pointwise & ~ok.stem  # the shortcuts and the first convolution are tall
+    ortho = ok.Regularizer(m, penalty, strength=0.0, where=wide)
+    optimizer = make(m.parameters())
+    x, y = data.train_images, data.train_labels
+    losses = []
+    for _ in range(15):
+        loss = F.cross_entropy(m(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ortho.retract_()
+        losses.append(loss.item())
+        for layer in ortho.layers:
+            matrix = layer.kernel.matrix.detach()
+            residual = matrix @ matrix.mT - torch.eye(matrix.shape[-2])
+            assert residual.norm(dim=(-2, -1)).max() < 1e-5 * matrix.shape[-2] ** 0.5
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_tall_layers_become_tight_frames_of_unit_filters():
+    layer = nn.Conv2d(6, 24, 1)
+    ortho = ok.Regularizer(layer, ok.Disentangled(), strength=0.0)
+    for _ in range(30):
+        ortho.retract_()
+    row = ok.report(layer).rows[0]
+    assert row["max_length_error"] < 1e-6
+    assert row["tightness"] < 1e-5
+    budget = ok.Regularizer(layer, ok.Disentangled(relax=ok.feasible(), form="budget"), strength=0.0)
+    before = layer.weight.detach().clone()
+    budget.retract_()
+    assert torch.allclose(layer.weight, before, atol=1e-5)
+
+
+def test_rate_goes_part_of_the_way():
+    layer = nn.Linear(9, 4)
+    start, end = layer.weight.detach().clone(), polar(layer.weight.detach())
+    ok.Regularizer(layer, ok.SO(), strength=0.0, where=ok.linears).retract_(0.25)
+    assert torch.allclose(layer.weight, start + 0.25 * (end - start), atol=1e-6)
+
+
+def test_the_nearest_is_a_minimum_of_its_penalty():
+    for o, n in ((4, 9), (9, 4), (6, 6)):
+        kernel = ok.kernel_of(torch.randn(o, n, dtype=torch.float64))
+        for penalty in (ok.SO(), ok.SO(side="smaller"), ok.DSO(), ok.SRIP(), ok.Disentangled()):
+            at_best = penalty(ok.Kernel(penalty.nearest(kernel))).item()
+            least = {"SO()": max(0, o - n), "DSO()": abs(o - n)}.get(repr(penalty), 0)
+            if o <= n or type(penalty) is not ok.Disentangled:
+                assert at_best == pytest.approx(least, abs=1e-7)
+            else:
+                assert at_best < penalty(kernel).item()
+
+
+@pytest.mark.parametrize(
+    ("penalty", "error", "message"),
+    [
+        (ok.Coherence(), TypeError, r"Coherence\(\) knows no nearest minimum in closed form"),
+        (ok.Disentangled(relax=ok.share(0.1), form="welch"), ValueError, "form='welch' leaves many minima"),
+        (ok.Disentangled(ceiling=ok.welch()), ValueError, "a ceiling leaves many minima"),
+    ],
+    ids=repr,
+)
+def test_what_has_no_closed_form_is_refused(penalty, error, message):
+    m = model()
+    before = [p.detach().clone() for p in m.parameters()]
+    with pytest.raises(error, match=message):
+        ok.Regularizer(m, penalty, strength=0.0).retract_()
+    assert all(torch.equal(p, q) for p, q in zip(m.parameters(), before, strict=True))
+
+
+def test_other_refusals():
+    m = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    ortho = ok.Regularizer(m, ok.SO(), strength=0.0, where=ok.linears)
+    before = m[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="the weight of layer '1' is computed from others"):
+        ortho.retract_()
+    assert torch.equal(m[0].weight, before)
+    for rate in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"rate must be a finite number in \(0, 1\]"):
+            ortho.retract_(rate)
