@@ -136,9 +136,10 @@ class Plan:
         if self.energy is not None and self.data is None:
             raise UsageError("--energy does nothing without --data")
         where = ok.convs | ok.linears if self.linears else ok.convs
-        network: nn.Module | Mapping[str, Any] = load_checkpoint(self.checkpoint)
+        checkpoint = load_checkpoint(self.checkpoint)
+        network: nn.Module | Mapping[str, Any] = checkpoint
         if self.data is not None:
-            network, measured = self._measure(network, where)
+            network, measured = self._measure(checkpoint, where)
             policies = [ok.ranks(measured, floor=self.floor)]
         _show(ok.plan(network, policies[0] if policies else None, where=where, count=self.count), self.format, console)
 
@@ -153,9 +154,7 @@ class Plan:
         except ModuleNotFoundError as error:
             raise UsageError(f"the digits need {error.name}: pip install 'orthokit[lab]'") from None
         if (channels := network.conv.in_channels) != images.shape[1]:
-            raise UsageError(
-                f"{self.checkpoint} reads images of {channels} channels; those of {self.data} have {images.shape[1]}"
-            )
+            raise UsageError(f"{self.checkpoint} reads {channels} channels; the images of {self.data} have {images.shape[1]}")
         energy = 0.95 if self.energy is None else self.energy
         return network, ok.estimate(network, images.split(250), energy, where=where)
 
