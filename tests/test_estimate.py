@@ -100,6 +100,15 @@ def test_a_planted_rank_is_found(rank):
     assert ok.estimate(model, batches, 1.0) == {"0": rank}  # float32 rounding is no dimension
 
 
+def test_the_group_that_needs_most_stands_for_all():
+    x = torch.randn(50, 12, 3, 3)
+    x[:, 1:4] = x[:, :1]
+    x[:, 4:7] = x[:, 7:8]
+    x[:, 11] = x[:, 10] + x[:, 9]  # groups of rank 1, 1 and 3
+    assert ok.estimate(nn.Conv2d(12, 12, 1, groups=3), [x], 0.9999) == {"Conv2d": 3}
+    assert ok.estimate(nn.Conv2d(12, 12, 1, groups=3), [x.flip(1)], 0.9999) == {"Conv2d": 3}
+
+
 def test_it_does_not_follow_the_rank_of_the_layer_itself():
     model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Tanh(), nn.Conv2d(12, 8, 3))
     batches = [torch.randn(40, 3, 9, 9)]
@@ -156,6 +165,17 @@ def test_moments_in_pieces_equal_those_at_once(monkeypatch):
     for group in range(3):
         assert np.allclose(moments.mean[group], vectors[:, group].mean(0))
         assert np.allclose(moments.covariance[group], np.cov(vectors[:, group].T, bias=True), rtol=1e-9, atol=1e-12)
+
+
+def test_moments_of_vectors_that_differ_by_rounding_only():
+    moments = Moments(2, 3)
+    vectors = torch.ones(50, 2, 3)
+    vectors[:, 0] -= 1e-8 * torch.randn(50, 3).sign()
+    vectors[::2, 1] += 1e-4
+    moments.add(vectors.double() - torch.rand(50, 2, 3) * 1e-9)
+    assert moments.covariance[0].eq(0).all()
+    assert components(moments.covariance, 1.0).tolist() == [1, 1]
+    assert moments.covariance[1].diagonal().min() > 0
 
 
 def test_components_over_a_batch():

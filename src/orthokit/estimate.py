@@ -253,7 +253,7 @@ def estimate(
         stack.enter_context(_unchanged(model))
         stack.enter_context(torch.no_grad())
         for probe in probes:
-            handle = probe.layer.module.register_forward_hook(probe, prepend=True, with_kwargs=True)
+            handle = probe.layer.module.register_forward_hook(probe, with_kwargs=True)
             stack.callback(handle.remove)
         for batch in stack.enter_context(_bar(progress))(loader, batches):
             bare(_input_of(batch, key, count).to(tensors[0].device))
