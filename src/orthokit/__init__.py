@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from orthokit.estimate import estimate
 from orthokit.gram import welch_bound
 from orthokit.integrations.optimizer import attach
 from orthokit.kernel import Kernel, kernel_of
@@ -91,6 +92,7 @@ __all__ = [
     "depthwise",
     "disentangled_orthogonality",
     "double_soft_orthogonality",
+    "estimate",
     "expected_cardinality",
     "feasible",
     "fraction",

@@ -23,8 +23,10 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 import orthokit as ok
+from orthokit.relax import Policy
 from orthokit.tables import Table
 
 Format = Literal["table", "json", "csv"]
@@ -100,13 +102,22 @@ class Relaxation:
 
 @dataclass(frozen=True)
 class Plan:
-    """Show what a relaxation would ask of each convolution of a saved network."""
+    """Show what a relaxation would ask of each convolution of a saved network.
+
+    With --data r is measured: the principal components that hold --energy of the variance of each layer's outputs.
+    """
 
     checkpoint: tyro.conf.Positional[Path]
     """A .pt, .pth or .safetensors file with a state dict. Nothing in it is executed."""
     relax: Annotated[Relaxation, tyro.conf.arg(name="")] = Relaxation()
     floor: int | None = None
     """Never choose r below this (say, the classes of the data set) where the layer has room for it."""
+    data: Literal["digits", "cifar10"] | None = None
+    """Measure r on the images the demo trains on; the checkpoint must be of its network (orthokit.lab.models.ResNet)."""
+    root: Path | None = None
+    """With --data cifar10: the folder cifar-10-batches-py of CIFAR-10's python version, or the one that holds it."""
+    energy: float | None = None
+    """With --data: share of the variance, 0.95 by default."""
     count: Literal["expected", "fewest"] = "expected"
     """Which number of pairs form="pairs" leaves free."""
     linears: bool = False
@@ -120,14 +131,37 @@ class Plan:
             None if self.relax.fraction is None else ok.fraction(self.relax.fraction, floor=self.floor),
             None if self.relax.share is None else ok.share(self.relax.share, floor=self.floor),
         ]
-        policies = [policy for policy in chosen if policy is not None]
-        if len(policies) > 1:
-            raise UsageError("choose one of --feasible, --fraction and --share")
-        if self.floor is not None and not policies:
-            raise UsageError("--floor does nothing without --feasible, --fraction or --share")
+        policies: list[Policy] = [policy for policy in chosen if policy is not None]
+        if len(policies) + (self.data is not None) > 1:
+            raise UsageError("choose one of --feasible, --fraction, --share and --data")
+        if self.floor is not None and not policies and self.data is None:
+            raise UsageError("--floor does nothing without --feasible, --fraction, --share or --data")
+        if (self.data == "cifar10") != (self.root is not None):
+            raise UsageError("--data cifar10 and --root DIR go together")
+        if self.energy is not None and self.data is None:
+            raise UsageError("--energy does nothing without --data")
         where = ok.convs | ok.linears if self.linears else ok.convs
-        plan = ok.plan(load_checkpoint(self.checkpoint), policies[0] if policies else None, where=where, count=self.count)
-        _show(plan, self.format, console)
+        checkpoint = load_checkpoint(self.checkpoint)
+        network: nn.Module | Mapping[str, Any] = checkpoint
+        if self.data is not None:
+            network, measured = self._measure(checkpoint, where)
+            policies = [ok.ranks(measured, floor=self.floor)]
+        _show(ok.plan(network, policies[0] if policies else None, where=where, count=self.count), self.format, console)
+
+    def _measure(self, checkpoint: Mapping[str, Any], where: ok.Predicate) -> tuple[nn.Module, dict[str, int]]:
+        """The lab's network with these weights, and the ranks of its layers on the training images."""
+        from orthokit.lab import data
+        from orthokit.lab.models import ResNet
+
+        network = ResNet.from_checkpoint(checkpoint)
+        try:
+            images = (data.digits() if self.root is None else data.cifar10(self.root)).train_images
+        except ModuleNotFoundError as error:
+            raise UsageError(f"the digits need {error.name}: pip install 'orthokit[lab]'") from None
+        if (channels := network.conv.in_channels) != images.shape[1]:
+            raise UsageError(f"{self.checkpoint} reads {channels} channels; the images of {self.data} have {images.shape[1]}")
+        energy = 0.95 if self.energy is None else self.energy
+        return network, ok.estimate(network, images.split(250), energy, where=where)
 
 
 @dataclass(frozen=True)
@@ -264,7 +298,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         command.run(_Console())
         sys.stdout.flush()
-    except (UsageError, ValueError, OSError, ModuleNotFoundError) as error:
+    except (UsageError, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("ORTHOKIT_DEBUG"):
             raise
         if isinstance(error, BrokenPipeError):

@@ -170,7 +170,7 @@ def select(model: nn.Module | Mapping[str, Any], where: Where = convs) -> tuple[
 
 def _modules_of(checkpoint: Mapping[str, Any]) -> dict[str, nn.Module]:
     """Modules that hold the weights of the state dict found in ``checkpoint``, by name."""
-    state = _state_of(checkpoint)
+    state = state_of(checkpoint)
     weights = _weights(state)
     if not weights:
         shown = ", ".join(map(repr, list(checkpoint)[:8])) + (", ..." if len(checkpoint) > 8 else "")
@@ -194,7 +194,7 @@ def _modules_of(checkpoint: Mapping[str, Any]) -> dict[str, nn.Module]:
     return modules
 
 
-def _state_of(checkpoint: Mapping[Any, Any]) -> Mapping[Any, Any]:
+def state_of(checkpoint: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """Of the checkpoint and all mappings in it, the one with the most weights."""
     found, waiting = {id(checkpoint): checkpoint}, [checkpoint]
     while waiting:
@@ -222,7 +222,7 @@ def _weights(state: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 def unread(checkpoint: Mapping[Any, Any]) -> list[str]:
     """Entries of a state dict that belong to the weight of a layer but cannot be read: parametrized, sparse, integer, empty."""
-    state = _state_of(checkpoint)
+    state = state_of(checkpoint)
     parts = re.compile(r"(^|\.)(weight_(g|v|orig|mask)|parametrizations\.weight\..+)$")
     known = _weights(state)
     return [

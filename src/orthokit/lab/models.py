@@ -1,9 +1,14 @@
 """Residual networks for small images."""
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthokit.checks import check_count
+from orthokit.select import state_of
 
 
 class BasicBlock(nn.Module):
@@ -57,3 +62,24 @@ class ResNet(nn.Module):
         features = self.blocks(F.relu(self.bn(self.conv(x))))
         logits: Tensor = self.fc(features.mean((-2, -1)))
         return logits
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> "ResNet":
+        """The network whose state dict is in ``checkpoint``; depth, channels and classes are read off the shapes.
+
+        Raises:
+            ValueError: the weights are not those of this network.
+        """
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in state_of(checkpoint).items()}
+        blocks = {match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
+        try:
+            channels, classes = state["conv.weight"].shape[1], state["fc.weight"].shape[0]
+            network = cls(2 * len(blocks) + 2, channels, classes)
+            network.load_state_dict(state)
+        except (KeyError, IndexError, AttributeError, ValueError, RuntimeError, TypeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise ValueError(
+                "these are not the weights of orthokit.lab.models.ResNet, the only network that can be rebuilt from a checkpoint "
+                f"({reason[:200]}); for another call orthokit.estimate(model, loader)"
+            ) from None
+        return network
