@@ -54,9 +54,9 @@ class OrthoCallback(Callback):
         include_frozen: let training start though all layers are frozen (to be thawed later), and log frozen layers too.
         step: the unit of the schedule: ``"epoch"``, or ``"batch"``, a batch after which an optimizer stepped (the accumulated
             batches before it do not count).
-        log_every: after how many such batches to log ``{name}/{layer}`` (each layer's penalty), ``{name}/total`` (what the penalty
-            adds to the loss) and ``{name}/strength``; None for the Trainer's ``log_every_n_steps``, 0 for never. The values are in
-            ``trainer.callback_metrics`` too, where other callbacks can monitor them.
+        log_every: after how many such batches to log ``{name}/{layer}`` (each layer's penalty), ``{name}/total`` (what the
+            penalty adds to the loss) and ``{name}/strength``; None for the Trainer's ``log_every_n_steps``, 0 for never. They go
+            to the loggers, and to ``trainer.callback_metrics``, where other callbacks can monitor them.
         name: tells this callback's logs and state from those of others of its kind.
 
     Attributes:
@@ -96,7 +96,7 @@ class OrthoCallback(Callback):
     @property
     def state_key(self) -> str:
         """What the checkpoint files the state under; Lightning wants it unique."""
-        return self._generate_state_key(name=self.name)
+        return f"OrthoCallback({self.name!r})"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew with every new Trainer; comes before a checkpoint is loaded."""
@@ -142,7 +142,7 @@ class OrthoCallback(Callback):
         stepped = trainer.fit_loop.epoch_loop._batches_that_stepped
         if every > 0 and trainer.global_step > self._began and (stepped + 1) % every == 0:
             assert self.ortho is not None
-            values = measured(self.ortho, self.name)
+            values = measured(self.ortho, self.ortho.strength, self.name)
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=stepped)
@@ -172,7 +172,7 @@ class OrthoCallback(Callback):
         self._steps, self._seen = state_dict["steps"], state_dict["seen"]
 
     def _count(self, trainer: Trainer) -> int:
-        return trainer.current_epoch if self.step == "epoch" else trainer.global_step
+        return int(trainer.current_epoch if self.step == "epoch" else trainer.global_step)
 
     def _detach(self) -> None:
         for handle in self._handles:

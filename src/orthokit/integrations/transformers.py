@@ -1,10 +1,9 @@
-"""transformers: a callback adds the penalty's gradient in the optimizer's step. Needs ``transformers`` (extra ``[transformers]``)."""
+"""transformers: a callback adds the penalty's gradient in the optimizer's step. Needs the extra ``[transformers]``."""
 
 from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from orthokit.checks import check_choice
@@ -28,10 +27,10 @@ class OrthoTrainerCallback(TrainerCallback):
     """Regularizes the model that a ``transformers.Trainer`` trains, as if its loss had the penalty added.
 
     The gradient comes inside the optimizer's step: after gradient clipping, once however many batches were accumulated, unscaled
-    under 16-bit precision. The schedule is in the checkpoint's ``trainer_state.json``, and ``resume_from_checkpoint`` continues it.
+    under 16-bit precision. The schedule is in a checkpoint's ``trainer_state.json``; ``resume_from_checkpoint`` continues it.
 
     Whenever the Trainer logs its loss it also logs ``{name}/{layer}`` (each layer's penalty), ``{name}/total`` (what the penalty
-    adds to the loss) and ``{name}/strength``, into ``trainer.state.log_history``. The callbacks that report elsewhere (TensorBoard,
+    adds to the loss) and ``{name}/strength``, into ``trainer.state.log_history``. Callbacks that report elsewhere (TensorBoard,
     Weights & Biases, the progress bar) see them only if they come after this one: join with :meth:`add_to` for that.
 
     Args:
@@ -47,8 +46,8 @@ class OrthoTrainerCallback(TrainerCallback):
         ortho: the :class:`~orthokit.Regularizer`, from the start of training on.
 
     Raises:
-        ValueError: an argument is out of range. When training starts: no layer is selected, all are frozen, the optimizer does not
-            train a selected layer, or weights are sharded (FSDP, DeepSpeed).
+        ValueError: an argument is out of range. When training starts: no layer is selected, all are frozen, the optimizer does
+            not train a selected layer, or weights are sharded (FSDP, DeepSpeed).
 
     .. code-block:: python
 
@@ -73,7 +72,7 @@ class OrthoTrainerCallback(TrainerCallback):
         self.penalty, self.strength, self.where, self.scale = penalty, strength, where, scale
         self.include_frozen, self.step, self.name = include_frozen, step, name
         self.ortho: Regularizer | None = None
-        self._advanced = False
+        self._advanced, self._strength = False, 0.0
         self._handle: RemovableHandle | None = None
 
     def add_to(self, trainer: Trainer) -> None:
@@ -87,7 +86,7 @@ class OrthoTrainerCallback(TrainerCallback):
         control: TrainerControl,
         *,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Any,
         **kwargs: Any,
     ) -> None:
         """Select the layers, attach to the optimizer, continue a resumed schedule."""
@@ -120,12 +119,17 @@ class OrthoTrainerCallback(TrainerCallback):
             optimizer = optimizer.optimizer
         self._handle = attach(self.ortho, optimizer)
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the strength of this step: logs come when the schedule has advanced."""
+        assert self.ortho is not None
+        self._strength = self.ortho.strength
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the schedule of batches; that of epochs too after the last batch of one.
 
         A checkpoint taken there, before ``on_epoch_end``, is resumed with the next epoch.
         """
-        if self.step == "batch" or float(state.epoch or 0.5).is_integer():
+        if self.step == "batch" or (state.epoch is not None and float(state.epoch).is_integer()):
             self._advance(state)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -144,7 +148,7 @@ class OrthoTrainerCallback(TrainerCallback):
     ) -> None:
         """Add our values to those of the Trainer."""
         if self.ortho is not None and logs is not None and "loss" in logs:
-            values = measured(self.ortho, self.name)
+            values = measured(self.ortho, self._strength, self.name)
             logs.update(values)
             state.log_history[-1].update(values)
 
