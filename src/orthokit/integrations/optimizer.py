@@ -33,8 +33,14 @@ def attach(ortho: Regularizer, optimizer: Optimizer) -> RemovableHandle:
         raise TypeError(
             f"attach takes a Regularizer and a torch.optim.Optimizer; got {type(ortho).__name__}, {type(optimizer).__name__}"
         )
+    check_trained(ortho, optimizer)
+    return add_in_step(ortho, optimizer)
+
+
+def check_trained(ortho: Regularizer, *optimizers: Optimizer) -> None:
+    """Raise ``ValueError`` unless the optimizers together hold every regularized parameter that asks for a gradient."""
     reshard(ortho.model)
-    held = {id(parameter) for parameter in _parameters(optimizer)}
+    held = {id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)}
     missing = [
         layer.name
         for layer in ortho.layers
@@ -45,6 +51,10 @@ def attach(ortho: Regularizer, optimizer: Optimizer) -> RemovableHandle:
             f"the optimizer does not train {len(missing)} of {len(ortho.layers)} regularized layers: {', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}; pass the optimizer that does, or make one Regularizer per optimizer"
         )
+
+
+def add_in_step(ortho: Regularizer, optimizer: Optimizer) -> RemovableHandle:
+    """:func:`attach` without its check: each step serves those regularized parameters that the optimizer then holds."""
 
     def before_step(
         optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
