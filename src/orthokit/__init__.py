@@ -59,6 +59,7 @@ from orthokit.select import (
     spatial,
     stem,
 )
+from orthokit.testing import check_penalty
 
 __version__ = version("orthokit")
 
@@ -83,6 +84,7 @@ __all__ = [
     "attach",
     "cardinality",
     "chain",
+    "check_penalty",
     "coherence",
     "constant",
     "convolution_angular_dispersion",

@@ -268,4 +268,6 @@ def plan(
             }
         )
     total = {"free": sum(row["free"] for row in rows), "pairs": sum(row["pairs"] for row in rows)}
-    return Table(f"plan of {relax or 'strict orthogonality'}", PLAN_COLUMNS, tuple(rows), {f"{len(rows)} layers": total})
+    # The ranks themselves are in the table.
+    name = "ranks({...})" if isinstance(relax, ranks) else repr(relax) if relax else "strict orthogonality"
+    return Table(f"plan of {name}", PLAN_COLUMNS, tuple(rows), {f"{len(rows)} layers": total})
