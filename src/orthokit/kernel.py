@@ -132,18 +132,18 @@ def kernel_of(layer: object) -> Kernel:
 
 @kernel_of.register
 def _linear(layer: nn.Linear) -> Kernel:
-    return Kernel(whole(weight_of(layer)).unsqueeze(0))
+    return Kernel(weight_of(layer).unsqueeze(0))
 
 
 @kernel_of.register
 def _convolution(layer: _ConvNd) -> Kernel:
-    weight = whole(weight_of(layer)).unflatten(0, (layer.groups, -1))
+    weight = weight_of(layer).unflatten(0, (layer.groups, -1))
     return Kernel(weight, tuple(layer.stride), dilation=tuple(layer.dilation))
 
 
 @kernel_of.register
 def _transposed_convolution(layer: _ConvTransposeNd) -> Kernel:
-    weight = whole(weight_of(layer)).unflatten(0, (layer.groups, -1)).transpose(1, 2)
+    weight = weight_of(layer).unflatten(0, (layer.groups, -1)).transpose(1, 2)
     return Kernel(weight, tuple(layer.stride), dilation=tuple(layer.dilation), transposed=True)
 
 
@@ -186,7 +186,7 @@ def weight_of(layer: nn.Module) -> Tensor:
         raise ValueError(f"{type(layer).__name__} has no weight yet; run one batch through the model first")
     if not isinstance(weight, Tensor):
         raise TypeError(f"the weight of this {type(layer).__name__} is {weight!r}, not a tensor")
-    return weight
+    return whole(weight)
 
 
 def sources(layer: nn.Module, kernel: Kernel | None = None) -> tuple[Tensor, ...]:

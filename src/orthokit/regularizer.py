@@ -207,9 +207,10 @@ class Regularizer:
         moves = []
         for layers, kernel in self._kernels():
             for layer, target in zip(layers, nearest(kernel), strict=True):
-                weight = layer.kernel.weight
-                (parameter,) = found if len(found := sources(layer.module)) == 1 else (None,)
-                if parameter is None or weight.data_ptr() != parameter.data_ptr() or weight.numel() != parameter.numel():
+                with torch.enable_grad():
+                    own = layer.kernel
+                weight, behind = own.weight.detach(), sources(layer.module, own)
+                if len(behind) != 1 or weight.data_ptr() != behind[0].data_ptr() or weight.numel() != behind[0].numel():
                     raise ValueError(f"the weight of layer {layer.name!r} is computed from others and cannot be set; see where=")
                 moves.append((weight, target.reshape(weight.shape).to(weight.dtype)))
         for weight, target in moves:

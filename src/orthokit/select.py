@@ -158,8 +158,9 @@ def select(model: nn.Module | Mapping[str, Any], where: Where = convs) -> tuple[
             continue
         if where(name, module):
             layer = Layer(name or type(module).__name__, module)
-            layer.kernel  # noqa: B018  fails here, with the layer's name, rather than in the first step
-            key = tuple(map(id, sources(module))) or (id(module),)
+            with torch.enable_grad():  # the parameters behind a kernel are read off its graph
+                kernel = layer.kernel  # fails here, with the layer's name, rather than in the first step
+            key = tuple(map(id, sources(module, kernel))) or (id(module),)
             chosen.setdefault(key, layer)
     if not chosen:
         found = Counter(type(module).__name__ for module in modules.values() if has_kernel(module))
