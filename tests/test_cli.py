@@ -144,7 +144,7 @@ def test_bad_files(tmp_path, capsys, command, name, make, message):
         (["demo", "--data", "cifar10"], "--data cifar10 and --root DIR go together"),
         (["demo", "--root", "."], "go together"),
         (["demo", "--seeds", "0"], "--seeds must be at least 1"),
-        (["demo", "--data", "cifar10", "--root", "nowhere"], "no data_batch_1"),
+        (["demo", "--data", "cifar10", "--root", "nowhere"], "no CIFAR-10 in nowhere"),
     ],
 )
 def test_bad_arguments(checkpoint, capsys, arguments, message):

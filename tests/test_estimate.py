@@ -477,11 +477,12 @@ def saved(tmp_path):
 
 
 def test_plan_on_data(saved, capsys):
-    from orthokit.lab.data import digits
+    from orthokit.lab.data import load
 
     assert main(["plan", str(saved), "--data", "digits", "--energy", "0.8", "--floor", "10", "--format", "csv"]) == 0
     network = ResNet.from_checkpoint(torch.load(saved))
-    found = ok.estimate(network, [digits().train_images], 0.8)
+    data = load("digits")
+    found = ok.estimate(network, [data.normalise(data.train.pixels)], 0.8)
     assert capsys.readouterr().out == ok.plan(network, ok.ranks(found, floor=10)).to_csv()
 
 
@@ -501,7 +502,7 @@ def test_a_network_from_its_checkpoint(depth):
         (["--data", "digits", "--root", "."], "go together"),
         (["--energy", ".5"], "--energy does nothing without --data"),
         (["--data", "digits", "--energy", "2"], "energy must be a finite number in (0, 1]"),
-        (["--data", "cifar10", "--root", "nowhere"], "no data_batch_1"),
+        (["--data", "cifar10", "--root", "nowhere"], "no CIFAR-10 in nowhere"),
     ],
 )
 def test_bad_plans(saved, capsys, arguments, message):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import orthokit as ok
 from orthokit.gram import polar
-from orthokit.lab.data import digits
+from orthokit.lab.data import load
 from orthokit.lab.models import ResNet
 
 
@@ -46,12 +46,12 @@ def test_polar_of_degenerate_matrices_is_finite():
 @pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), lambda p: torch.optim.AdamW(p, lr=3e-3)])
 @pytest.mark.parametrize("penalty", [ok.Disentangled(), ok.SO(), ok.SRIP()], ids=repr)
 def test_real_training_on_the_minimum(make, penalty):
-    data = digits(200)
+    data = load("digits", train=200)
     m = ResNet(8, channels=1)
     wide = ok.convs & ~ok.pointwise & ~ok.stem  # the shortcuts and the first convolution are tall
     ortho = ok.Regularizer(m, penalty, strength=0.0, where=wide)
     optimizer = make(m.parameters())
-    x, y = data.train_images, data.train_labels
+    x, y = data.normalise(data.train.pixels), data.train.labels
     losses = []
     for _ in range(15):
         loss = F.cross_entropy(m(x), y)

@@ -1,6 +1,7 @@
 """Argument checks, one-time warnings and short reprs, shared by every floor above."""
 
 import dataclasses
+import difflib
 import functools
 import math
 import numbers
@@ -33,6 +34,12 @@ def check_count(name: str, value: object, low: int = 1, high: float = math.inf) 
     if not low <= int(value) <= high:
         wanted = f"at least {low}" if high == math.inf else f"from {low} to {high:g}"
         raise ValueError(f"{name} must be an integer, {wanted}; got {value!r}")
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """``; did you mean 'steps'?``, or all of ``known`` where none is near."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(map(repr, known)) or 'none'}"
 
 
 @functools.cache

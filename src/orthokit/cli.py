@@ -1,5 +1,6 @@
-"""The command line: ``orthokit list | report | plan | demo``."""
+"""The command line: ``orthokit list | report | plan | demo | train | sweep``."""
 
+import contextlib
 import functools
 import inspect
 import io
@@ -8,11 +9,11 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
@@ -28,6 +29,9 @@ from torch import nn
 import orthokit as ok
 from orthokit.relax import Policy
 from orthokit.tables import Table
+
+if TYPE_CHECKING:
+    from orthokit.lab.record import Run
 
 Format = Literal["table", "json", "csv"]
 
@@ -155,9 +159,10 @@ class Plan:
 
         network = ResNet.from_checkpoint(checkpoint)
         try:
-            images = (data.digits() if self.root is None else data.cifar10(self.root)).train_images
+            chosen = data.load("digits") if self.root is None else data.load("cifar10", root=self.root, train=5000, size=16)
         except ModuleNotFoundError as error:
             raise UsageError(f"the digits need {error.name}: pip install 'orthokit[lab]'") from None
+        images = chosen.normalise(chosen.train.pixels)
         if (channels := network.conv.in_channels) != images.shape[1]:
             raise UsageError(f"{self.checkpoint} reads {channels} channels; the images of {self.data} have {images.shape[1]}")
         energy = 0.95 if self.energy is None else self.energy
@@ -194,7 +199,9 @@ class Demo:
             from orthokit.lab import data, demo
 
             demo.run(
-                data.digits if self.root is None else functools.partial(data.cifar10, self.root),
+                functools.partial(data.load, "digits")
+                if self.root is None
+                else functools.partial(data.load, "cifar10", root=self.root, train=5000, size=16),
                 seeds=self.seeds,
                 epochs=self.epochs or (40 if self.root is None else 8),
                 batch=50 if self.root is None else 125,
@@ -204,6 +211,119 @@ class Demo:
             )
         except ModuleNotFoundError as error:
             raise UsageError(f"the demo needs {error.name}: pip install 'orthokit[lab]'") from None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where images and runs are, and what computes."""
+
+    root: Path = Path("data")
+    """Folder of the images: CIFAR as published, archive or unpacked, python or binary version."""
+    download: bool = False
+    """Fetch the official archive into --root if it is not there."""
+    out: Path = Path("runs")
+    """Folder of the runs: OUT/NAME/SEED."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """What to compute on."""
+    jobs: int | None = None
+    """Runs at a time; by default one a core, or --jobs-per-device on each GPU."""
+    jobs_per_device: int = 1
+    """Runs at a time on each GPU."""
+    threads: int | None = None
+    """Threads of each run on the CPU; by default 1 where there are several runs, else all cores."""
+    backend: Literal["local", "ray"] = "local"
+    """Where several runs go: this machine, or a Ray cluster (extra 'ray') that shares the folders."""
+    address: str | None = None
+    """With --backend ray: the cluster, e.g. auto; a local one is started by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("jobs", "jobs_per_device", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        if self.address is not None and self.backend == "local":
+            raise UsageError("--address does nothing without --backend ray")
+
+    def run_all(self, runs: "Sequence[Run]", console: Console) -> int:
+        """Do what is left of ``runs``, each in a process of its own; exit status 4 if any failed."""
+        from orthokit.lab.data import load
+        from orthokit.lab.display import Display
+        from orthokit.lab.runner import Pool, run_all
+
+        for name in dict.fromkeys(run.recipe.data.name for run in runs if run.summary() is None):
+            load(name, root=self.root, download=self.download)  # decoded once, for all; fails here rather than in each
+        pool = Pool(
+            jobs=self.jobs,
+            per_device=self.jobs_per_device,
+            backend=self.backend,
+            address=self.address,
+            root=self.root,
+            device=self.device,
+            threads=self.threads or 1,
+        )
+        with Display(console) as display:
+            failed = sum(status != 0 for status in run_all(runs, pool, display))
+            display.say(f"{len(runs) - failed} of {len(runs)} runs finished, in {self.out}")
+        return 4 if failed else 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train what recipes say, for each of the seeds.
+
+    A run that was interrupted goes on where it was; a finished one is not repeated. Under torchrun one run after another, on all
+    its processes; else several runs share the machine. Exit status: 3 where a run diverged, 4 where one of several failed, 130
+    after Ctrl-C.
+    """
+
+    recipes: tyro.conf.Positional[tuple[Path, ...]]
+    """TOML files, such as recipes/nano_cifar10_strict.toml."""
+    seeds: tuple[int, ...] = (0,)
+    """A run for each."""
+    set: tuple[str, ...] = ()
+    """Keys of the recipe to set, such as train.epochs=10 regularizer.strength=0.03."""
+    name: str | None = None
+    """Folder of the runs below --out, for a single recipe; by default the file's name and what --set says."""
+    devices: int = 1
+    """Processes that share a run, one a device."""
+    strategy: str = "auto"
+    """How they share it, a name of Lightning Fabric's."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
+
+    def run(self, console: Console) -> int:
+        if not self.recipes:
+            raise UsageError("name a recipe, such as recipes/nano_cifar10_strict.toml")
+        if self.name is not None and len(self.recipes) > 1:
+            raise UsageError("--name is for a single recipe")
+        if min(self.seeds, default=-1) < 0 or len({*self.seeds}) < len(self.seeds):
+            raise UsageError(f"--seeds must be different numbers from 0 on; got {' '.join(map(str, self.seeds)) or 'none'}")
+        with _needs_lab():
+            from orthokit.lab.display import Display, result
+            from orthokit.lab.recipe import label, load
+            from orthokit.lab.record import Run
+            from orthokit.lab.train import Hardware, train
+        machine = self.machine
+        loaded = {self.name or path.stem + label(self.set): load(path, self.set) for path in self.recipes}
+        if len(loaded) < len(self.recipes):
+            raise UsageError("two recipes of one name would share a folder; train them apart, with --name")
+        runs = [Run(recipe, seed, machine.out / name / str(seed)) for name, recipe in loaded.items() for seed in self.seeds]
+        together = "WORLD_SIZE" in os.environ or self.devices > 1
+        if len(runs) > 1 and not together:
+            return machine.run_all(runs, console)
+        hardware = Hardware(device=machine.device, devices=self.devices, strategy=self.strategy, threads=machine.threads)
+        with Display(console) as display:
+            for run in runs:
+                summary = train(run, root=machine.root, download=machine.download, hardware=hardware, watch=display)
+                if os.environ.get("RANK", "0") == "0":
+                    display.close(run, result(run, summary))
+        return 0
+
+
+@contextlib.contextmanager
+def _needs_lab() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(f"training needs {error.name}: pip install 'orthokit[lab]'") from None
 
 
 def load_checkpoint(path: Path) -> Mapping[str, Any]:
@@ -276,7 +396,10 @@ class _Console(Console):
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 2 for what the caller can put right, 130 when interrupted.
+    """Run the command line; return the exit status.
+
+    0 when all went well, 2 for what the caller can put right, 3 when training diverged, 4 when one of several runs failed, 130
+    when interrupted.
 
     With ``ORTHOKIT_DEBUG=1`` in the environment errors keep their traceback.
     """
@@ -285,7 +408,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"orthokit {ok.__version__}")
         return 0
     command = tyro.extras.subcommand_cli_from_dict(
-        {"list": List, "report": Report, "plan": Plan, "demo": Demo},
+        {"list": List, "report": Report, "plan": Plan, "demo": Demo, "train": Train},
         prog="orthokit",
         description="Orthogonal filters for deep networks: measure them, plan for them, see what they do.",
         args=args or ["--help"],
@@ -296,8 +419,9 @@ def main(args: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # Greek letters on a terminal without them
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        command.run(_Console())
+        status: int | None = command.run(_Console())
         sys.stdout.flush()
+        return status or 0
     except (UsageError, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("ORTHOKIT_DEBUG"):
             raise
@@ -305,11 +429,10 @@ def main(args: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         errors.print(f"[bold red]orthokit:[/] {escape(str(error))}", highlight=False)
-        return 2
-    except KeyboardInterrupt:
-        errors.print("interrupted")
+        return getattr(error, "status", 2)
+    except KeyboardInterrupt as interrupt:
+        errors.print(escape(str(interrupt) or "interrupted"), highlight=False)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Regularizer:
 
     Attributes:
         layers: the selected layers, each a (name, module).
+        ranks: the transition dimension of each layer by name, of a penalty that relaxes; else empty.
         steps: how often :meth:`step` was called.
 
     Raises:
@@ -81,11 +82,11 @@ class Regularizer:
                 check_number(f"scale of layer {layer.name!r}", scale(layer.kernel))
         if scale is not None and self._squared:
             warn_once(f"scale= does nothing here: it applies to unsquared penalties, and {penalty!r} is squared")
-        self._ranks: dict[str, int] = {}
+        self.ranks: dict[str, int] = {}
         if (transition := getattr(penalty, "transition", None)) is not None:
             for layer in self.layers:
                 kernel = layer.kernel
-                self._ranks[layer.name] = transition(kernel.o, kernel.n, layer.name)
+                self.ranks[layer.name] = transition(kernel.o, kernel.n, layer.name)
         _ = self.strength  # a schedule that gives no valid strength fails here
 
     @property
@@ -133,7 +134,7 @@ class Regularizer:
         stacks: dict[tuple[object, ...], list[tuple[Layer, Kernel]]] = {}
         for layer in self.layers:
             with torch.enable_grad():  # without it the kernel would not tell whether it trains
-                kernel = replace(layer.kernel, rank=self._ranks.get(layer.name))
+                kernel = replace(layer.kernel, rank=self.ranks.get(layer.name))
             trains = kernel.weight.requires_grad or any(p.requires_grad for p in sources(layer.module, kernel))
             if self.include_frozen or trains:
                 stacks.setdefault(kernel.layout, []).append((layer, kernel))

@@ -39,7 +39,7 @@ COLUMNS = (
 
 
 @torch.no_grad()
-def report(model: nn.Module | Mapping[str, Any], *, where: Where = layers) -> Table:
+def report(model: nn.Module | Mapping[str, Any], *, where: Where = layers, spectrum: bool = True) -> Table:
     """Near-orthogonality of each layer of a model or state dict, measured against what its shape allows.
 
     Columns (``c`` cosines of pairs of filters, ``nu`` lengths, ``sigma`` singular values; groups of a layer taken together):
@@ -47,14 +47,16 @@ def report(model: nn.Module | Mapping[str, Any], *, where: Where = layers) -> Ta
     ``residual`` (``||K K^T - I||_F / sqrt(o)``) of under-determined layers (``o <= n``); ``tightness``
     (:func:`orthokit.diagnostics.frame_tightness`) and ``welch_ratio`` (``max_cos`` over :func:`orthokit.gram.welch_bound`) of
     over-determined ones; ``sigma_min``, ``sigma_max``, ``condition``, ``effective_rank``, ``stable_rank``. Computed in float64
-    on the CPU. A layer with NaN or infinite weights gets a row without figures, and a note.
+    on the CPU; without ``spectrum`` the singular values, most of the work, are left out. A layer with NaN or infinite weights
+    gets a row without figures, and a note.
 
     Raises:
         ValueError: ``where`` selects nothing.
         TypeError: ``model`` is neither a module nor a mapping.
     """
     rows = [
-        {"layer": layer.name, "kind": type(layer.module).__name__, **_measure(layer.kernel)} for layer in select(model, where)
+        {"layer": layer.name, "kind": type(layer.module).__name__, **_measure(layer.kernel, spectrum)}
+        for layer in select(model, where)
     ]
     parts = {
         name: [row for row in rows if row["determined"] == name and row["mean_length_error"] is not None]
@@ -77,7 +79,7 @@ def report(model: nn.Module | Mapping[str, Any], *, where: Where = layers) -> Ta
     return Table(f"orthogonality of {kind}", COLUMNS, tuple(rows), totals, tuple(notes))
 
 
-def _measure(kernel: Kernel) -> Row:
+def _measure(kernel: Kernel, spectrum: bool) -> Row:
     matrix = kernel.matrix.detach().cpu().double().flatten(0, -3)  # (groups, o, n)
     groups, o, n = matrix.shape
     pairs = groups * (o * (o - 1) // 2)
@@ -87,17 +89,17 @@ def _measure(kernel: Kernel) -> Row:
         return row
     total, largest, copies = angles(matrix)
     error = (lengths(matrix) - 1).abs()
-    sigma = singular_values(matrix).flatten().sort(descending=True).values
-    low, high = sigma[-1].item(), sigma[0].item()
-    row |= {
-        "mean_length_error": error.mean().item(),
-        "max_length_error": error.max().item(),
-        "sigma_min": low,
-        "sigma_max": high,
-        "condition": high / low if low > 0 else math.inf,
-        "effective_rank": effective_rank(sigma).item(),
-        "stable_rank": stable_rank(sigma).item(),
-    }
+    row |= {"mean_length_error": error.mean().item(), "max_length_error": error.max().item()}
+    if spectrum:
+        sigma = singular_values(matrix).flatten().sort(descending=True).values
+        low, high = sigma[-1].item(), sigma[0].item()
+        row |= {
+            "sigma_min": low,
+            "sigma_max": high,
+            "condition": high / low if low > 0 else math.inf,
+            "effective_rank": effective_rank(sigma).item(),
+            "stable_rank": stable_rank(sigma).item(),
+        }
     if pairs:
         row |= {"mean_cos": total.sum().item() / pairs, "max_cos": largest.max().item(), "copies": int(copies.sum())}
     if o <= n:
@@ -115,9 +117,9 @@ def _total(rows: list[Row]) -> Row:
         "pairs": sum(row["pairs"] for row in rows),
         "mean_length_error": sum(row["mean_length_error"] * row["filters"] for row in rows) / filters,
         "max_length_error": max(row["max_length_error"] for row in rows),
-        "sigma_min": min(row["sigma_min"] for row in rows),
-        "sigma_max": max(row["sigma_max"] for row in rows),
     }
+    if rows[0]["sigma_max"] is not None:
+        total |= {"sigma_min": min(row["sigma_min"] for row in rows), "sigma_max": max(row["sigma_max"] for row in rows)}
     if total["pairs"]:
         paired = [row for row in rows if row["pairs"]]
         total |= {

@@ -1,112 +1,314 @@
-"""Small image sets: real digits that come with scikit-learn, and a CIFAR-10 folder as published."""
+"""Image sets: CIFAR as published, and three that need no files: digits, patches of photographs, synthetic pictures."""
 
+import contextlib
+import dataclasses
+import difflib
+import hashlib
 import importlib
-import io
-import pickle
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int64, UInt8
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from orthokit.checks import check_count
+from orthokit.checks import check_count, warn_once
+from orthokit.lab import archives
+from orthokit.lab.archives import PUBLISHED, Parts
+
+SETS = {
+    "cifar10": "CIFAR-10: 50,000 + 10,000 photographs of 10 kinds of objects, 32x32 RGB; in --root, or with --download",
+    "cifar100": "CIFAR-100: 50,000 + 10,000 photographs of 100 kinds of objects, 32x32 RGB; in --root, or with --download",
+    "digits": "300 + 1,497 handwritten digits, 8x8 grey; come with scikit-learn",
+    "patches": "5,000 + 1,000 patches of 10 photographs, which of them?, 32x32 RGB; come with scikit-image",
+    "synthetic": "5,000 + 1,000 pictures made of smooth random patterns, 10 classes, 32x32 RGB; computed",
+}
+"""Name: training + test images, and where they are from."""
+
+PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "ihc", "motorcycle_left")
+"""The classes of ``patches``: losslessly stored pictures inside the scikit-image wheel."""
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Pixels from 0 to 255, and classes."""
+
+    pixels: UInt8[Tensor, "n c h w"]
+    labels: Int64[Tensor, "n"]  # noqa: F821
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: str | torch.device) -> "Images":
+        """The same on ``device``."""
+        return Images(self.pixels.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images ``(n, channels, height, width)``, of zero mean and unit variance over the training part, and their classes."""
+    """Training images, test images, and validation images if some were set aside.
+
+    ``mean`` and ``std`` are those of the pixels of ``train``. ``fingerprint`` is the SHA-256 of the images and labels of the
+    whole set at its native size: the same for every split and size, and whichever of its published forms it was read from.
+    """
 
     name: str
     classes: int
-    train_images: Float[Tensor, "n c h w"]
-    train_labels: Int[Tensor, "n"]  # noqa: F821
-    test_images: Float[Tensor, "m c h w"]
-    test_labels: Int[Tensor, "m"]  # noqa: F821
+    train: Images
+    validation: Images | None
+    test: Images
+    mean: Float[Tensor, "c"]  # noqa: F821
+    std: Float[Tensor, "c"]  # noqa: F821
+    fingerprint: str
+
+    def normalise(self, pixels: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """``(pixels - mean) / std``: zero mean and unit variance over the training images."""
+        return pixels.float().sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
+
+    def to(self, device: str | torch.device) -> "ImageSet":
+        """The same with all its tensors on ``device``."""
+        return dataclasses.replace(
+            self,
+            train=self.train.to(device),
+            validation=None if self.validation is None else self.validation.to(device),
+            test=self.test.to(device),
+            mean=self.mean.to(device),
+            std=self.std.to(device),
+        )
 
 
-def digits(train: int = 300) -> ImageSet:
-    """Handwritten digits, 8x8 pixels (scikit-learn; E. Alpaydin, C. Kaynak, UCI 1998), split once and for all.
+def load(
+    name: str,
+    *,
+    root: str | Path = "data",
+    train: int | None = None,
+    validation: int = 0,
+    size: int | None = None,
+    download: bool = False,
+) -> ImageSet:
+    """One of ``SETS``, split once and for all: the same images for every seed.
+
+    ``digits`` are E. Alpaydin and C. Kaynak's (UCI, 1998), their 17 greys multiplied by 15. The test patches of ``patches`` are
+    from the right quarter of each photograph, the training patches from the rest, so that they share no pixel; none is fetched.
+    CIFAR is decoded once and kept in ``root/.orthokit-<name>.safetensors`` until its files change.
 
     Args:
-        train: training images, the same number of each class up to one; all others of the 1,797 are for testing.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    check_count("train", train, 10, 1787)
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images.astype(np.float32), labels, train_size=train, stratify=labels, random_state=0)
-    train_images, test_images = (torch.from_numpy(part).reshape(-1, 1, 8, 8) for part in parts[:2])
-    train_labels, test_labels = (torch.from_numpy(part).long() for part in parts[2:])
-    return _normalised("digits", 10, train_images, train_labels, test_images, test_labels)
-
-
-def cifar10(root: str | Path, train: int = 5000, size: int = 16) -> ImageSet:
-    """CIFAR-10 (A. Krizhevsky, 2009) from a folder of its python version, scaled down by averaging areas.
-
-    Args:
-        root: ``cifar-10-batches-py``, or the folder that holds it.
-        train: training images, the first of each class in equal number; all 10,000 test images are used.
-        size: side in pixels, a divisor of 32.
+        name: a key of ``SETS``.
+        root: folder that holds CIFAR unpacked or in its published archive; the other sets do not need it.
+        train: training images, all by default; of each class in its proportion, out of those that validation leaves.
+        validation: images to set aside from the published training images, of each class in its proportion.
+        size: side in pixels, a divisor of the native one; areas are averaged and rounded, halves up.
+        download: fetch CIFAR's archive into ``root`` if ``root`` does not hold it.
 
     Raises:
-        FileNotFoundError: a batch is missing.
-        ValueError: a batch is damaged or is not CIFAR-10.
+        FileNotFoundError: CIFAR is not in ``root``.
+        ValueError: an unknown name, impossible numbers, or files that are damaged or not CIFAR.
+        ModuleNotFoundError: scikit-learn or scikit-image is missing.
     """
-    check_count("train", train, 10, 50_000)
-    if size not in (32, 16, 8, 4):
-        raise ValueError(f"size must divide 32: 32, 16, 8 or 4; got {size}")
-    folder = Path(root) / "cifar-10-batches-py"
-    folder = folder if folder.is_dir() else Path(root)
-    names = [f"data_batch_{k}" for k in range(1, 6)]
-    missing = [name for name in [*names, "test_batch"] if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"no {', '.join(missing)} in {folder}; --root must name the folder cifar-10-batches-py of CIFAR-10's python version "
-            "(cifar-10-python.tar.gz, unpacked), or the folder that holds it"
+    if name not in SETS:
+        near = difflib.get_close_matches(name.lower(), SETS, 1)
+        raise ValueError(f"no data set {name!r}; there are {', '.join(SETS)}{f'. Did you mean {near[0]!r}?' if near else ''}")
+    for option, value, low in (("train", train, 1), ("validation", validation, 0), ("size", size, 1)):
+        if value is not None:
+            check_count(option, value, low)
+    if name in PUBLISHED:
+        parts, fingerprint = _published(name, Path(root), download)
+    else:
+        if download:
+            warn_once(f"download does nothing for {name}, which needs no files")
+        parts = {"digits": _digits, "patches": _patches, "synthetic": _synthetic}[name]()
+        fingerprint = _fingerprint(parts)
+    side = parts.train_pixels.shape[-1]
+    if size is not None and side % size:
+        sides = ", ".join(str(k) for k in range(side, 0, -1) if side % k == 0)
+        raise ValueError(f"size must divide {side}, the side of the images of {name}: {sides}; got {size}")
+    rows = np.arange(len(parts.train_labels))
+    labels = parts.train_labels.numpy()
+    aside = None
+    if validation:
+        aside, rows = _choose("validation", validation, rows, labels)
+    if train is not None and train != len(rows):
+        rows, _ = _choose("train", train, rows, labels)
+    chosen = _take(parts, rows, size)
+    mean, std = _moments(chosen.pixels)
+    return ImageSet(
+        name=name,
+        classes=int(labels.max()) + 1,
+        train=chosen,
+        validation=None if aside is None else _take(parts, aside, size),
+        test=Images(_resize(parts.test_pixels, size), parts.test_labels),
+        mean=mean,
+        std=std,
+        fingerprint=fingerprint,
+    )
+
+
+def _choose(option: str, wanted: int, rows: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+    """``wanted`` of ``rows``, of each class in its proportion, and the others; both in the order of ``rows``."""
+    classes = int(labels.max()) + 1
+    if not classes <= wanted <= len(rows) - classes:
+        everything = f", or all {len(rows):,}" if option == "train" else ""
+        raise ValueError(
+            f"{option} must be from {classes:,} to {len(rows) - classes:,}{everything}: of the {len(rows):,} images that are left "
+            f"at least one of each of {classes} classes, and as many for the rest; got {wanted:,}"
         )
-    batches = [_read_batch(folder / name) for name in names]
-    images, labels = np.concatenate([batch[0] for batch in batches]), np.concatenate([batch[1] for batch in batches])
-    place = np.argsort(np.argsort(labels, kind="stable")) - np.searchsorted(np.sort(labels), labels)
-    order = np.lexsort((labels, place))[:train]  # the first of every class, then the second of every class, ...
-    test_images, test_labels = _read_batch(folder / "test_batch")
-    small = [
-        F.avg_pool2d(torch.from_numpy(part).reshape(-1, 3, 32, 32).float(), 32 // size) for part in (images[order], test_images)
-    ]
-    return _normalised("cifar10", 10, small[0], torch.from_numpy(labels[order]), small[1], torch.from_numpy(test_labels))
+    split = _need("sklearn.model_selection", "splitting image sets").train_test_split
+    chosen, others = split(rows, train_size=wanted, stratify=labels[rows], random_state=0)
+    return np.sort(chosen), np.sort(others)
 
 
-def _normalised(name: str, classes: int, train_images: Tensor, train_labels: Tensor, *test: Tensor) -> ImageSet:
-    std, mean = torch.std_mean(train_images, dim=(0, 2, 3), keepdim=True)
-    return ImageSet(name, classes, (train_images - mean) / std, train_labels, (test[0] - mean) / std, test[1])
+def _take(parts: Parts, rows: NDArray[np.int64], size: int | None) -> Images:
+    if len(rows) == len(parts.train_labels):
+        return Images(_resize(parts.train_pixels, size), parts.train_labels)
+    chosen = torch.from_numpy(rows)
+    return Images(_resize(parts.train_pixels[chosen], size), parts.train_labels[chosen])
 
 
-def _read_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _resize(pixels: UInt8[Tensor, "n c h w"], size: int | None) -> UInt8[Tensor, "n c k k"]:
+    side = pixels.shape[-1]
+    if size in (None, side):
+        return pixels
+    # Exact, halves included: the sides are powers of two.
+    return torch.cat([F.avg_pool2d(part.float(), side // size).add_(0.5).floor_().byte() for part in pixels.split(1000)])
+
+
+def _moments(pixels: UInt8[Tensor, "n c h w"]) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:  # noqa: F821
+    """Mean and standard deviation of each channel, from counts of the 256 values: exact in any order."""
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)]).double()
+    values, total = torch.arange(256.0, dtype=torch.float64), counts[0].sum()
+    mean = counts @ values / total
+    return mean.float(), (counts @ values.square() / total - mean.square()).sqrt().float()
+
+
+def _fingerprint(parts: Parts) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+        digest.update(part.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _published(name: str, root: Path, download: bool) -> tuple[Parts, str]:
+    """CIFAR and its fingerprint, from the cache if it is of the files in ``root``."""
+    published, cache = PUBLISHED[name], root / f".orthokit-{name}.safetensors"
     try:
-        batch = _Plain(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        images, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
-    except (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError, AttributeError, MemoryError) as error:
-        raise ValueError(f"{path} is damaged, or no batch of CIFAR-10's python version: {error}; unpack it anew") from None
-    if images.dtype != np.uint8 or images.shape != (10_000, 3072) or labels.shape != (10_000,):
-        raise ValueError(f"{path} is no batch of CIFAR-10: images {images.dtype} {images.shape}, labels {labels.shape}")
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"{path}: labels must be integers from 0 to 9")
-    return images, labels.astype(np.int64)
+        source = archives.find(published, root)
+    except FileNotFoundError:
+        if not download:
+            raise
+        source = None
+    if source and (cached := _read_cache(cache, source)):
+        return cached
+    if download and not (source and source.intact()):
+        archives.download(published, root)
+        source = archives.find(published, root)
+    assert source
+    key = source.key()  # before reading: a change meanwhile makes the cache stale, not wrong
+    parts = archives.read(source)
+    fingerprint = _fingerprint(parts)
+    _write_cache(cache, parts, {"source": key, "fingerprint": fingerprint}, source.path.stat().st_mode & 0o666)
+    return parts, fingerprint
 
 
-class _Plain(pickle.Unpickler):
-    """Builds numpy arrays and plain containers, and nothing else: a pickle from elsewhere may name any function to call."""
+def _read_cache(path: Path, source: archives.Source) -> tuple[Parts, str] | None:
+    published = source.published
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("source") != source.key():
+                return None
+            parts = Parts(*(file.get_tensor(field) for field in Parts._fields))
+    except (SafetensorError, OSError):
+        return None
+    for pixels, labels, count in ((*parts[:2], published.train), (*parts[2:], published.test)):
+        if pixels.shape != (count, 3, 32, 32) or (labels.bincount() != count // published.classes).any():
+            return None
+    return parts, metadata["fingerprint"]
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module.removeprefix("numpy.") in ("core.multiarray", "_core.multiarray") and name in ("_reconstruct", "scalar"):
-            return getattr(importlib.import_module("numpy._core.multiarray"), name)
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: text.encode(encoding)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no such batch needs")
+
+def _write_cache(path: Path, parts: Parts, metadata: dict[str, str], mode: int) -> None:
+    """Write it whole or not at all: the folder may be read-only or full, and other processes may be doing the same."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        save_file(parts._asdict(), part, metadata)
+        part.chmod(mode)
+        part.replace(path)
+    except (SafetensorError, OSError):
+        return
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _digits() -> Parts:
+    pixels, labels = _need("sklearn.datasets", "digits").load_digits(return_X_y=True)
+    images = (pixels * 15).astype(np.uint8).reshape(-1, 1, 8, 8)
+    split = _need("sklearn.model_selection", "digits").train_test_split
+    train, test, *classes = split(images, labels.astype(np.int64), train_size=300, stratify=labels, random_state=0)
+    return Parts(*(torch.from_numpy(part) for part in (train, classes[0], test, classes[1])))
+
+
+def _patches() -> Parts:
+    image = _need("PIL.Image", "patches")
+    folder = Path(_need("skimage", "patches").__file__).parent / "data"  # skimage.data may fetch what it does not find there
+    generator = torch.Generator().manual_seed(0)
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for name in PHOTOGRAPHS:
+        if not (path := folder / f"{name}.png").is_file():
+            raise FileNotFoundError(f"patches need {path}, which this version of scikit-image does not ship; install another")
+        with image.open(path) as file:
+            photograph = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+        _, height, width = photograph.shape
+        for part, corners in zip(parts, _corners(height, width, generator), strict=True):
+            part.append(torch.stack([photograph[:, y : y + 32, x : x + 32] for y, x in corners.tolist()]))
+    pixels = [torch.cat(part) for part in parts]
+    labels = [torch.arange(10).repeat_interleave(len(part[0])) for part in parts]
+    return Parts(pixels[0], labels[0], pixels[1], labels[1])
+
+
+def _corners(height: int, width: int, generator: torch.Generator) -> tuple[Int64[Tensor, "500 2"], Int64[Tensor, "100 2"]]:
+    """Top left corners of training patches, within the left three quarters, and of test patches, within the right one."""
+    border, corners = width * 3 // 4, []
+    for count, left, right in ((500, 0, border), (100, border, width)):
+        columns = right - left - 31
+        places = torch.randperm((height - 31) * columns, generator=generator)[:count]
+        corners.append(torch.stack([places // columns, left + places % columns], 1))
+    return corners[0], corners[1]
+
+
+def _synthetic() -> Parts:
+    """Each class is a smooth pattern, shifted at random (cyclically) and buried in another smooth pattern and in noise.
+
+    Integers throughout, so that it is the same on any machine.
+    """
+    generator = torch.Generator().manual_seed(0)
+    step = torch.arange(32)
+    weights = torch.zeros(32, 4).index_put_((step, step // 8), 8.0 - step % 8)
+    weights.index_put_((step, (step // 8 + 1) % 4), (step % 8).float())  # interpolates a cyclic grid of 4 linearly, times 8
+
+    def smooth(count: int) -> Tensor:
+        return weights @ torch.randint(-64, 65, (count, 3, 4, 4), generator=generator).float() @ weights.T / 64
+
+    patterns, parts = smooth(10), []
+    for each in (500, 100):
+        labels = torch.arange(10).repeat_interleave(each)
+        shifts = torch.randint(0, 32, (2, len(labels)), generator=generator)
+        rows, columns = ((step + shift[:, None]) % 32 for shift in shifts)
+        signal = patterns[labels[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        noise = torch.randint(-64, 65, signal.shape, generator=generator)
+        parts += [(128 + signal + smooth(len(labels)) + noise).round_().clamp_(0, 255).byte(), labels]
+    return Parts(*parts)
+
+
+def _need(module: str, what: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{what} needs {error.name}: pip install 'orthokit[lab]'", name=error.name) from None

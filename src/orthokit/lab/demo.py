@@ -52,22 +52,23 @@ class Result:
 def train_seed(data: ImageSet, seed: int, epochs: int, batch: int, tick: Callable[[], object]) -> list[Result]:
     """Train every arm from the same weights on the same batches, step by step in turn, so that their times compare."""
     torch.manual_seed(seed)
-    first = ResNet(depth=8, channels=data.train_images.shape[1], classes=data.classes)
+    first = ResNet(depth=8, channels=data.train.pixels.shape[1], classes=data.classes)
     models = {arm: deepcopy(first) for arm in ARMS}
     regularizers = {arm: ok.Regularizer(models[arm], penalty, strength=STRENGTH) for arm, penalty in ARMS.items() if penalty}
     optimizers = {arm: torch.optim.SGD(m.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True) for arm, m in models.items()}
-    steps = epochs * (len(data.train_labels) // batch)
+    images, labels = data.normalise(data.train.pixels), data.train.labels
+    steps = epochs * (len(labels) // batch)
     schedules = [torch.optim.lr_scheduler.OneCycleLR(o, 0.1, steps, pct_start=0.15) for o in optimizers.values()]
     order = torch.Generator().manual_seed(seed)
     costs: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for _ in range(epochs):
-        for rows in torch.randperm(len(data.train_labels), generator=order).split(batch):
+        for rows in torch.randperm(len(labels), generator=order).split(batch):
             if len(rows) < batch:
                 continue
             seconds = {}
             for arm, model in models.items():
                 start = time.perf_counter()
-                loss = F.cross_entropy(model(data.train_images[rows]), data.train_labels[rows])
+                loss = F.cross_entropy(model(images[rows]), labels[rows])
                 if arm in regularizers:
                     loss = loss + regularizers[arm]()
                 optimizers[arm].zero_grad()
@@ -86,10 +87,10 @@ def train_seed(data: ImageSet, seed: int, epochs: int, batch: int, tick: Callabl
 def _accuracy(model: ResNet, data: ImageSet) -> float:
     model.eval()
     right = sum(
-        int((model(images).argmax(-1) == labels).sum())
-        for images, labels in zip(data.test_images.split(1000), data.test_labels.split(1000), strict=True)
+        int((model(data.normalise(pixels)).argmax(-1) == labels).sum())
+        for pixels, labels in zip(data.test.pixels.split(1000), data.test.labels.split(1000), strict=True)
     )
-    return 100 * right / len(data.test_labels)
+    return 100 * right / len(data.test)
 
 
 def _work(load: Callable[[], ImageSet], seed: int, epochs: int, batch: int, ticks: "Queue[int]") -> list[Result]:
@@ -103,7 +104,7 @@ def run(load: Callable[[], ImageSet], *, seeds: int, epochs: int, batch: int, wo
     data = load()  # fails here rather than in a worker
     out.mkdir(parents=True, exist_ok=True)
     console.print(
-        f"[bold]orthokit demo[/]: ResNet-8 on {data.name}, {len(data.train_labels):,} training images, {epochs} epochs, "
+        f"[bold]orthokit demo[/]: ResNet-8 on {data.name}, {len(data.train):,} training images, {epochs} epochs, "
         f"{len(ARMS)} arms, {seeds} seeds\n"
     )
     results: list[Result] = []
@@ -132,7 +133,7 @@ def run(load: Callable[[], ImageSet], *, seeds: int, epochs: int, batch: int, wo
         "Copies: pairs with |c| > .99. Cost: time of a training step over that of none, on this small network. Every penalty "
         f"has strength {STRENGTH}; nothing was tuned for accuracy.\n"
     )
-    title = f"ResNet-8 on {data.name}: {len(data.train_labels):,} training images, {epochs} epochs, {seeds} seeds pooled"
+    title = f"ResNet-8 on {data.name}: {len(data.train):,} training images, {epochs} epochs, {seeds} seeds pooled"
     picture = out / "orthogonality.png"
     draw({arm: [result.weights for result in found] for arm, found in by_arm.items()}, picture, title=title, where=ok.convs)
     for arm, (first, *_) in by_arm.items():
@@ -148,7 +149,7 @@ def _progress(console: Console) -> Progress:
 def _table(by_arm: dict[str, list[Result]], data: ImageSet) -> Table:
     seeds = len(by_arm["none"])
     table = Table(
-        title=f"{data.name}, {len(data.test_labels):,} test images, mean ± sd of {seeds} seeds",
+        title=f"{data.name}, {len(data.test):,} test images, mean ± sd of {seeds} seeds",
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,

@@ -1,0 +1,416 @@
+"""CIFAR-10 and CIFAR-100 as published: find, check and read them, or download them.
+
+A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009. https://www.cs.toronto.edu/~kriz/cifar.html
+"""
+
+import hashlib
+import http.client
+import importlib
+import io
+import json
+import os
+import pickle
+import re
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor
+
+PIXELS = 3 * 32 * 32
+WAITS = (1.0, 2.0, 5.0, 10.0)
+"""Seconds before each new attempt to go on with a download that broke off; after progress they are counted anew."""
+TIMEOUT = 30.0
+"""Seconds without an answer or a byte after which a connection counts as broken."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One published form: a folder of files, and the archive that holds it.
+
+    ``labels`` is the key of the labels in a pickle, or the number of label bytes before a binary image, the last of which counts.
+    """
+
+    folder: str
+    archive: str
+    md5: str
+    train: tuple[str, ...]
+    test: str
+    labels: str | int
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that is read."""
+        return *self.train, self.test
+
+
+@dataclass(frozen=True)
+class Published:
+    """A set of 32x32 colour images: its number of classes, of images in either part, all classes equally often, and its forms."""
+
+    name: str
+    title: str
+    classes: int
+    train: int
+    test: int
+    layouts: tuple[Layout, ...]
+
+
+PUBLISHED = {
+    "cifar10": Published(
+        name="cifar10",
+        title="CIFAR-10",
+        classes=10,
+        train=50_000,
+        test=10_000,
+        layouts=(
+            Layout(
+                folder="cifar-10-batches-py",
+                archive="cifar-10-python.tar.gz",
+                md5="c58f30108f718f92721af3b95e74349a",
+                train=("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"),
+                test="test_batch",
+                labels="labels",
+            ),
+            Layout(
+                folder="cifar-10-batches-bin",
+                archive="cifar-10-binary.tar.gz",
+                md5="c32a1d4ab5d03f1284b67883e8d87530",
+                train=("data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin", "data_batch_4.bin", "data_batch_5.bin"),
+                test="test_batch.bin",
+                labels=1,
+            ),
+        ),
+    ),
+    "cifar100": Published(
+        name="cifar100",
+        title="CIFAR-100",
+        classes=100,
+        train=50_000,
+        test=10_000,
+        layouts=(
+            Layout(
+                folder="cifar-100-python",
+                archive="cifar-100-python.tar.gz",
+                md5="eb9058c3a382ffc7106e4002c42a8d85",
+                train=("train",),
+                test="test",
+                labels="fine_labels",
+            ),
+            Layout(
+                folder="cifar-100-binary",
+                archive="cifar-100-binary.tar.gz",
+                md5="03b5dce01913d631647c71ecec9e9cb8",
+                train=("train.bin",),
+                test="test.bin",
+                labels=2,
+            ),
+        ),
+    ),
+}
+"""The first form of each is the one that :func:`download` fetches."""
+
+
+class Parts(NamedTuple):
+    """Both parts of a set: pixels ``(n, c, h, w)`` in uint8, labels ``(n,)`` in int64."""
+
+    train_pixels: Tensor
+    train_labels: Tensor
+    test_pixels: Tensor
+    test_labels: Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set in one of its forms, found at ``path``: a folder, or an archive that is not unpacked."""
+
+    published: Published
+    layout: Layout
+    path: Path
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is an archive."""
+        return self.path.is_file()
+
+    def key(self) -> str:
+        """Names, sizes and times of change of the files, and what is expected of them: equal as long as nothing changes."""
+        paths = [self.path] if self.packed else [self.path / name for name in self.layout.files]
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        return json.dumps([self.published.classes, self.published.train, self.published.test, *stats])
+
+    def intact(self) -> bool:
+        """Whether an archive has the published MD5; always so for a folder, whose contents :func:`read` checks."""
+        return not self.packed or _md5(self.path) == self.layout.md5
+
+
+def find(published: Published, root: str | Path) -> Source:
+    """The set in ``root``: unpacked there, in an archive there, or ``root`` itself is the unpacked folder.
+
+    Raises:
+        FileNotFoundError: none of these is there and complete.
+    """
+    root = Path(root)
+    folders = [Source(published, layout, root / layout.folder) for layout in published.layouts]
+    itself = [Source(published, layout, root) for layout in published.layouts]
+    lacking = {found: [name for name in found.layout.files if not (found.path / name).is_file()] for found in folders + itself}
+    complete = [source for source in folders if not lacking[source]]
+    complete += [Source(published, layout, path) for layout in published.layouts if (path := root / layout.archive).is_file()]
+    complete += [source for source in itself if not lacking[source]]
+    if complete:
+        return complete[0]
+    part = [
+        f"{source.path} lacks {', '.join(lacking[source])}; "
+        for source in folders + itself
+        if source.path.is_dir() and (source.path != root or len(lacking[source]) < len(source.layout.files))
+    ]
+    accepted = [f"the folder {layout.folder}" for layout in published.layouts] + [layout.archive for layout in published.layouts]
+    raise FileNotFoundError(
+        f"no {published.title} in {root}: {''.join(part)}root (--root) must hold {', '.join(accepted[:-1])} or {accepted[-1]}; "
+        f"download=True (--download) fetches {published.layouts[0].archive}"
+    )
+
+
+def read(source: Source) -> Parts:
+    """Decode a set and check it against what is published. An archive is hashed before anything in it is read.
+
+    Raises:
+        ValueError: a file is damaged, or its images are not as many and of the kind that they should be.
+    """
+    published, layout = source.published, source.layout
+    share = published.train // len(layout.train)
+    found: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]] = {}
+    for name, content in _contents(source):
+        where = source.path / name
+        images, labels = _decode(content, where, layout.labels)
+        count = published.test if name == layout.test else share
+        if images.dtype != np.uint8 or images.shape != (count, PIXELS) or labels.shape != (count,):
+            raise ValueError(
+                f"{where} is no file of {published.title}: it must hold {count:,} images of {PIXELS} bytes and their labels; it "
+                f"holds {images.dtype} {images.shape} and labels {labels.shape}; unpack {layout.archive} anew"
+            )
+        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= published.classes:
+            odd = [label for label in labels.tolist() if label not in range(published.classes)][:3]
+            raise ValueError(
+                f"{where}: labels must be integers from 0 to {published.classes - 1}; got {labels.dtype} {odd}; "
+                f"unpack {layout.archive} anew"
+            )
+        found[name] = images, labels.astype(np.int64)
+    if missing := [name for name in layout.files if name not in found]:
+        raise ValueError(f"{source.path} holds no {', '.join(missing)}; get {layout.archive} anew (--download)")
+    parts = []
+    for names in (layout.train, (layout.test,)):
+        images, labels = (np.concatenate([found[name][k] for name in names]) for k in (0, 1))
+        _check_classes(labels, published.classes, f"{source.path}: {', '.join(names)}", layout)
+        parts += [torch.from_numpy(images).reshape(-1, 3, 32, 32), torch.from_numpy(labels)]
+    return Parts(*parts)
+
+
+def _check_classes(labels: NDArray[np.int64], classes: int, where: str, layout: Layout) -> None:
+    counts, wanted = np.bincount(labels, minlength=classes), len(labels) // classes
+    if (counts != wanted).any():
+        odd = int((counts != wanted).argmax())
+        raise ValueError(
+            f"{where}: every class must have {wanted:,} images; class {odd} has {counts[odd]:,}; unpack {layout.archive} anew"
+        )
+
+
+def _contents(source: Source) -> Iterator[tuple[str, bytes]]:
+    layout, path = source.layout, source.path
+    if not source.packed:
+        yield from ((name, (path / name).read_bytes()) for name in layout.files)
+        return
+    packed = path.read_bytes()  # once, so that what is unpacked is what was hashed
+    if (md5 := hashlib.md5(packed, usedforsecurity=False).hexdigest()) != layout.md5:
+        raise ValueError(f"{path} has the MD5 {md5}, not the published {layout.md5}; delete it, or fetch it anew with --download")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as tar:
+            for member in tar:
+                folder, _, name = member.name.removeprefix("./").rpartition("/")
+                if folder == layout.folder and name in layout.files and (file := tar.extractfile(member)):
+                    yield name, file.read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it, or fetch it anew with --download") from None
+
+
+def _decode(content: bytes, where: Path, labels: str | int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Images and labels of one file, not checked yet; ``labels`` as in :class:`Layout`."""
+    if isinstance(labels, str):
+        try:
+            batch = _Plain(io.BytesIO(content), encoding="bytes").load()
+            data, found = (np.asarray(batch[k.encode()] if k.encode() in batch else batch[k]) for k in ("data", labels))
+        except Exception as error:  # a damaged pickle can fail in any way
+            reason = f"no {error} in it" if isinstance(error, KeyError) else str(error) or type(error).__name__
+            raise ValueError(f"{where} is damaged, or no batch of a python version: {reason}; unpack it anew") from None
+        return data, found
+    if len(content) % (labels + PIXELS):
+        raise ValueError(
+            f"{where} is damaged, or no file of a binary version: its size must be a multiple of {labels + PIXELS} bytes, and is "
+            f"{len(content):,}; unpack it anew"
+        )
+    rows = np.frombuffer(content, np.uint8).reshape(-1, labels + PIXELS)
+    return rows[:, labels:], rows[:, labels - 1]
+
+
+class _Plain(pickle.Unpickler):
+    """Builds numpy arrays and plain containers, and nothing else: a pickle from elsewhere may name any function to call."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.removeprefix("numpy.") in ("core.multiarray", "_core.multiarray") and name in ("_reconstruct", "scalar"):
+            return getattr(importlib.import_module("numpy._core.multiarray"), name)
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, encoding: text.encode(encoding)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no such batch needs")
+
+
+def download(published: str | Published, root: str | Path, *, url: str | None = None, console: Console | None = None) -> Path:
+    """Fetch the archive of the python version into ``root``, unless it is there already; return its path.
+
+    It grows as ``<archive>.part``, which a later call goes on with, and gets its name once its MD5 is right.
+
+    Args:
+        published: ``"cifar10"``, ``"cifar100"``, or an entry like those of ``PUBLISHED``.
+        root: folder, made if need be.
+        url: where from; https://www.cs.toronto.edu/~kriz/ by default.
+        console: for the progress bar; stderr by default.
+
+    Raises:
+        ValueError: what came has another MD5; it is deleted.
+        ConnectionError: the server did not give the file, or broke off too often; what came is kept.
+        OSError: the folder cannot be written to, or is full.
+    """
+    if isinstance(published, str):
+        if published not in PUBLISHED:
+            raise ValueError(f"only {' and '.join(PUBLISHED)} can be downloaded; got {published!r}")
+        published = PUBLISHED[published]
+    layout, console = published.layouts[0], console or Console(stderr=True)
+    url = url or f"https://www.cs.toronto.edu/~kriz/{layout.archive}"
+    target = Path(root) / layout.archive
+    part = target.with_name(f"{layout.archive}.part")
+    if target.is_file() and _md5(target) == layout.md5:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.with_name(f".{layout.archive}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"another process is downloading {escape(str(target))}; waiting for it", highlight=False)
+        lock.acquire()
+    try:
+        if target.is_file() and _md5(target) == layout.md5:
+            return target
+        _fetch(url, part, layout.md5, console)
+        if (md5 := _md5(part)) != layout.md5:
+            size = part.stat().st_size
+            part.unlink()
+            raise ValueError(
+                f"{url} gave {size:,} bytes with the MD5 {md5}, not the published {layout.md5}; they are deleted. Try again, or "
+                f"put {layout.archive} into {target.parent} by hand"
+            )
+        part.replace(target)
+    finally:
+        lock.release()
+    return target
+
+
+class _BrokenOffError(Exception):
+    """The network failed in a way that another attempt may mend."""
+
+
+def _fetch(url: str, part: Path, md5: str, console: Console) -> None:
+    """Append to ``part`` until it is complete."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(escape(part.stem), total=None)
+        failures, most = 0, _size(part)
+        while True:
+            try:
+                return _receive(url, part, md5, progress, task)
+            except _BrokenOffError as error:
+                reason = str(error)
+            if _size(part) > most:
+                failures, most = 0, _size(part)
+            if failures == len(WAITS):
+                raise ConnectionError(
+                    f"could not fetch {url}: {reason}; {_size(part):,} bytes are kept in {part}. Try again to go on, or put "
+                    f"{part.stem} into {part.parent} by hand"
+                )
+            progress.console.print(f"{escape(reason)}; trying again in {WAITS[failures]:g} s", highlight=False)
+            time.sleep(WAITS[failures])
+            failures += 1
+
+
+def _receive(url: str, part: Path, md5: str, progress: Progress, task: TaskID) -> None:
+    have = _size(part)
+    headers = {"User-Agent": "orthokit"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416 and have:  # nothing comes after what we have: it is complete, or too long
+            if _md5(part) == md5:
+                return
+            part.unlink()
+            raise _BrokenOffError(f"{part} was no beginning of {url}") from None
+        if error.code in (408, 425, 429) or error.code >= 500:
+            raise _BrokenOffError(f"HTTP {error.code} {error.reason}") from None
+        raise ConnectionError(
+            f"could not fetch {url}: HTTP {error.code} {error.reason}; put {part.stem} into {part.parent} by hand"
+        ) from None
+    except (http.client.HTTPException, OSError) as error:
+        raise _BrokenOffError(str(error) or type(error).__name__) from None
+    with response:
+        length = response.headers.get("Content-Length")
+        total = int(length) if length and length.isdecimal() else None
+        if response.status == 206:
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+            if match is None or int(match[1]) != have:
+                part.unlink(missing_ok=True)
+                raise _BrokenOffError(f"{url} answered with another range than asked for")
+            total = None if match[2] == "*" else int(match[2])
+        else:
+            have = 0
+        progress.update(task, total=total, completed=have)
+        try:
+            with part.open("ab" if have else "wb") as file:
+                while chunk := _chunk(response):
+                    file.write(chunk)
+                    progress.advance(task, len(chunk))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = error.filename or str(part)
+            raise
+    if total is not None and _size(part) < total:
+        raise _BrokenOffError(f"the connection broke off after {_size(part):,} of {total:,} bytes")
+
+
+def _chunk(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(1 << 18)
+    except (http.client.HTTPException, OSError) as error:
+        raise _BrokenOffError(f"the connection broke off: {str(error) or type(error).__name__}") from None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

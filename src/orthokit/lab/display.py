@@ -1,0 +1,91 @@
+"""What a person sees of runs: bars on a terminal, a line an epoch elsewhere."""
+
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from orthokit.lab.record import Run
+from orthokit.lab.train import Watch
+
+
+class Display(Watch):
+    """Shows runs on a console.
+
+    >>> import io
+    >>> Display(Console(file=io.StringIO())).console.is_terminal
+    False
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("epoch {task.completed:.1f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[last]}", style="dim"),
+        )
+        self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bars.stop()
+
+    def say(self, text: str) -> None:
+        """A line, above the bars."""
+        self.bars.console.print(text, highlight=False, soft_wrap=True)
+
+    def step(self, run: Run, epochs: float, loss: float, speed: float) -> None:
+        """Move the run's bar."""
+        self._move(run, epochs, f"loss {loss:.3f}  {speed:,.0f} images/s")
+
+    def row(self, run: Run, row: dict[str, Any]) -> None:
+        """Move the run's bar, or print a line."""
+        text = shown(row)
+        self._move(run, row["epoch"], text)
+        if not self.console.is_terminal:
+            self.say(escape(f"{run.name}  epoch {row['epoch']}/{run.recipe.train.epochs}  {text}"))
+
+    def close(self, run: Run, text: str) -> None:
+        """The run has ended; its bar gives way to a line."""
+        if (task := self.tasks.pop(run.name, None)) is not None:
+            self.bars.remove_task(task)
+        self.say(text)
+
+    def fail(self, run: Run, why: str) -> None:
+        """The run has failed."""
+        self.close(run, f"[bold red]{escape(run.name)}[/]  failed: {escape(why)}")
+
+    def _move(self, run: Run, epochs: float, text: str) -> None:
+        if run.name not in self.tasks:
+            self.tasks[run.name] = self.bars.add_task(escape(run.name), total=run.recipe.train.epochs, last="")
+        self.bars.update(self.tasks[run.name], completed=epochs, last=text)
+
+
+def shown(row: dict[str, Any]) -> str:
+    """A line of ``metrics.jsonl`` in words."""
+    parts = [f"loss {row['train']['loss']:.3f}", f"train {row['train']['accuracy']:.1%}"]
+    if row["validation"] is not None:
+        parts.append(f"validation {row['validation']['accuracy']:.1%}")
+    for name, part in row["orthogonality"].items():
+        if "mean_cos" in part and name != "all":
+            parts.append(f"{name} mean|c| {part['mean_cos']:.1e}")
+    return "  ".join([*parts, f"{row['images_per_second']:,.0f} images/s"])
+
+
+def result(run: Run, summary: dict[str, Any]) -> str:
+    """A summary in a line."""
+    validation = summary["validation"]
+    held = "" if validation is None else f"validation {validation['accuracy']:.2%}, "
+    minutes = f"{summary['seconds'] / 60:.1f} min at {summary['images_per_second']:,.0f} images/s"
+    share = f", penalty {summary['penalty_share']:.1%} of a step" if summary["recipe"].get("regularizer") else ""
+    return f"[bold]{escape(run.name)}[/]  {held}test {summary['test']['accuracy']:.2%}  ({minutes}{share})"

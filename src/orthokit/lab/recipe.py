@@ -1,0 +1,327 @@
+"""Recipes: what is trained on what, and how, in a TOML file that fully determines a run but for its seed.
+
+.. code-block:: toml
+
+    extends = ["parts/standard-200.toml"]   # merged in order, this file last
+
+    [data]
+    name = "cifar10"
+
+    [network]
+    kind = "resnet"
+    depth = 20
+
+    [regularizer]
+    strength = 0.1
+    penalty = { name = "disentangled" }
+
+Keys are checked strictly. Where data and runs lie, devices and processes are no part of it: they belong to the command line.
+"""
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import nn
+
+from orthokit.checks import did_you_mean
+from orthokit.config import config_of, penalty_of, schedule_of, where_of
+from orthokit.lab import models
+from orthokit.lab.batches import Augment
+from orthokit.lab.data import SETS, ImageSet
+from orthokit.regularizer import Regularizer, sqrt_filters
+
+SCALES = {"sqrt_filters": sqrt_filters}
+NAMED = ("name", "kind")
+"""A table that gives another name than the one it is merged into replaces it: their options have nothing in common."""
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A table of a recipe; unknown keys and values of the wrong type are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataSection(Section):
+    """``[data]``: the images."""
+
+    name: str
+    """One of ``orthokit.lab.data.SETS``."""
+    train: Positive | None = None
+    """Training images used, of every class alike; all that the validation part leaves by default."""
+    validation: Natural = 5000
+    """Training images held out, of every class alike, the same for every seed; 0 for none, where all are to be trained on."""
+    size: Positive | None = None
+    """Side in pixels, by averaging areas; the images' own by default."""
+    pad: Natural = 4
+    """Black pixels around an image, from which a window is cut at random; 0 for no random crop."""
+    flip: bool = True
+    """Mirror every other image."""
+    cutout: Natural = 0
+    """Side of a square set to the mean colour; 0 for none."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in SETS:
+            raise ValueError(f"no data set {name!r}{did_you_mean(name, SETS)}")
+        return name
+
+    @property
+    def augment(self) -> Augment:
+        """The augmentation."""
+        return Augment(self.pad, self.flip, self.cutout)
+
+
+class NetworkSection(Section):
+    """``[network]``: ``kind``, one of ``orthokit.lab.models.NETWORKS`` or ``"module:function"``, and that network's options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    kind: str
+
+    def build(self, channels: int, classes: int) -> nn.Module:
+        """The network, freshly initialised from the global generator."""
+        return models.build(self.kind, channels=channels, classes=classes, **(self.model_extra or {}))
+
+
+class TrainSection(Section):
+    """``[train]``: SGD with momentum, and all that surrounds it."""
+
+    epochs: Positive
+    batch: Positive = 128
+    """Images in a step, over all processes together."""
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Share = 0.9
+    nesterov: bool = True
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    schedule: Literal["cosine", "step"] = "cosine"
+    """Of the learning rate: half a cosine to 0, or a factor ``gamma`` at each of ``milestones``."""
+    milestones: list[Positive] = []
+    """Epochs after which ``schedule = "step"`` drops."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.2
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs over which the learning rate rises from 0."""
+    label_smoothing: Share = 0.0
+    ema: Share = 0.0
+    """Decay of an exponential moving average of the weights, which is then what is evaluated and saved; 0 for none."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """``auto`` is bf16-mixed where the hardware multiplies bfloat16 fast, else 32-true. The penalty is in float32 either way."""
+    channels_last: bool = True
+    compile: bool = False
+    init: Literal["default", "orthogonal"] = "default"
+    """``orthogonal``: every convolution starts with orthonormal filters (tall ones with orthonormal columns)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError('schedule = "step" and milestones = [...] go together')
+        if self.milestones != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must increase; got {self.milestones}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov = true needs a momentum above 0")
+        if self.warmup >= self.epochs:
+            raise ValueError(f"warmup = {self.warmup:g} leaves nothing of {self.epochs} epochs")
+        return self
+
+
+class RegularizerSection(Section):
+    """``[regularizer]``: the penalty and the layers it acts on."""
+
+    strength: float | dict[str, Any]
+    """A number, or a schedule over epochs such as ``{ name = "piecewise", pieces = { 0 = 0.1, 20 = 0.01 } }``."""
+    penalty: str | dict[str, Any]
+    """A name such as ``"so"``, or a table with options such as ``{ name = "srip", steps = 3 }``."""
+    where: str = "convs"
+    """Which layers, for example ``"convs & ~stem"``."""
+    scale: Literal["sqrt_filters"] | None = None
+    """Multiplies an unsquared penalty of each layer."""
+    decay: bool = True
+    """Whether weight decay acts on the regularized kernels too, as it does where there is no penalty."""
+
+    @field_validator("penalty", "strength", "where")
+    @classmethod
+    def _canonical(cls, value: Any, info: Any) -> Any:
+        if info.field_name == "where":
+            return repr(where_of(value))
+        return config_of((penalty_of if info.field_name == "penalty" else schedule_of)(value))
+
+    def build(self, model: nn.Module) -> Regularizer:
+        """The regularizer of a model; its step is an epoch."""
+        return Regularizer(
+            model,
+            penalty_of(self.penalty),
+            strength=schedule_of(self.strength),
+            where=where_of(self.where),
+            scale=None if self.scale is None else SCALES[self.scale],
+        )
+
+
+class Recipe(Section):
+    """A whole recipe; equal ones with equal seeds make the same run."""
+
+    data: DataSection
+    network: NetworkSection
+    train: TrainSection
+    regularizer: RegularizerSection | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with every default written out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def to_toml(self) -> str:
+        """As a TOML file that extends no other."""
+        return tomli_w.dumps(self.to_dict())
+
+    def build(self, data: ImageSet) -> nn.Module:
+        """The network for the images of a set, initialised from the global generator as the recipe says."""
+        model = self.network.build(data.train.pixels.shape[1], data.classes)
+        if self.train.init == "orthogonal":
+            for module in model.modules():
+                if isinstance(module, nn.modules.conv._ConvNd):
+                    for group in module.weight.detach().chunk(module.groups):
+                        nn.init.orthogonal_(group)
+        return model
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any], source: str = "recipe") -> "Recipe":
+        """The recipe of a nested dictionary.
+
+        Raises:
+            ValueError: unknown keys, missing ones, values of the wrong type or out of range; all of them in one message.
+        """
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise ValueError(f"{source}: " + "; ".join(_explained(cls, problem) for problem in error.errors())) from None
+
+
+def load(paths: Path | Sequence[Path], settings: Sequence[str] = ()) -> Recipe:
+    """The recipe of a TOML file with what it extends and the ``settings`` of the command line merged in.
+
+    Args:
+        paths: a file, or several that are merged in order.
+        settings: such as ``"train.epochs=10"``; the value is read as TOML, and as a string where that fails.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no TOML, extends itself, or is no recipe.
+    """
+    paths = [paths] if isinstance(paths, Path) else list(paths)
+    raw: dict[str, Any] = {}
+    for path in paths:
+        raw = merged(raw, _read(path))
+    for setting in settings:
+        raw = merged(raw, parsed(setting))
+    return Recipe.of(raw, " + ".join(map(str, [*paths, *settings])))
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``over`` laid over it, table by table; see :data:`NAMED`.
+
+    >>> merged({"a": {"x": 1, "y": 2}}, {"a": {"x": 3}})
+    {'a': {'x': 3, 'y': 2}}
+    >>> merged({"penalty": {"name": "srip", "steps": 2}}, {"penalty": {"name": "so"}})
+    {'penalty': {'name': 'so'}}
+    """
+    result = dict(base)
+    for key, value in over.items():
+        present = result.get(key)
+        if isinstance(present, Mapping) and isinstance(value, Mapping):
+            # The options of [data] mean the same for every set.
+            another = key != "data" and any(name in value and value[name] != present.get(name) for name in NAMED)
+            value = value if another else merged(present, value)
+        result[key] = value
+    return result
+
+
+def parsed(setting: str) -> dict[str, Any]:
+    """``"train.epochs=10"`` as the nested dictionary ``{"train": {"epochs": 10}}``."""
+    key, equals, text = setting.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ValueError(f"a setting is section.key=value, such as train.epochs=10; got {setting!r}")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for name in reversed(names):
+        value = {name: value}
+    return dict(value)
+
+
+def label(settings: Sequence[str]) -> str:
+    """What ``settings`` add to the name of a run's folder.
+
+    >>> label(["train.epochs=10", "data.size = 16"])
+    '+train.epochs=10+data.size=16'
+    """
+    text = "".join("+" + re.sub(r"\s*=\s*", "=", setting.strip(), count=1) for setting in settings)
+    text = re.sub(r"[^\w.=+-]+", "_", text)
+    return text if len(text) <= 120 else f"+{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def flattened(raw: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys and their values as JSON, to show in what two recipes differ."""
+    found: dict[str, str] = {}
+    for key, value in raw.items():
+        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": json.dumps(value)}
+    return found
+
+
+def differences(one: Recipe, other: Recipe) -> str:
+    """``train.epochs: 20 -> 10, ...``"""
+    a, b = flattened(one.to_dict()), flattened(other.to_dict())
+    keys = [key for key in a | b if a.get(key) != b.get(key)]
+    return ", ".join(f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}" for key in keys)
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if not path.is_file():
+        told = f", which {above[-1]} extends," if above else ""
+        raise FileNotFoundError(f"no recipe {path}{told} {'is a folder' if path.is_dir() else 'is there'}")
+    if path.resolve() in above:
+        raise ValueError(f"{path} extends itself, through {', '.join(map(str, above))}")
+    try:
+        own = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no TOML: {error}") from None
+    bases = own.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{path}: extends must be a file or a list of files, relative to it; got {bases!r}")
+    raw: dict[str, Any] = {}
+    for base in bases:
+        raw = merged(raw, _read(path.parent / base, (*above, path.resolve())))
+    return merged(raw, own)
+
+
+def _explained(cls: type[BaseModel], problem: Any) -> str:
+    *sections, last = place = [str(part) for part in problem["loc"]] or [""]
+    key = ".".join(place)
+    match problem["type"]:
+        case "extra_forbidden":
+            for section in sections:
+                cls = next(kind for kind in _sections(cls.model_fields[section].annotation))
+            return f"unknown key {key}{did_you_mean(last, cls.model_fields)}"
+        case "missing":
+            return f"{key} is missing"
+        case "value_error":
+            return f"{key}: {problem['ctx']['error']}".removeprefix(": ")
+    return f"{key}: {problem['msg'].lower().removeprefix('input ')}; got {problem['input']!r}"
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections among the members of a field's type."""
+    members = getattr(annotation, "__args__", (annotation,))
+    return [member for member in members if isinstance(member, type) and issubclass(member, Section)]

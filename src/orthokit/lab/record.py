@@ -1,0 +1,186 @@
+"""The folder of a run, ``<out>/<name>/<seed>/``, and what is in it.
+
+============================ =========================================================================================
+``recipe.toml``              the resolved recipe
+``environment.json``         versions, hardware, commit, precision, threads
+``metrics.jsonl``            a line an epoch
+``last.ckpt``                all that is needed to go on
+``last.safetensors``         the trained weights, once training is done
+``best.safetensors``         the weights of the best epoch by validation accuracy, where there is a validation part
+``summary.json``             the result; written last, so where it is the run is finished
+============================ =========================================================================================
+
+Every file appears under its name at once and whole, or not at all.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from lightning.fabric import Fabric
+
+import orthokit
+from orthokit.lab.recipe import Recipe, differences, load
+
+WAIT = 60.0
+"""Seconds to wait for another process that holds the run: one that was told to stop saves a checkpoint first."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe, one seed, one folder."""
+
+    recipe: Recipe
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """``<name>/<seed>``."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+    @property
+    def checkpoint(self) -> Path:
+        """All that is needed to go on."""
+        return self.folder / "last.ckpt"
+
+    def summary(self) -> dict[str, Any] | None:
+        """The result of the finished run, or None.
+
+        Raises:
+            ValueError: the folder holds a run of another recipe, or a damaged file.
+        """
+        if (path := self.folder / "summary.json").is_file():
+            found = _json(path, "recipe")
+            self._check(Recipe.of(found["recipe"], str(path)), path)
+            return found
+        if (path := self.folder / "recipe.toml").is_file():
+            self._check(load(path), path)
+        return None
+
+    def _check(self, present: Recipe, path: Path) -> None:
+        if present != self.recipe:
+            raise ValueError(
+                f"{self.folder} holds a run of another recipe ({differences(present, self.recipe)}, in {path.name}); "
+                "choose another --name or --out, or remove the folder"
+            )
+
+    def environment(self) -> dict[str, Any] | None:
+        """Where and with which precision and threads the run began, or None."""
+        path = self.folder / "environment.json"
+        return _json(path, "precision", "threads") if path.is_file() else None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``."""
+        return read_metrics(self.folder)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process out of the folder, which is made if need be.
+
+        Raises:
+            BlockingIOError: another process holds it and does not let go.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=WAIT)
+        except Timeout:
+            raise BlockingIOError(f"another process is training {self.folder}; wait for it, or stop it") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``; none where it has none yet."""
+    try:
+        text = (folder / "metrics.jsonl").read_text("utf-8")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Put ``content`` under ``path`` at once and whole; where that fails what was there stays."""
+    with replacing(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write to, which takes the name ``path`` at the end, or vanishes on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON, with a line's end."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _json(path: Path, *keys: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to run again") from None
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        raise ValueError(f"{path} is not what a run writes (no {', '.join(keys)}); remove it to run again")
+    return found
+
+
+def environment(fabric: Fabric) -> dict[str, Any]:
+    """Versions, hardware, numerics and the commit of this package, for the record of a run."""
+    device = fabric.device
+    packages = ("orthokit", "torch", "lightning", "numpy")
+    return {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "ranks": fabric.world_size,
+        "precision": fabric._precision.precision,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this package where it is run from a clone, marked where files differ from it."""
+    folder = Path(orthokit.__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # a clone that merely contains site-packages does not count
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

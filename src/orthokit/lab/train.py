@@ -1,0 +1,531 @@
+"""Training: one loop on Lightning Fabric, which brings devices, precision, processes and checkpoint files.
+
+A run is a function of its recipe and seed. Order and augmentation are keyed by them (:mod:`orthokit.lab.batches`), the global
+generator is seeded anew for every step, and a checkpoint holds all the rest: interrupted anywhere and started again, a run ends
+with the same weights, on the CPU to the last bit.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import orthokit as ok
+from orthokit.lab.batches import Batches, key_of
+from orthokit.lab.data import Images, ImageSet, load
+from orthokit.lab.models import flops
+from orthokit.lab.recipe import TrainSection
+from orthokit.lab.record import Run, environment, replacing, to_json, write
+from orthokit.schedules import Schedule
+
+SAVE_EVERY = 600.0
+"""Seconds between checkpoints within an epoch; every epoch ends with one."""
+SAMPLED = 50
+"""On an accelerator, where looking at the clock means waiting, one step in so many is timed and looked at."""
+SHOWN = ("mean_cos", "max_cos", "copies", "mean_length_error", "residual", "tightness")
+
+
+class DivergenceError(FloatingPointError):
+    """The loss or a weight is NaN or infinite; the last checkpoint is from before."""
+
+    status = 3
+    """Exit status of the command line."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Told to stop, and stopped after saving a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Where a run computes.
+
+    Args:
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``.
+        devices: processes on this machine, one a device; under ``torchrun`` it decides.
+        strategy: how they share the work, a name of Fabric's; ``"auto"`` is DistributedDataParallel for more than one.
+        threads: of each process on the CPU; PyTorch's choice by default.
+    """
+
+    device: str = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+    threads: int | None = None
+
+    def fabric(self, precision: str) -> Fabric:
+        """Fabric, launched."""
+        here, everywhere = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        if precision == "auto":
+            precision = "bf16-mixed" if fast_bfloat16(self.device) else "32-true"
+        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # the precision is in environment.json
+        fabric = Fabric(
+            accelerator=self.device,
+            devices=here or self.devices,
+            num_nodes=everywhere // here if here else 1,
+            strategy="ddp" if self.strategy == "auto" and max(everywhere, self.devices) > 1 else self.strategy,
+            precision=precision,
+        )
+        fabric.launch()
+        return fabric
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether the hardware multiplies bfloat16 faster than float32, rather than emulating it."""
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
+        return False
+    # Private to torch 2.6 ... 2.13, hence the detour: where the name is gone, float32 is always right.
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(supported() for supported in known if supported is not None)
+
+
+class Stop:
+    """Turns Ctrl-C, a termination signal, or the death of the parent process into a request; a second Ctrl-C is an order."""
+
+    def __init__(self) -> None:
+        self.parent = os.getppid()
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether to save and stop."""
+        return self._asked or os.getppid() != self.parent
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+class Watch:
+    """What is told of a run as it goes; this one listens to nothing."""
+
+    def step(self, run: Run, epochs: float, loss: float, speed: float) -> None:
+        """``epochs`` are done, with this loss at this speed (images per second)."""
+
+    def row(self, run: Run, row: dict[str, Any]) -> None:
+        """An epoch is done: its line of ``metrics.jsonl``."""
+
+
+class Clock:
+    """Seconds by part of the work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self.on = True
+        self._wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        if not self.on:
+            yield
+            return
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+def train(
+    run: Run,
+    *,
+    root: Path = Path("data"),
+    download: bool = False,
+    hardware: Hardware | None = None,
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """Train ``run`` to its end, from its checkpoint if it has one, and return its summary; a finished run is not repeated.
+
+    Args:
+        run: recipe, seed and folder.
+        root: where the images are.
+        download: whether to fetch them if they are not.
+        hardware: where to compute.
+        watch: told of every epoch, and of steps in between.
+
+    Raises:
+        DivergenceError: the loss or a weight is no longer finite.
+        Interrupted: told to stop (Ctrl-C or a termination signal); a checkpoint is saved.
+        ValueError: the folder holds a run of another recipe; data, network and recipe do not fit.
+        OSError: the folder cannot be written, or the disk is full; the last checkpoint is kept.
+    """
+    if (finished := run.summary()) is not None:
+        return finished
+    precision, hardware = run.recipe.train.precision, hardware or Hardware()
+    if before := run.environment():  # other numerics would give other weights
+        precision, hardware = before["precision"], replace(hardware, threads=before["threads"])
+    with Stop() as stop:
+        fabric = hardware.fabric(precision)
+        first: bool = fabric.is_global_zero
+        with run.held() if first else contextlib.nullcontext():
+            if (finished := run.summary()) is not None:  # by the process that held the folder
+                return finished
+            if first:
+                write(run.folder / "recipe.toml", run.recipe.to_toml())
+                if before is None:
+                    write(run.folder / "environment.json", to_json(environment(fabric)))
+            wanted = run.recipe.data
+            with fabric.rank_zero_first():
+                data = load(
+                    wanted.name,
+                    root=root,
+                    train=wanted.train,
+                    validation=wanted.validation,
+                    size=wanted.size,
+                    download=download and first,
+                )
+            return Training(run, fabric, data, stop, watch or Watch()).fit()
+
+
+def learning_rate(section: TrainSection, steps: int) -> Schedule:
+    """The learning rate by step, with ``steps`` to an epoch."""
+    schedule: Schedule
+    if section.schedule == "cosine":
+        schedule = ok.cosine(section.lr, 0.0, steps=section.epochs * steps)
+    else:
+        drops = {epoch * steps: section.lr * section.gamma**k for k, epoch in enumerate(section.milestones, 1)}
+        schedule = ok.piecewise({0: section.lr} | drops)
+    rising = round(section.warmup * steps)
+    return ok.warmup(rising, schedule) if rising else schedule
+
+
+class Training:
+    """A run in progress."""
+
+    def __init__(self, run: Run, fabric: Fabric, data: ImageSet, stop: Stop, watch: Watch) -> None:
+        self.run, self.fabric, self.stop, self.watch = run, fabric, stop, watch
+        self.section = section = run.recipe.train
+        self.device: torch.device = fabric.device
+        self.data = data.to(self.device)
+        self.batches = Batches(self.data, section.batch, run.recipe.data.augment, run.seed, fabric.global_rank, fabric.world_size)
+        self.steps = len(self.batches)  # in an epoch
+
+        torch.manual_seed(run.seed)
+        self.model = run.recipe.build(data)
+        if section.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        wanted = run.recipe.regularizer
+        self.ortho = wanted.build(self.model) if wanted else None
+        groups: Any = self.model.parameters()
+        if self.ortho is not None and wanted is not None and not wanted.decay:
+            groups = self.ortho.param_groups(self.model, weight_decay=section.weight_decay)
+        optimizer = torch.optim.SGD(
+            groups,
+            section.lr,
+            section.momentum,
+            weight_decay=section.weight_decay,
+            nesterov=section.nesterov,
+            foreach=True,
+        )
+        self.network, self.optimizer = fabric.setup(torch.compile(self.model) if section.compile else self.model, optimizer)
+        self.averaged = (
+            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(section.ema), use_buffers=True) if section.ema else None
+        )
+        self.lr = learning_rate(section, self.steps)
+
+        self.clock = Clock(self.device)
+        self.step = 0
+        self.sums = self._zeros()
+        self.elapsed = 0.0  # seconds of training in this epoch, over all interruptions
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        self._saved = time.monotonic()
+
+    def _zeros(self) -> Tensor:
+        """Sums over the images of an epoch: loss, right ones, how many, penalty."""
+        return torch.zeros(4, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+
+    # ------------------------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end; return the summary, which is on disk then."""
+        self.restore()
+        for epoch in range(self.step // self.steps, self.section.epochs):
+            self.train_epoch(epoch)
+            row = self.end_epoch(epoch)
+            if self.fabric.is_global_zero:
+                self.watch.row(self.run, row)
+            if self.stopping(always=True) and epoch + 1 < self.section.epochs:
+                raise Interrupted(f"{self.run.name} stopped after epoch {epoch + 1}; the same command goes on from there")
+        return self.finish()
+
+    def train_epoch(self, epoch: int) -> None:
+        """The steps of an epoch that are still to be done."""
+        self.model.train()
+        if self.ortho is not None:
+            self.ortho.load_state_dict({"steps": epoch})
+        order, start, shown = self.batches.order(epoch), time.perf_counter() - self.elapsed, time.monotonic()
+        for place in range(self.step % self.steps, self.steps):
+            self.clock.on = self.device.type == "cpu" or place % SAMPLED == 0
+            loss = self.train_step(epoch, place, order)
+            self.step += 1
+            self.elapsed = time.perf_counter() - start
+            if self.clock.on:
+                self._check(loss)
+                if time.monotonic() - shown > 0.2 and self.fabric.is_global_zero:
+                    shown = time.monotonic()
+                    speed = (place + 1) * self.section.batch / self.elapsed
+                    self.watch.step(self.run, self.step / self.steps, float(loss), speed)
+            if place + 1 < self.steps and self.stopping():
+                self.save()
+                raise Interrupted(f"{self.run.name} stopped in epoch {epoch + 1}; the same command goes on from there")
+            if time.monotonic() - self._saved > SAVE_EVERY and self.fabric.world_size == 1:
+                self.save()
+        self.clock.on = True
+
+    def train_step(self, epoch: int, place: int, order: Tensor) -> Tensor:
+        """One step; the loss without the penalty."""
+        torch.manual_seed(key_of(self.run.seed, self.step, self.fabric.global_rank) % 2**63)  # for dropout
+        with self.clock("data"):
+            images, labels = self.batches.get(epoch, place, order)
+            if self.section.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+        with self.clock("network"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr(self.step)
+            logits = self.network(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.section.label_smoothing)
+            self.optimizer.zero_grad()
+            self.fabric.backward(loss)
+        with self.clock("penalty"):
+            penalty = self._penalty()
+        with self.clock("network"):
+            self.optimizer.step()
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.model)
+        with self.clock("record"), torch.no_grad():
+            n = len(labels)
+            right = (logits.argmax(-1) == labels).sum()
+            self.sums += torch.stack([loss.detach() * n, right, torch.full_like(loss, n), penalty * n]).to(self.sums)
+        return loss.detach()
+
+    def _penalty(self) -> Tensor:
+        """Add the penalty's gradient; its value, 0 where there is none."""
+        if self.ortho is None:
+            return torch.zeros((), device=self.device)
+        try:
+            return self.ortho.add_grad_()
+        except FloatingPointError as error:
+            raise self._diverged(str(error)) from None
+
+    def end_epoch(self, epoch: int) -> dict[str, Any]:
+        """Validate, record the epoch, save; its line of ``metrics.jsonl``."""
+        sums: Tensor = self.fabric.all_reduce(self.sums, reduce_op="sum")
+        loss, right, images, penalty = sums.tolist()
+        self._check(sums[0])
+        with self.clock("evaluate"):
+            validation = None if self.data.validation is None else self.evaluate(self.data.validation)
+        with self.clock("record"):
+            orthogonality = self._orthogonality(spectrum=False)
+        row: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "lr": self.lr(self.step - 1),
+            "train": {"loss": loss / images, "accuracy": right / images},
+            "validation": validation,
+            "penalty": penalty / images,
+            "strength": self.ortho.strength if self.ortho else 0.0,
+            "orthogonality": {part: {key: total[key] for key in SHOWN if key in total} for part, total in orthogonality.items()},
+            "images_per_second": images / self.elapsed,
+            "seconds": self._seconds(),
+        }
+        seconds = row["seconds"]
+        row["penalty_share"] = seconds["penalty"] / (seconds["data"] + seconds["network"] + seconds["penalty"])
+        self.history.append(row)
+        self.elapsed, self.sums, self.clock.seconds = 0.0, self._zeros(), {}
+        if validation is not None and (self.best is None or validation["accuracy"] > self.best["accuracy"]):
+            self.best = {"epoch": epoch + 1, **validation}
+            self.save_weights("best")
+        self.save()
+        return row
+
+    def _seconds(self) -> dict[str, float]:
+        """Seconds of the epoch by part; those of steps scaled up from the sampled ones."""
+        found = {"data": 0.0, "network": 0.0, "penalty": 0.0} | self.clock.seconds
+        if self.device.type != "cpu":
+            for part in ("data", "network", "penalty"):
+                found[part] *= self.steps / math.ceil(self.steps / SAMPLED)
+        return {part: round(seconds, 4) for part, seconds in found.items()} | {"training": round(self.elapsed, 4)}
+
+    def _orthogonality(self, spectrum: bool) -> dict[str, Any]:
+        """The totals of ``ok.report`` for ``under``- and ``over``-determined convolutions, and for ``all`` if there are both."""
+        totals = ok.report(self.evaluated, where=ok.convs, spectrum=spectrum).totals
+        return {re.split("[- ]", name)[0]: total for name, total in totals.items()}
+
+    def finish(self) -> dict[str, Any]:
+        """Test the trained network, once; write weights and summary."""
+        row = self.history[-1]
+        test = self.evaluate(self.data.test)
+        summary: dict[str, Any] = {
+            "name": self.run.folder.parent.name,
+            "seed": self.run.seed,
+            "test": test,
+            "validation": row["validation"],
+            "best": self.best,
+            "train": row["train"],
+            "orthogonality": self._orthogonality(spectrum=True),
+            "ranks": self.ortho.ranks if self.ortho else {},
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "flops": flops(self.model, self.data.test.pixels.shape[1:]),
+            "images": {"train": len(self.data.train), "test": len(self.data.test)},
+            "fingerprint": self.data.fingerprint,
+            "images_per_second": sum(r["images_per_second"] for r in self.history) / len(self.history),
+            "penalty_share": sum(r["penalty_share"] for r in self.history) / len(self.history),
+            "seconds": sum(r["seconds"]["training"] for r in self.history),
+            "environment": json.loads((self.run.folder / "environment.json").read_text("utf-8")),
+            "recipe": self.run.recipe.to_dict(),
+        }
+        self.save_weights("last")
+        if self.fabric.is_global_zero:
+            write(self.run.folder / "summary.json", to_json(summary))
+        self.fabric.barrier()
+        return summary
+
+    # ------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that counts: the averaged one where there is one."""
+        averaged: nn.Module | None = None if self.averaged is None else self.averaged.module
+        return self.model if averaged is None else averaged
+
+    @torch.no_grad()
+    def evaluate(self, images: Images, batch: int = 500) -> dict[str, float]:
+        """Mean loss and accuracy of the network that counts, the images shared among the ranks."""
+        model = self.evaluated
+        model.eval()
+        sums = self._zeros()
+        rank, ranks = self.fabric.global_rank, self.fabric.world_size
+        for pixels, labels in zip(images.pixels[rank::ranks].split(batch), images.labels[rank::ranks].split(batch), strict=True):
+            inputs = self.data.normalise(pixels)
+            if self.section.channels_last:
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            with self.fabric.autocast():
+                logits = model(inputs)
+            logits = logits.float()
+            right = (logits.argmax(-1) == labels).sum()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([loss, right, torch.full_like(loss, len(labels)), torch.zeros_like(loss)]).to(sums)
+        total: Tensor = self.fabric.all_reduce(sums, reduce_op="sum")
+        self._check(total[0])
+        return {"loss": float(total[0] / total[2]), "accuracy": float(total[1] / total[2])}
+
+    def stopping(self, always: bool = False) -> bool:
+        """Whether any rank was told to stop; several ranks ask each other now and then, or ``always``."""
+        if self.fabric.world_size == 1:
+            return self.stop.asked
+        if not always and self.step % SAMPLED:
+            return False
+        asked = self.fabric.all_reduce(torch.tensor(float(self.stop.asked), device=self.device), reduce_op="sum")
+        return bool(asked > 0)
+
+    def _check(self, value: Tensor) -> None:
+        if not value.isfinite():
+            raise self._diverged(f"the loss is {value.item():g}")
+
+    def _diverged(self, what: str) -> DivergenceError:
+        epoch, place = divmod(self.step, self.steps)
+        kept = f"{self.run.checkpoint} is from before" if self.run.checkpoint.is_file() else "no checkpoint was saved before"
+        return DivergenceError(
+            f"{self.run.name} diverged in epoch {epoch + 1}, step {place + 1}: {what}; {kept}. "
+            "Lower train.lr, or add train.warmup"
+        )
+
+    # ------------------------------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        progress = {
+            "step": self.step,
+            "sums": self.sums,
+            "elapsed": self.elapsed,
+            "seconds": self.clock.seconds,
+            "history": self.history,
+            "best": self.best,
+        }
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            **({} if self.averaged is None else {"averaged": self.averaged}),
+            "progress": progress,
+        }
+
+    def restore(self) -> None:
+        """Go on from the run's checkpoint, if there is one.
+
+        Raises:
+            ValueError: it is damaged, or of another network.
+        """
+        if not self.run.checkpoint.is_file():
+            return
+        state = self._state()
+        try:
+            self.fabric.load(self.run.checkpoint, state, weights_only=True)
+        except Exception as error:  # a damaged file can fail in any way
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.run.checkpoint} cannot be read ({reason}); remove it to begin this run anew") from None
+        progress = state["progress"]
+        self.step, self.elapsed, self.history, self.best = (progress[key] for key in ("step", "elapsed", "history", "best"))
+        self.sums, self.clock.seconds = progress["sums"].to(self.device), progress["seconds"]
+        if self.fabric.is_global_zero:
+            self._write_metrics()
+
+    def save(self) -> None:
+        """A checkpoint of the present step, on disk at once and whole."""
+        parameters = [value.detach() for value in self.evaluated.state_dict().values() if value.is_floating_point()]
+        self._check(torch.stack([value.sum(dtype=torch.float32) for value in parameters]).sum())
+        with self.clock("record"):
+            state = self._state()
+            if self.fabric.world_size > 1:
+                state["progress"]["sums"] = self.fabric.all_reduce(self.sums, reduce_op="sum") / self.fabric.world_size
+            if self.fabric.is_global_zero:
+                self._write_metrics()
+                with replacing(self.run.checkpoint) as part:
+                    self.fabric.save(part, state)
+            self._saved = time.monotonic()
+
+    def _write_metrics(self) -> None:
+        write(self.run.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
+
+    def save_weights(self, name: str) -> None:
+        """``<name>.safetensors``: the weights of the network that counts, and what they are."""
+        if self.fabric.is_global_zero:
+            weights = {key: value.detach().cpu().contiguous() for key, value in self.evaluated.state_dict().items()}
+            metadata = {
+                "run": self.run.name,
+                "epoch": str(self.step // self.steps),
+                "classes": str(self.data.classes),
+                "recipe": json.dumps(self.run.recipe.to_dict()),
+            }
+            with replacing(self.run.folder / f"{name}.safetensors") as part:
+                save_file(weights, part, metadata)
