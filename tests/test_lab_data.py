@@ -301,6 +301,8 @@ def damaged(path, how):
         path.write_bytes(b"no safetensors file, but long enough to have a header")
     elif how == "zeros":
         path.write_bytes(content[:start] + bytes(len(content) - start))
+    elif how == "garbage":
+        path.write_bytes(content[:start] + b"\xf7" * (len(content) - start))
     elif how == "folder":
         path.unlink()
         path.mkdir()
@@ -308,7 +310,7 @@ def damaged(path, how):
         path.write_bytes(content.replace(b"test_labels", b"toast_label"))
 
 
-@pytest.mark.parametrize("how", ["empty", "truncated", "text", "zeros", "folder", "names"])
+@pytest.mark.parametrize("how", ["empty", "truncated", "text", "zeros", "garbage", "folder", "names"])
 def test_a_damaged_cache_is_written_anew(small, reads, how):
     first = load("cifar10", root=small)
     damaged(small / ".orthokit-cifar10.safetensors", how)

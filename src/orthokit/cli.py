@@ -318,6 +318,31 @@ class Train:
         return 0
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Try settings of recipes, a grid or a search, and tell the best of each recipe by validation accuracy.
+
+    Started again it repeats nothing. Exit status 4 where a run failed; the others are done all the same.
+    """
+
+    file: tyro.conf.Positional[Path]
+    """A TOML file: recipes, seeds, and [grid] or [search] (see the guide)."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
+
+    def run(self, console: Console) -> int:
+        with _needs_lab():
+            from orthokit.lab import sweep
+        out = self.machine.out
+        points, status = sweep.run(self.file, out, lambda runs: self.machine.run_all(runs, console))
+        sweep.save(points, out / self.file.stem / "sweep.json")
+        console.print(sweep.table(points))
+        for point in sweep.best(points).values():
+            console.print(f"best: {point.command}", markup=False, highlight=False, soft_wrap=True)
+            if edges := sweep.edges(sweep.read(self.file), point):
+                console.print(f"  at the edge of the grid in {', '.join(edges)}: widen it", markup=False, highlight=False)
+        return status
+
+
 @contextlib.contextmanager
 def _needs_lab() -> Iterator[None]:
     try:
@@ -407,18 +432,18 @@ def main(args: Sequence[str] | None = None) -> int:
     if args == ["--version"]:
         print(f"orthokit {ok.__version__}")
         return 0
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"list": List, "report": Report, "plan": Plan, "demo": Demo, "train": Train},
-        prog="orthokit",
-        description="Orthogonal filters for deep networks: measure them, plan for them, see what they do.",
-        args=args or ["--help"],
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # Greek letters on a terminal without them
     errors = Console(stderr=True, soft_wrap=True)
     try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            {"list": List, "report": Report, "plan": Plan, "demo": Demo, "train": Train, "sweep": Sweep},
+            prog="orthokit",
+            description="Orthogonal filters for deep networks: measure them, plan for them, see what they do.",
+            args=args or ["--help"],
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
         status: int | None = command.run(_Console())
         sys.stdout.flush()
         return status or 0

@@ -156,7 +156,7 @@ def _choose(option: str, wanted: int, rows: NDArray[np.int64], labels: NDArray[n
     if not classes <= wanted <= len(rows) - classes:
         everything = f", or all {len(rows):,}" if option == "train" else ""
         raise ValueError(
-            f"{option} must be from {classes:,} to {len(rows) - classes:,}{everything}: of the {len(rows):,} images that are left "
+            f"{option} must be from {classes:,} to {len(rows) - classes:,}{everything}: of the {len(rows):,} images there are, "
             f"at least one of each of {classes} classes, and as many for the rest; got {wanted:,}"
         )
     split = _need("sklearn.model_selection", "splitting image sets").train_test_split
@@ -228,7 +228,8 @@ def _read_cache(path: Path, source: archives.Source) -> tuple[Parts, str] | None
     except (SafetensorError, OSError):
         return None
     for pixels, labels, count in ((*parts[:2], published.train), (*parts[2:], published.test)):
-        if pixels.shape != (count, 3, 32, 32) or (labels.bincount() != count // published.classes).any():
+        balanced = torch.arange(published.classes).repeat_interleave(count // published.classes)
+        if pixels.shape != (count, 3, 32, 32) or not torch.equal(labels.sort().values, balanced):
             return None
     return parts, metadata["fingerprint"]
 
@@ -286,15 +287,16 @@ def _corners(height: int, width: int, generator: torch.Generator) -> tuple[Int64
 def _synthetic() -> Parts:
     """Each class is a smooth pattern, shifted at random (cyclically) and buried in another smooth pattern and in noise.
 
-    Integers throughout, so that it is the same on any machine.
+    No rounding before the last step, so that it is the same on any machine.
     """
     generator = torch.Generator().manual_seed(0)
     step = torch.arange(32)
-    weights = torch.zeros(32, 4).index_put_((step, step // 8), 8.0 - step % 8)
-    weights.index_put_((step, (step // 8 + 1) % 4), (step % 8).float())  # interpolates a cyclic grid of 4 linearly, times 8
+    weights = torch.zeros(32, 4, dtype=torch.float64).index_put_((step, step // 8), 8.0 - step.double() % 8)
+    weights.index_put_((step, (step // 8 + 1) % 4), (step % 8).double())  # interpolates a cyclic grid of 4 linearly, times 8
 
     def smooth(count: int) -> Tensor:
-        return weights @ torch.randint(-64, 65, (count, 3, 4, 4), generator=generator).float() @ weights.T / 64
+        grid = torch.randint(-64, 65, (count, 3, 4, 4), generator=generator).double()
+        return (weights @ grid @ weights.T / 64).float()
 
     patterns, parts = smooth(10), []
     for each in (500, 100):

@@ -1,7 +1,7 @@
 """What a person sees of runs: bars on a terminal, a line an epoch elsewhere."""
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,7 +33,7 @@ class Display(Watch):
         self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
         self.tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Display":
         self.bars.start()
         return self
 

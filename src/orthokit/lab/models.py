@@ -1,6 +1,5 @@
 """Networks for small images: residual networks, wide residual networks, and anybody's own by name."""
 
-import difflib
 import importlib
 import inspect
 import re
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from orthokit.checks import check_choice, check_count, check_number
+from orthokit.checks import did_you_mean, check_choice, check_count, check_number
 from orthokit.select import state_of
 
 Norm = Literal["batch", "group", "none"]
@@ -331,9 +330,7 @@ def build(kind: str, *, channels: int, classes: int, **options: Any) -> nn.Modul
     """
     make = _imported(kind) if ":" in kind else NETWORKS.get(kind)
     if make is None:
-        raise ValueError(
-            f"no network {kind!r}; there are {', '.join(NETWORKS)}, and module:function for your own{_close(kind, NETWORKS)}"
-        )
+        raise ValueError(f"no network {kind!r}{did_you_mean(kind, NETWORKS)} (module:function names one of your own)")
     parameters = inspect.signature(make).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         known = [name for name in parameters if name not in ("channels", "classes")]
@@ -341,16 +338,11 @@ def build(kind: str, *, channels: int, classes: int, **options: Any) -> nn.Modul
             raise ValueError(f"{kind} must take channels and classes; it takes no {' and no '.join(missing)}")
         for option in options:
             if option not in known:
-                raise ValueError(f"{kind} has no option {option!r}; it has {', '.join(known) or 'none'}{_close(option, known)}")
+                raise ValueError(f"{kind} has no option {option!r}{did_you_mean(option, known)}")
     network = make(channels=channels, classes=classes, **options)
     if not isinstance(network, nn.Module):
         raise TypeError(f"{kind} must return a torch.nn.Module; got {type(network).__name__}")
     return network
-
-
-def _close(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(words), 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _imported(kind: str) -> Callable[..., nn.Module]:
@@ -368,8 +360,9 @@ def _imported(kind: str) -> Callable[..., nn.Module]:
         ) from None
     make = getattr(module, name, None)
     if make is None:
+        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(
-            f"module {path!r} ({getattr(module, '__file__', 'built in')}) has no {name!r}{_close(name, vars(module))}"
+            f"module {path!r} ({getattr(module, '__file__', 'built in')}) has no {name!r}{did_you_mean(name, public)}"
         )
     if not callable(make):
         raise TypeError(f"{kind} must be a function that makes a network; got {type(make).__name__}")

@@ -24,7 +24,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -49,7 +49,7 @@ Natural = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """A table of a recipe; unknown keys and values of the wrong type are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataSection(Section):
@@ -123,7 +123,7 @@ class TrainSection(Section):
     """``orthogonal``: every convolution starts with orthonormal filters (tall ones with orthonormal columns)."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "TrainSection":
         if (self.schedule == "step") != bool(self.milestones):
             raise ValueError('schedule = "step" and milestones = [...] go together')
         if self.milestones != sorted(set(self.milestones)):
@@ -203,7 +203,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise ValueError(f"{source}: " + "; ".join(_explained(cls, problem) for problem in error.errors())) from None
+            raise ValueError(f"{source}: {explained(cls, error)}") from None
 
 
 def load(paths: Path | Sequence[Path], settings: Sequence[str] = ()) -> Recipe:
@@ -306,13 +306,18 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged(raw, own)
 
 
-def _explained(cls: type[BaseModel], problem: Any) -> str:
+def explained(cls: type[BaseModel], error: ValidationError) -> str:
+    """What is wrong with the data for ``cls``, all of it, in words."""
+    return "; ".join(dict.fromkeys(_problem(cls, problem) for problem in error.errors()))
+
+
+def _problem(cls: type[BaseModel], problem: Any) -> str:
     *sections, last = place = [str(part) for part in problem["loc"]] or [""]
     key = ".".join(place)
     match problem["type"]:
         case "extra_forbidden":
             for section in sections:
-                cls = next(kind for kind in _sections(cls.model_fields[section].annotation))
+                cls = next(iter(_sections(cls.model_fields[section].annotation)), cls) if section in cls.model_fields else cls
             return f"unknown key {key}{did_you_mean(last, cls.model_fields)}"
         case "missing":
             return f"{key} is missing"

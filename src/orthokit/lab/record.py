@@ -63,7 +63,7 @@ class Run:
             found = _json(path, "recipe")
             self._check(Recipe.of(found["recipe"], str(path)), path)
             return found
-        if (path := self.folder / "recipe.toml").is_file():
+        if self.checkpoint.is_file() and (path := self.folder / "recipe.toml").is_file():
             self._check(load(path), path)
         return None
 

@@ -142,9 +142,7 @@ def run_all(runs: Sequence[Run], pool: Pool, display: Display) -> list[int]:
     if left:
         execute = _remote(pool) if pool.backend == "ray" else _local(pool, len(left))
         with _followed(left, display), execute as (task, jobs):
-            found = joblib.Parallel(n_jobs=jobs)(
-                joblib.delayed(task)(pool.command(run), run.folder.resolve()) for run in left
-            )
+            found = joblib.Parallel(n_jobs=jobs)(joblib.delayed(task)(pool.command(run), run.folder.resolve()) for run in left)
         places = {id(run): place for place, run in enumerate(runs)}
         status |= {places[id(run)]: code for run, code in zip(left, found, strict=True)}
     if INTERRUPTED in status.values():

@@ -37,6 +37,8 @@ from orthokit.schedules import Schedule
 
 SAVE_EVERY = 600.0
 """Seconds between checkpoints within an epoch; every epoch ends with one."""
+SHOW_EVERY = 0.2
+"""Seconds between two looks at a step's loss for whoever watches."""
 SAMPLED = 50
 """On an accelerator, where looking at the clock means waiting, one step in so many is timed and looked at."""
 SHOWN = ("mean_cos", "max_cos", "copies", "mean_length_error", "residual", "tightness")
@@ -293,7 +295,7 @@ class Training:
             self.elapsed = time.perf_counter() - start
             if self.clock.on:
                 self._check(loss)
-                if time.monotonic() - shown > 0.2 and self.fabric.is_global_zero:
+                if time.monotonic() - shown > SHOW_EVERY and self.fabric.is_global_zero:
                     shown = time.monotonic()
                     speed = (place + 1) * self.section.batch / self.elapsed
                     self.watch.step(self.run, self.step / self.steps, float(loss), speed)
@@ -508,10 +510,11 @@ class Training:
             state = self._state()
             if self.fabric.world_size > 1:
                 state["progress"]["sums"] = self.fabric.all_reduce(self.sums, reduce_op="sum") / self.fabric.world_size
-            if self.fabric.is_global_zero:
+            first = self.fabric.is_global_zero
+            if first:
                 self._write_metrics()
-                with replacing(self.run.checkpoint) as part:
-                    self.fabric.save(part, state)
+            with replacing(self.run.checkpoint) if first else contextlib.nullcontext(self.run.checkpoint) as part:
+                self.fabric.save(part, state)  # every rank must call it; the first one writes
             self._saved = time.monotonic()
 
     def _write_metrics(self) -> None:
