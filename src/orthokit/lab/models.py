@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from orthokit.checks import did_you_mean, check_choice, check_count, check_number
+from orthokit.checks import check_choice, check_count, check_number, did_you_mean
 from orthokit.select import state_of
 
 Norm = Literal["batch", "group", "none"]
