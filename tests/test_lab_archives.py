@@ -80,7 +80,7 @@ def test_a_complete_form_is_preferred(tmp_path):
 def test_nothing_found(tmp_path):
     accepted = (
         r"root \(--root\) must hold the folder cifar-10-batches-py, the folder cifar-10-batches-bin, cifar-10-python.tar.gz or "
-        r"cifar-10-binary.tar.gz; download=True \(--download\) fetches cifar-10-python.tar.gz"
+        r"cifar-10-binary.tar.gz; download=True \(orthokit train --download\) fetches cifar-10-python.tar.gz"
     )
     for root in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match=f"no CIFAR-10 in {re.escape(str(root))}: {accepted}"):

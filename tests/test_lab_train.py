@@ -449,7 +449,7 @@ def test_compiled(tmp_path):
     train(whole, hardware=HARDWARE)
     compiled = torch.compile
     try:
-        torch.compile = lambda model: compiled(model, backend="eager")
+        torch.compile = lambda model, **options: compiled(model, **(options | {"backend": "eager"}))
         run = run_in(tmp_path / "b", train__epochs=1, train__compile=True)
         train(run, hardware=HARDWARE)
     finally:

@@ -30,6 +30,7 @@ def penalty_of(config: Mapping[str, Any] | str) -> KernelMeasure:
     Raises:
         ValueError: an unknown name or option (the message names the known ones), or a value out of range.
 
+    >>> from orthokit.config import penalty_of
     >>> penalty_of({"name": "srip", "steps": 3}), penalty_of("so")
     (SRIP(steps=3), SO())
     """
@@ -39,6 +40,7 @@ def penalty_of(config: Mapping[str, Any] | str) -> KernelMeasure:
 def schedule_of(config: Mapping[str, Any] | float) -> Schedule:
     """The schedule that ``config`` describes; a number is a constant one.
 
+    >>> from orthokit.config import schedule_of
     >>> schedule_of({"name": "piecewise", "pieces": {"0": 0.1, "20": 0.01}})
     piecewise({0: 0.1, 20: 0.01})
     """
@@ -48,6 +50,7 @@ def schedule_of(config: Mapping[str, Any] | float) -> Schedule:
 def config_of(value: object) -> Any:
     """The plain data from which :func:`penalty_of` or :func:`schedule_of` builds ``value``; defaults are left out.
 
+    >>> from orthokit.config import config_of, penalty_of
     >>> config_of(penalty_of({"name": "disentangled", "relax": {"name": "share", "q": 0.1}, "form": "welch"}))
     {'name': 'disentangled', 'relax': {'name': 'share', 'q': 0.1}, 'form': 'welch'}
     """
@@ -74,6 +77,7 @@ def where_of(text: str) -> Predicate:
     Raises:
         ValueError: something else than names of predicates, ``matching("...")``, ``&``, ``|``, ``~`` and brackets.
 
+    >>> from orthokit.config import where_of
     >>> where_of("convs & ~(stem | matching('layer1.*'))")
     (convs & ~(stem | matching('layer1.*')))
     """

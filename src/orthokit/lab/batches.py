@@ -31,6 +31,7 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 def key_of(*parts: int) -> int:
     """One signed 64-bit key of several counters, such as (seed, epoch).
 
+    >>> from orthokit.lab.batches import key_of
     >>> key_of(0, 1) == key_of(0, 1), key_of(0, 1) == key_of(1, 0)
     (True, False)
     """

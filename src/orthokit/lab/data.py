@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import importlib
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from orthokit.checks import check_count, warn_once
+from orthokit.checks import check_count, did_you_mean, warn_once
 from orthokit.lab import archives
 from orthokit.lab.archives import PUBLISHED, Parts
+from orthokit.lab.files import replacing
 
 SETS = {
     "cifar10": "CIFAR-10: 50,000 + 10,000 photographs of 10 kinds of objects, 32x32 RGB; in --root, or with --download",
@@ -113,8 +112,7 @@ def load(
         ModuleNotFoundError: scikit-learn or scikit-image is missing.
     """
     if name not in SETS:
-        near = difflib.get_close_matches(name.lower(), SETS, 1)
-        raise ValueError(f"no data set {name!r}; there are {', '.join(SETS)}{f'. Did you mean {near[0]!r}?' if near else ''}")
+        raise ValueError(f"no data set {name!r}{did_you_mean(name, SETS)}")
     for option, value, low in (("train", train, 1), ("validation", validation, 0), ("size", size, 1)):
         if value is not None:
             check_count(option, value, low)
@@ -213,7 +211,7 @@ def _published(name: str, root: Path, download: bool) -> tuple[Parts, str]:
     key = source.key()  # before reading: a change meanwhile makes the cache stale, not wrong
     parts = archives.read(source)
     fingerprint = _fingerprint(parts)
-    _write_cache(cache, parts, {"source": key, "fingerprint": fingerprint}, source.path.stat().st_mode & 0o666)
+    _write_cache(cache, parts, {"source": key, "fingerprint": fingerprint})
     return parts, fingerprint
 
 
@@ -234,18 +232,10 @@ def _read_cache(path: Path, source: archives.Source) -> tuple[Parts, str] | None
     return parts, metadata["fingerprint"]
 
 
-def _write_cache(path: Path, parts: Parts, metadata: dict[str, str], mode: int) -> None:
-    """Write it whole or not at all: the folder may be read-only or full, and other processes may be doing the same."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
+def _write_cache(path: Path, parts: Parts, metadata: dict[str, str]) -> None:
+    """Write it if possible: the folder may be read-only or full."""
+    with contextlib.suppress(SafetensorError, OSError), replacing(path) as part:
         save_file(parts._asdict(), part, metadata)
-        part.chmod(mode)
-        part.replace(path)
-    except (SafetensorError, OSError):
-        return
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _digits() -> Parts:

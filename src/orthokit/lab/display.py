@@ -12,12 +12,7 @@ from orthokit.lab.train import Watch
 
 
 class Display(Watch):
-    """Shows runs on a console.
-
-    >>> import io
-    >>> Display(Console(file=io.StringIO())).console.is_terminal
-    False
-    """
+    """Shows runs on a console."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -229,6 +229,7 @@ def load(paths: Path | Sequence[Path], settings: Sequence[str] = ()) -> Recipe:
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` with ``over`` laid over it, table by table; see :data:`NAMED`.
 
+    >>> from orthokit.lab.recipe import merged
     >>> merged({"a": {"x": 1, "y": 2}}, {"a": {"x": 3}})
     {'a': {'x': 3, 'y': 2}}
     >>> merged({"penalty": {"name": "srip", "steps": 2}}, {"penalty": {"name": "so"}})
@@ -263,6 +264,7 @@ def parsed(setting: str) -> dict[str, Any]:
 def label(settings: Sequence[str]) -> str:
     """What ``settings`` add to the name of a run's folder.
 
+    >>> from orthokit.lab.recipe import label
     >>> label(["train.epochs=10", "data.size = 16"])
     '+train.epochs=10+data.size=16'
     """

@@ -111,31 +111,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Put ``content`` under ``path`` at once and whole; where that fails what was there stays."""
-    with replacing(path) as part:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write to, which takes the name ``path`` at the end, or vanishes on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def to_json(value: Any) -> str:
-    """Indented JSON, with a line's end."""
-    return json.dumps(value, indent=2) + "\n"
-
-
 def _json(path: Path, *keys: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))

@@ -22,7 +22,8 @@ import joblib
 import torch
 
 from orthokit.lab.display import Display, result
-from orthokit.lab.record import Run, write
+from orthokit.lab.files import write
+from orthokit.lab.record import Run
 
 Backend = Literal["local", "ray"]
 INTERRUPTED = 130

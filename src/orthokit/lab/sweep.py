@@ -37,8 +37,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from orthokit.lab.files import to_json, write
 from orthokit.lab.recipe import Positive, Section, explained, label, load
-from orthokit.lab.record import Run, to_json, write
+from orthokit.lab.record import Run
 
 Settings = dict[str, Any]
 

@@ -30,9 +30,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import orthokit as ok
 from orthokit.lab.batches import Batches, key_of
 from orthokit.lab.data import Images, ImageSet, load
+from orthokit.lab.files import replacing, to_json, write
 from orthokit.lab.models import flops
 from orthokit.lab.recipe import TrainSection
-from orthokit.lab.record import Run, environment, replacing, to_json, write
+from orthokit.lab.record import Run, environment
 from orthokit.schedules import Schedule
 
 SAVE_EVERY = 600.0
