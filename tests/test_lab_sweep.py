@@ -258,6 +258,7 @@ def test_gpus_are_handed_out(monkeypatch):
         (["train", "FILE", "--seeds", "-1"], "--seeds must be different numbers from 0 on"),
         (["train", "FILE", "FILE"], "two recipes of one name"),
         (["train", "FILE", "OTHER", "--name", "x"], "--name is for a single recipe"),
+        (["train", "FILE", "--set", "train.epochs=0", "--set", "train.batch=5"], "train.epochs: should be greater"),
         (["train", "FILE", "--jobs", "0"], "--jobs must be at least 1"),
         (["train", "FILE", "--address", "auto"], "--address does nothing without --backend ray"),
         (["train", "nowhere.toml"], "no recipe nowhere.toml is there"),

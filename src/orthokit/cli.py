@@ -275,11 +275,11 @@ class Train:
     after Ctrl-C.
     """
 
-    recipes: tyro.conf.Positional[tuple[Path, ...]]
+    recipes: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE...")]
     """TOML files, such as recipes/nano_cifar10_strict.toml."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED...")] = (0,)
     """A run for each."""
-    set: tuple[str, ...] = ()
+    set: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE...")] = ()
     """Keys of the recipe to set, such as train.epochs=10 regularizer.strength=0.03."""
     name: str | None = None
     """Folder of the runs below --out, for a single recipe; by default the file's name and what --set says."""
@@ -301,8 +301,8 @@ class Train:
             from orthokit.lab.recipe import label, load
             from orthokit.lab.record import Run
             from orthokit.lab.train import Hardware, train
-        machine = self.machine
-        loaded = {self.name or path.stem + label(self.set): load(path, self.set) for path in self.recipes}
+        machine, settings = self.machine, [setting for given in self.set for setting in given]
+        loaded = {self.name or path.stem + label(settings): load(path, settings) for path in self.recipes}
         if len(loaded) < len(self.recipes):
             raise UsageError("two recipes of one name would share a folder; train them apart, with --name")
         runs = [Run(recipe, seed, machine.out / name / str(seed)) for name, recipe in loaded.items() for seed in self.seeds]

@@ -5,7 +5,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from orthokit.lab.record import Run
 from orthokit.lab.train import Watch
@@ -17,13 +18,11 @@ class Display(Watch):
     def __init__(self, console: Console) -> None:
         self.console = console
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("epoch {task.completed:.1f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[last]}", style="dim"),
+            TextColumn("{task.description}", table_column=Column(overflow="ellipsis", no_wrap=True, max_width=48)),
+            BarColumn(bar_width=12),
+            TextColumn("{task.completed:.1f}/{task.total:.0f}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[last]}", style="dim", table_column=Column(overflow="ellipsis", no_wrap=True)),
         )
         self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
         self.tasks: dict[str, TaskID] = {}
@@ -41,14 +40,15 @@ class Display(Watch):
 
     def step(self, run: Run, epochs: float, loss: float, speed: float) -> None:
         """Move the run's bar."""
-        self._move(run, epochs, f"loss {loss:.3f}  {speed:,.0f} images/s")
+        self._move(run, epochs, f"loss {loss:.2f}  {speed:,.0f} images/s")
 
     def row(self, run: Run, row: dict[str, Any]) -> None:
         """Move the run's bar, or print a line."""
-        text = shown(row)
-        self._move(run, row["epoch"], text)
+        held = row["validation"]
+        accuracy = f"train {row['train']['accuracy']:.1%}" if held is None else f"validation {held['accuracy']:.1%}"
+        self._move(run, row["epoch"], f"loss {row['train']['loss']:.2f}  {accuracy}")
         if not self.console.is_terminal:
-            self.say(escape(f"{run.name}  epoch {row['epoch']}/{run.recipe.train.epochs}  {text}"))
+            self.say(escape(f"{run.name}  epoch {row['epoch']}/{run.recipe.train.epochs}  {shown(row)}"))
 
     def close(self, run: Run, text: str) -> None:
         """The run has ended; its bar gives way to a line."""

@@ -79,7 +79,8 @@ class Hardware:
             torch.set_num_threads(self.threads)
         if precision == "auto":
             precision = "bf16-mixed" if fast_bfloat16(self.device) else "32-true"
-        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # the precision is in environment.json
+        for name in ("lightning.fabric", "lightning.pytorch"):  # which of them speaks depends on what was imported first
+            logging.getLogger(name).setLevel(logging.WARNING)
         fabric = Fabric(
             accelerator=self.device,
             devices=here or self.devices,
