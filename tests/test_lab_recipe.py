@@ -42,6 +42,7 @@ def test_recipes_of_a_network_differ_in_data_and_penalty_alone(base):
 def test_the_protocol():
     recipe = load(RECIPES / "resnet20_cifar10_strict.toml")
     assert (recipe.train.lr, recipe.train.batch, recipe.train.epochs, recipe.train.weight_decay) == (0.1, 128, 200, 1e-4)
+    assert [round(part * 200) for part in recipe.train.milestones] == [60, 120, 160]
     assert load(RECIPES / "wrn28-10_cifar100_none.toml").train.weight_decay == 5e-4
     assert recipe.network.build(3, 10).blocks[3].shortcut[0].weight.shape == (32, 16, 1, 1)  # projection shortcuts
     model = recipe.network.build(3, 10)
@@ -91,9 +92,10 @@ def test_extending_and_setting(tmp_path):
 def test_labels():
     assert label([]) == ""
     assert label(["train.epochs = 10"]) == "+train.epochs=10"
-    assert label(['data.name="digits"']) == "+data.name=_digits_"
+    assert label(['data.name="digits"']).startswith("+data.name=_digits_~")
+    assert label(["regularizer.where=convs & ~stem"]) != label(["regularizer.where=convs & stem"])
     assert "/" not in label(["network.kind=a/b:c"])
-    assert len(label([f"train.lr={k}" for k in range(100)])) == 13
+    assert len(label([f"train.lr={k}" for k in range(100)])) == 109
 
 
 @pytest.mark.parametrize(
@@ -105,10 +107,13 @@ def test_labels():
         ("train.epochs=ten", r"train\.epochs: should be a valid integer; got 'ten'"),
         ("train.epochs=true", r"train\.epochs: should be a valid integer; got True"),
         ("train.lr=0", r"train\.lr: should be greater than 0"),
-        ("train.lr=nan", r"train\.lr: should be greater than 0"),
+        ("train.lr=nan", r"train\.lr: should be a finite number"),
         ("train.lr=inf", r"train\.lr: should be a finite number"),
         ("train.schedule=step", r'schedule = "step" and milestones'),
-        ("train.milestones=[1]", r'schedule = "step" and milestones'),
+        ("train.milestones=[0.5]", r'schedule = "step" and milestones'),
+        ("train={epochs=4, schedule='step', milestones=[60]}", r"train\.milestones\.0: should be less than 1"),
+        ("train={epochs=4, schedule='step', milestones=[0.6, 0.5]}", r"milestones must increase"),
+        ("regularizer={strength='x', penalty='so'}", r"regularizer\.strength: should be a valid number; got 'x'"),
         ("train.warmup=2", r"warmup = 2 leaves nothing of 2 epochs"),
         ("train.momentum=0", r"nesterov = true needs a momentum above 0"),
         ("train.precision=bf16", r"train\.precision: should be 'auto', '32-true' or 'bf16-mixed'"),

@@ -1,7 +1,9 @@
 """Many runs: side by side, failures apart, interruption passed on, a grid and a search judged on validation alone."""
 
 import json
+import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -99,6 +101,38 @@ def test_an_interruption_is_passed_on(recipe, tmp_path):
     assert not any((folder / "failed.txt").exists() for folder in folders)
 
 
+def test_a_killed_run_is_told_and_the_rest_goes_on(recipe, tmp_path):
+    command = [sys.executable, "-m", "orthokit.cli", "train", str(recipe), "--seeds", "0", "1", "--set", "train.epochs=60"]
+    command += ["--name", "r", "--out", str(tmp_path / "runs"), "--jobs", "2", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "runs/r/0/metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    found = subprocess.run(["pgrep", "-f", f"{tmp_path}/runs/r/0/.queued.toml"], capture_output=True, text=True, check=True)
+    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 4, errors
+    assert "r/0  failed: killed by signal 9 (out of memory?)" in out
+    assert "1 of 2 runs finished" in out
+
+
+def test_a_single_run_outlives_its_shell(recipe, tmp_path):
+    arguments = f"train {recipe} --name r --out {tmp_path}/runs --device cpu --threads 1"
+    subprocess.run(["bash", "-c", f"nohup {sys.executable} -m orthokit.cli {arguments} > /dev/null 2>&1 &"], check=True)
+    end = time.monotonic() + 90
+    while not (tmp_path / "runs/r/0/summary.json").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_nobody_reads(recipe, tmp_path):
+    arguments = f"train {recipe} --seeds 0 1 --name r --out {tmp_path}/runs --device cpu"
+    command = f"{sys.executable} -m orthokit.cli {arguments} | head -n 1"
+    run = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert all((tmp_path / f"runs/r/{seed}/summary.json").exists() for seed in (0, 1))
+
+
 def test_runs_outlive_no_parent(recipe, tmp_path):
     """Killed hard, the command leaves no process behind that trains on unseen."""
     command = [sys.executable, "-m", "orthokit.cli", "train", str(recipe), "--seeds", "0", "1", "--set", "train.epochs=4000"]
@@ -191,9 +225,25 @@ def test_a_search_finds_the_better_and_repeats_itself(recipe, tmp_path, monkeypa
     assert tried == first
 
 
+def test_points_are_what_was_written(recipe, tmp_path):
+    (tmp_path / "s.toml").write_text(
+        'recipes = ["r.toml"]\nseeds = [0]\n[grid]\n"train.weight_decay" = [0.000123451, 0.000123452]\n'
+        '"regularizer.where" = ["convs & ~stem", "convs & pointwise"]\n'
+    )
+    asked = []
+    points, _ = sweep.run(tmp_path / "s.toml", tmp_path / "runs", lambda runs: asked.extend(runs) or 0)
+    assert len({run.folder for run in asked}) == len(points) == 4
+    assert {run.recipe.train.weight_decay for run in asked} == {0.000123451, 0.000123452}
+    words = shlex.split(points[0].command)
+    assert words[:3] == ["orthokit", "train", str(recipe)]
+    assert load(recipe, words[4:]) == asked[0].recipe
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('recipes = ["r.toml"]\nseeds = [1, 1]\n[grid]\n"train.lr" = [1.0]\n', "seeds must differ"),
+        ('recipes = ["r.toml", "./r.toml"]\nseeds = [1]\n[grid]\n"train.lr" = [1.0]\n', "recipes must differ"),
         ('recipes = ["r.toml"]\nseeds = [0]\n', r"needs either \[grid\] or \[search\]"),
         ('recipes = ["r.toml"]\nseeds = [0]\n[grid]\n"train.lr" = []\n', r"grid\.train\.lr has no values"),
         ('recipes = []\nseeds = [0]\n[grid]\n"train.lr" = [1.0]\n', "recipes: list should have at least 1 item"),
@@ -220,6 +270,7 @@ def test_the_command(recipe, tmp_path, capsys):
     assert main(["sweep", str(tmp_path / "s.toml"), "--out", str(tmp_path / "runs"), "--device", "cpu"]) == 4
     out = words(capsys.readouterr().out)
     assert f"best: orthokit train {recipe} --set train.lr=0.1" in out
+    assert ", test" not in out
     assert "at the edge of the grid in train.lr: widen it" in out
     assert "0 of 1" in out
     table = out.partition("validation accuracy (%)")[2].partition("best:")[0]
@@ -254,13 +305,15 @@ def test_gpus_are_handed_out(monkeypatch):
     ("arguments", "message"),
     [
         (["train"], "name a recipe"),
-        (["train", "FILE", "--seeds", "0", "0"], "--seeds must be different numbers from 0 on"),
-        (["train", "FILE", "--seeds", "-1"], "--seeds must be different numbers from 0 on"),
+        (["train", "FILE", "--seeds", "0", "0"], "--seeds must be different numbers from 0 to"),
+        (["train", "FILE", "--seeds", "-1"], "--seeds must be different numbers from 0 to"),
         (["train", "FILE", "FILE"], "two recipes of one name"),
         (["train", "FILE", "OTHER", "--name", "x"], "--name is for a single recipe"),
         (["train", "FILE", "--set", "train.epochs=0", "--set", "train.batch=5"], "train.epochs: should be greater"),
         (["train", "FILE", "--jobs", "0"], "--jobs must be at least 1"),
         (["train", "FILE", "--address", "auto"], "--address does nothing without --backend ray"),
+        (["train", "FILE", "--device", "mps"], "--device mps cannot be used here"),
+        (["train", "FILE", "--strategy", "none"], "invalid strategy name"),
         (["train", "nowhere.toml"], "no recipe nowhere.toml is there"),
         (["train", "FILE", "--set", "data.name=cifar10", "--root", "nowhere"], "no CIFAR-10 in nowhere"),
         (["sweep", "nowhere.toml"], "no sweep nowhere.toml is there"),
@@ -281,4 +334,3 @@ def test_missing_ray_is_named(recipe, tmp_path, capsys, monkeypatch):
     arguments = ["train", str(recipe), "--seeds", "0", "1", "--out", str(tmp_path / "runs"), "--backend", "ray"]
     assert main(arguments) == 2
     assert "pip install 'orthokit[ray]'" in words(capsys.readouterr().err)
-    assert (tmp_path / "runs/r/0/recipe.toml").exists()

@@ -368,6 +368,9 @@ def test_bad_folders_and_files(tmp_path, capsys):
         assert "remove it" in err
     shutil.rmtree(run.folder)
     assert main([*base, "--out", str(tmp_path / "runs"), "--set", "network.kind=nowhere:build"]) == 2
+    for setting in ("network.depth=eight", "network.depth=true", "network.dept=8"):
+        assert main([*base, "--out", str(tmp_path / "runs"), "--set", setting]) == 2
+        assert "Traceback" not in capsys.readouterr().err
     assert main([*base, "--out", str(tmp_path / "runs"), "--set", "train.batch=4000"]) == 2
     assert "a batch of 4000 is larger than the 200 training images" in " ".join(capsys.readouterr().err.split())
 
@@ -380,7 +383,9 @@ def test_a_held_run_is_refused(tmp_path, monkeypatch):
 
 
 def test_learning_rates():
-    section = recipe(train__epochs=4, train__schedule="step", train__milestones=[2, 3], train__gamma=0.1, train__warmup=1.0).train
+    section = recipe(
+        train__epochs=4, train__schedule="step", train__milestones=[0.5, 0.75], train__gamma=0.1, train__warmup=1.0
+    ).train
     rate = learning_rate(section, 10)
     assert [rate(step) for step in (0, 5, 10, 19, 20, 29, 30)] == pytest.approx([0, 0.05, 0.1, 0.1, 0.01, 0.01, 0.001])
     rate = learning_rate(recipe(train__epochs=4).train, 10)
@@ -395,6 +400,26 @@ def test_weight_decay_on_regularized_kernels(tmp_path):
         train(run, hardware=HARDWARE)
     a, b = weights(with_), weights(without)
     assert b["conv.weight"].norm() > 1.2 * a["conv.weight"].norm()
+
+
+def test_a_network_without_convolutions(tmp_path, monkeypatch):
+    (tmp_path / "mlps.py").write_text(
+        "from torch import nn\n"
+        "def mlp(channels, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, 8), nn.ReLU(), nn.Linear(8, classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = run_in(tmp_path / "a", network__kind="mlps:mlp", regularizer__where="linears")
+    run = Run(Recipe.of({**run.recipe.to_dict(), "network": {"kind": "mlps:mlp"}}), 0, run.folder)
+    summary = train(run, hardware=HARDWARE)
+    assert summary["ranks"] == {"1": 8, "3": 10}
+    assert summary["orthogonality"]["under"]["filters"] == 8
+
+
+def test_what_never_trained_binds_nothing(tmp_path):
+    with pytest.raises(ValueError, match="depth must be"):
+        train(run_in(tmp_path, network__depth=9, train__precision="bf16-mixed"), hardware=HARDWARE)
+    assert train(run_in(tmp_path), hardware=HARDWARE)["environment"]["precision"] == "32-true"
 
 
 def test_orthogonal_initialisation():

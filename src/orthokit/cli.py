@@ -243,8 +243,8 @@ class Machine:
         if self.address is not None and self.backend == "local":
             raise UsageError("--address does nothing without --backend ray")
 
-    def run_all(self, runs: "Sequence[Run]", console: Console) -> int:
-        """Do what is left of ``runs``, each in a process of its own; exit status 4 if any failed."""
+    def run_all(self, runs: "Sequence[Run]", console: Console, *, test: bool = True) -> int:
+        """Do what is left of ``runs``, each in a process of its own; exit status 4 if any failed. ``test``: show test results."""
         from orthokit.lab.data import load
         from orthokit.lab.display import Display
         from orthokit.lab.runner import Pool, run_all
@@ -260,9 +260,9 @@ class Machine:
             device=self.device,
             threads=self.threads or 1,
         )
-        with Display(console) as display:
+        with Display(console, test=test) as display:
             failed = sum(status != 0 for status in run_all(runs, pool, display))
-            display.say(f"{len(runs) - failed} of {len(runs)} runs finished, in {self.out}")
+            display.say(f"{len(runs) - failed} of {len(runs)} runs finished, in {escape(str(self.out))}")
         return 4 if failed else 0
 
 
@@ -277,8 +277,8 @@ class Train:
 
     recipes: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE...")]
     """TOML files, such as recipes/nano_cifar10_strict.toml."""
-    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED...")] = (0,)
-    """A run for each."""
+    seeds: Annotated[tuple[tuple[int, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="SEED...")] = ()
+    """A run for each; 0 by default."""
     set: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE...")] = ()
     """Keys of the recipe to set, such as train.epochs=10 regularizer.strength=0.03."""
     name: str | None = None
@@ -294,18 +294,19 @@ class Train:
             raise UsageError("name a recipe, such as recipes/nano_cifar10_strict.toml")
         if self.name is not None and len(self.recipes) > 1:
             raise UsageError("--name is for a single recipe")
-        if min(self.seeds, default=-1) < 0 or len({*self.seeds}) < len(self.seeds):
-            raise UsageError(f"--seeds must be different numbers from 0 on; got {' '.join(map(str, self.seeds)) or 'none'}")
+        seeds = [seed for given in self.seeds for seed in given] if self.seeds else [0]
         with _needs_lab():
-            from orthokit.lab.display import Display, result
+            from orthokit.lab.display import Display
             from orthokit.lab.recipe import label, load
-            from orthokit.lab.record import Run
+            from orthokit.lab.record import SEEDS, Run
             from orthokit.lab.train import Hardware, train
+        if not seeds or not all(0 <= seed < SEEDS for seed in seeds) or len({*seeds}) < len(seeds):
+            raise UsageError(f"--seeds must be different numbers from 0 to 2^32; got {' '.join(map(str, seeds)) or 'none'}")
         machine, settings = self.machine, [setting for given in self.set for setting in given]
         loaded = {self.name or path.stem + label(settings): load(path, settings) for path in self.recipes}
         if len(loaded) < len(self.recipes):
             raise UsageError("two recipes of one name would share a folder; train them apart, with --name")
-        runs = [Run(recipe, seed, machine.out / name / str(seed)) for name, recipe in loaded.items() for seed in self.seeds]
+        runs = [Run(recipe, seed, machine.out / name / str(seed)) for name, recipe in loaded.items() for seed in seeds]
         together = "WORLD_SIZE" in os.environ or self.devices > 1
         if len(runs) > 1 and not together:
             return machine.run_all(runs, console)
@@ -313,8 +314,8 @@ class Train:
         with Display(console) as display:
             for run in runs:
                 summary = train(run, root=machine.root, download=machine.download, hardware=hardware, watch=display)
-                if os.environ.get("RANK", "0") == "0":
-                    display.close(run, result(run, summary))
+                if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+                    display.done(run, summary)
         return 0
 
 
@@ -333,7 +334,7 @@ class Sweep:
         with _needs_lab():
             from orthokit.lab import sweep
         out = self.machine.out
-        points, status = sweep.run(self.file, out, lambda runs: self.machine.run_all(runs, console))
+        points, status = sweep.run(self.file, out, lambda runs: self.machine.run_all(runs, console, test=False))
         sweep.save(points, out / self.file.stem / "sweep.json")
         console.print(sweep.table(points))
         for point in sweep.best(points).values():
@@ -445,7 +446,8 @@ def main(args: Sequence[str] | None = None) -> int:
             config=(tyro.conf.FlagCreatePairsOff,),
         )
         status: int | None = command.run(_Console())
-        sys.stdout.flush()
+        with contextlib.suppress(AttributeError):  # of no stdout at all
+            sys.stdout.flush()
         return status or 0
     except (UsageError, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("ORTHOKIT_DEBUG"):

@@ -13,10 +13,13 @@ from orthokit.lab.train import Watch
 
 
 class Display(Watch):
-    """Shows runs on a console."""
+    """Shows runs on a console; without ``test`` nothing of the test set. When the reader has gone it goes quiet.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    A method may be called from any thread.
+    """
+
+    def __init__(self, console: Console, *, test: bool = True) -> None:
+        self.console, self.test = console, test
         columns = (
             TextColumn("{task.description}", table_column=Column(overflow="ellipsis", no_wrap=True, max_width=48)),
             BarColumn(bar_width=12),
@@ -36,7 +39,10 @@ class Display(Watch):
 
     def say(self, text: str) -> None:
         """A line, above the bars."""
-        self.bars.console.print(text, highlight=False, soft_wrap=True)
+        try:
+            self.bars.console.print(text, highlight=False, soft_wrap=True)
+        except BrokenPipeError:
+            self.console.quiet = True
 
     def step(self, run: Run, epochs: float, loss: float, speed: float) -> None:
         """Move the run's bar."""
@@ -50,15 +56,19 @@ class Display(Watch):
         if not self.console.is_terminal:
             self.say(escape(f"{run.name}  epoch {row['epoch']}/{run.recipe.train.epochs}  {shown(row)}"))
 
-    def close(self, run: Run, text: str) -> None:
-        """The run has ended; its bar gives way to a line."""
+    def done(self, run: Run, summary: dict[str, Any], note: str = "") -> None:
+        """The run has finished."""
+        self._close(run, result(run, summary, test=self.test) + note)
+
+    def _close(self, run: Run, text: str) -> None:
+        """The run's bar gives way to a line."""
         if (task := self.tasks.pop(run.name, None)) is not None:
             self.bars.remove_task(task)
         self.say(text)
 
     def fail(self, run: Run, why: str) -> None:
         """The run has failed."""
-        self.close(run, f"[bold red]{escape(run.name)}[/]  failed: {escape(why)}")
+        self._close(run, f"[bold red]{escape(run.name)}[/]  failed: {escape(why)}")
 
     def _move(self, run: Run, epochs: float, text: str) -> None:
         if run.name not in self.tasks:
@@ -77,10 +87,10 @@ def shown(row: dict[str, Any]) -> str:
     return "  ".join([*parts, f"{row['images_per_second']:,.0f} images/s"])
 
 
-def result(run: Run, summary: dict[str, Any]) -> str:
+def result(run: Run, summary: dict[str, Any], *, test: bool = True) -> str:
     """A summary in a line."""
-    validation = summary["validation"]
-    held = "" if validation is None else f"validation {validation['accuracy']:.2%}, "
+    parts = {"validation": summary["validation"], "test": summary["test"] if test else None}
+    found = ", ".join(f"{name} {part['accuracy']:.2%}" for name, part in parts.items() if part is not None)
     minutes = f"{summary['seconds'] / 60:.1f} min at {summary['images_per_second']:,.0f} images/s"
     share = f", penalty {summary['penalty_share']:.1%} of a step" if summary["recipe"].get("regularizer") else ""
-    return f"[bold]{escape(run.name)}[/]  {held}test {summary['test']['accuracy']:.2%}  ({minutes}{share})"
+    return f"[bold]{escape(run.name)}[/]  {found}  ({minutes}{share})"

@@ -92,7 +92,10 @@ class NetworkSection(Section):
 
     def build(self, channels: int, classes: int) -> nn.Module:
         """The network, freshly initialised from the global generator."""
-        return models.build(self.kind, channels=channels, classes=classes, **(self.model_extra or {}))
+        try:
+            return models.build(self.kind, channels=channels, classes=classes, **(self.model_extra or {}))
+        except TypeError as error:
+            raise ValueError(f"network: {error}") from error
 
 
 class TrainSection(Section):
@@ -107,8 +110,8 @@ class TrainSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     schedule: Literal["cosine", "step"] = "cosine"
     """Of the learning rate: half a cosine to 0, or a factor ``gamma`` at each of ``milestones``."""
-    milestones: list[Positive] = []
-    """Epochs after which ``schedule = "step"`` drops."""
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = []
+    """Parts of the training after which ``schedule = "step"`` drops: 0.5 is half of the epochs."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.2
     warmup: Annotated[float, Field(ge=0)] = 0.0
     """Epochs over which the learning rate rises from 0."""
@@ -269,8 +272,9 @@ def label(settings: Sequence[str]) -> str:
     '+train.epochs=10+data.size=16'
     """
     text = "".join("+" + re.sub(r"\s*=\s*", "=", setting.strip(), count=1) for setting in settings)
-    text = re.sub(r"[^\w.=+-]+", "_", text)
-    return text if len(text) <= 120 else f"+{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    plain = re.sub(r"[^\w.=+-]+", "_", text)
+    # Settings that differ only in what a folder's name cannot hold must not share it.
+    return text if text == plain and len(text) <= 120 else f"{plain[:100]}~{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def flattened(raw: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -314,7 +318,11 @@ def explained(cls: type[BaseModel], error: ValidationError) -> str:
 
 
 def _problem(cls: type[BaseModel], problem: Any) -> str:
-    *sections, last = place = [str(part) for part in problem["loc"]] or [""]
+    # Pydantic names the members of unions too.
+    place = [
+        str(part) for part in problem["loc"] if not re.fullmatch(r"(float|int|str|bool|dict|list|Interval)(\[.*)?", str(part))
+    ]
+    *sections, last = place = place or [""]
     key = ".".join(place)
     match problem["type"]:
         case "extra_forbidden":
@@ -325,7 +333,8 @@ def _problem(cls: type[BaseModel], problem: Any) -> str:
             return f"{key} is missing"
         case "value_error":
             return f"{key}: {problem['ctx']['error']}".removeprefix(": ")
-    return f"{key}: {problem['msg'].lower().removeprefix('input ')}; got {problem['input']!r}"
+    wanted = problem["msg"].removeprefix("Input ").partition(" or instance of")[0]
+    return f"{key}: {wanted[0].lower()}{wanted[1:]}; got {problem['input']!r}"
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:

@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,8 @@ from lightning.fabric import Fabric
 import orthokit
 from orthokit.lab.recipe import Recipe, differences, load
 
+SEEDS = 2**32
+"""Seeds are below this, as numpy wants them."""
 WAIT = 60.0
 """Seconds to wait for another process that holds the run: one that was told to stop saves a checkpoint first."""
 
@@ -60,7 +62,7 @@ class Run:
             ValueError: the folder holds a run of another recipe, or a damaged file.
         """
         if (path := self.folder / "summary.json").is_file():
-            found = _json(path, "recipe")
+            found = _json(path, recipe=dict, test=dict, seconds=float, images_per_second=float, penalty_share=float)
             self._check(Recipe.of(found["recipe"], str(path)), path)
             return found
         if self.checkpoint.is_file() and (path := self.folder / "recipe.toml").is_file():
@@ -77,15 +79,15 @@ class Run:
     def environment(self) -> dict[str, Any] | None:
         """Where and with which precision and threads the run began, or None."""
         path = self.folder / "environment.json"
-        return _json(path, "precision", "threads") if path.is_file() else None
+        return _json(path, precision=str, threads=int) if path.is_file() else None
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``."""
         return read_metrics(self.folder)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep every other process out of the folder, which is made if need be.
+    def held(self, say: Callable[[str], object] = lambda _: None) -> Iterator[None]:
+        """Keep every other process out of the folder, which is made if need be; ``say`` is told if one has to be waited for.
 
         Raises:
             BlockingIOError: another process holds it and does not let go.
@@ -93,7 +95,11 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock")
         try:
-            lock.acquire(timeout=WAIT)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                say(f"another process holds {self.name}; waiting for it to stop")
+                lock.acquire(timeout=WAIT)
         except Timeout:
             raise BlockingIOError(f"another process is training {self.folder}; wait for it, or stop it") from None
         try:
@@ -111,13 +117,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _json(path: Path, *keys: str) -> dict[str, Any]:
+def _json(path: Path, **kinds: type) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to run again") from None
-    if not isinstance(found, dict) or not found.keys() >= set(keys):
-        raise ValueError(f"{path} is not what a run writes (no {', '.join(keys)}); remove it to run again")
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{path} is not what a run writes (it needs {', '.join(kinds)}); remove it to run again")
     return found
 
 

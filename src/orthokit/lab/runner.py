@@ -21,12 +21,15 @@ from typing import Any, Literal
 import joblib
 import torch
 
-from orthokit.lab.display import Display, result
+from orthokit.lab.display import Display
 from orthokit.lab.files import write
 from orthokit.lab.record import Run
+from orthokit.lab.train import SERVES
 
 Backend = Literal["local", "ray"]
 INTERRUPTED = 130
+QUEUED = ".queued.toml"
+"""The recipe for the process that does the run; ``recipe.toml`` is its own to write."""
 LOOK_EVERY = 0.5
 
 
@@ -41,7 +44,7 @@ class Pool:
         backend: this machine, or a Ray cluster through Ray's joblib backend.
         address: of the Ray cluster, such as ``"auto"`` or ``"ray://host:10001"``; by default one is started on this machine.
         root: where the images are.
-        device: as of :class:`~orthokit.lab.train.Hardware`.
+        device: as of ``orthokit.lab.train.Hardware``.
         threads: of each run on the CPU.
     """
 
@@ -64,7 +67,7 @@ class Pool:
 
     def command(self, run: Run) -> list[str]:
         """The command line of a run whose recipe is in its folder."""
-        folder = run.folder.resolve()
+        folder = run.folder.absolute()  # a link stays one
         options = {
             "--name": folder.parent.name,
             "--out": folder.parent.parent,
@@ -73,7 +76,7 @@ class Pool:
             "--device": self.device,
             "--threads": self.threads,
         }
-        recipe = str(folder / "recipe.toml")
+        recipe = str(folder / QUEUED)
         return [sys.executable, "-m", "orthokit.cli", "train", recipe, *(str(part) for item in options.items() for part in item)]
 
 
@@ -91,7 +94,7 @@ class _Local:
             return INTERRUPTED
         device = self.devices.get() if self.devices else None
         try:
-            return _execute(command, folder, self.threads, device, self.processes)
+            return _execute(command, folder, self.threads, device, self)
         finally:
             if self.devices and device is not None:
                 self.devices.put(device)
@@ -103,24 +106,31 @@ class _Local:
             process.send_signal(signal.SIGINT)
 
 
-def _execute(command: list[str], folder: Path, threads: int, device: str | None = None, running: set[Any] | None = None) -> int:
+def _execute(command: list[str], folder: Path, threads: int, device: str | None = None, local: _Local | None = None) -> int:
     """Run a command, its output into ``log.txt``; its exit status, which is noted in ``failed.txt`` unless it is 0."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), SERVES: str(os.getpid())}
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "failed.txt").unlink(missing_ok=True)
     with (folder / "log.txt").open("w") as log:
         # A session of its own: a Ctrl-C of the terminal is passed on by us, once.
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, text=True)
-    running = set() if running is None else running
-    running.add(process)
+    if local is not None:
+        local.processes.add(process)
+        if local.stopping:
+            process.send_signal(signal.SIGINT)
     try:
         status = process.wait()
     finally:
-        running.discard(process)
-    if status not in (0, INTERRUPTED):
+        if local is not None:
+            local.processes.discard(process)
+    if status != 0 and local is not None and local.stopping:
+        return INTERRUPTED  # while still starting it may have died of it in any way
+    if status != 0:
         lines = (folder / "log.txt").read_text("utf-8", "replace").strip().splitlines()
-        why = f"killed by signal {-status} (out of memory?)" if status < 0 else (lines[-1] if lines else f"exit status {status}")
-        write(folder / "failed.txt", why)
+        killed = f"killed by signal {-status}{' (out of memory?)' if status == -signal.SIGKILL else ''}"
+        write(folder / "failed.txt", killed if status < 0 else (lines[-1] if lines else f"exit status {status}"))
     return status
 
 
@@ -135,20 +145,21 @@ def run_all(runs: Sequence[Run], pool: Pool, display: Display) -> list[int]:
     left = []
     for run in runs:
         if (summary := run.summary()) is not None:
-            display.say(f"{result(run, summary)}  [dim]finished before[/]")
+            display.done(run, summary, "  [dim]finished before[/]")
             continue
-        write(run.folder / "recipe.toml", run.recipe.to_toml())
+        write(run.folder / QUEUED, run.recipe.to_toml())
         left.append(run)
-    status = dict.fromkeys(range(len(runs)), 0)
-    if left:
-        execute = _remote(pool) if pool.backend == "ray" else _local(pool, len(left))
-        with _followed(left, display), execute as (task, jobs):
-            found = joblib.Parallel(n_jobs=jobs)(joblib.delayed(task)(pool.command(run), run.folder.resolve()) for run in left)
-        places = {id(run): place for place, run in enumerate(runs)}
-        status |= {places[id(run)]: code for run, code in zip(left, found, strict=True)}
-    if INTERRUPTED in status.values():
+    if not left:
+        return [0] * len(runs)
+    execute = _remote(pool) if pool.backend == "ray" else _local(pool, len(left))
+    with _followed(left, display), execute as (task, jobs):
+        found = joblib.Parallel(n_jobs=jobs)(joblib.delayed(task)(pool.command(run), run.folder.absolute()) for run in left)
+    for run in left:
+        (run.folder / QUEUED).unlink(missing_ok=True)
+    if getattr(task, "stopping", False):
         raise KeyboardInterrupt
-    return list(status.values())
+    codes = {run.folder: code or int(run.summary() is None) for run, code in zip(left, found, strict=True)}
+    return [codes.get(run.folder, 0) for run in runs]
 
 
 @contextlib.contextmanager
@@ -201,7 +212,7 @@ class _Remote:
 @contextlib.contextmanager
 def _followed(runs: Sequence[Run], display: Display) -> Iterator[None]:
     """Show what appears in the folders of ``runs``."""
-    seen, ended, done = dict.fromkeys(map(id, runs), 0), set[int](), threading.Event()
+    seen, ended, done = {id(run): len(run.metrics()) for run in runs}, set[int](), threading.Event()
 
     def look() -> None:
         for run in runs:
@@ -213,7 +224,7 @@ def _followed(runs: Sequence[Run], display: Display) -> Iterator[None]:
             seen[id(run)] = max(len(rows), seen[id(run)])
             failed = run.folder / "failed.txt"
             if (summary := run.summary()) is not None:
-                display.close(run, result(run, summary))
+                display.done(run, summary)
             elif failed.is_file():
                 display.fail(run, failed.read_text("utf-8"))
             else:
@@ -222,7 +233,8 @@ def _followed(runs: Sequence[Run], display: Display) -> Iterator[None]:
 
     def follow() -> None:
         while not done.wait(LOOK_EVERY):
-            look()
+            with contextlib.suppress(OSError, ValueError):  # of a folder that somebody is changing; the last look tells
+                look()
 
     for run in runs:
         (run.folder / "failed.txt").unlink(missing_ok=True)

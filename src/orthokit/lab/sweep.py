@@ -24,6 +24,7 @@ the runs themselves: started again, a sweep repeats nothing and goes on.
 
 import itertools
 import json
+import shlex
 import statistics
 import tomllib
 import warnings
@@ -39,7 +40,7 @@ from rich.table import Table
 
 from orthokit.lab.files import to_json, write
 from orthokit.lab.recipe import Positive, Section, explained, label, load
-from orthokit.lab.record import Run
+from orthokit.lab.record import SEEDS, Run
 
 Settings = dict[str, Any]
 
@@ -73,7 +74,7 @@ class Sweep(Section):
 
     recipes: Annotated[list[str], Field(min_length=1)]
     """Files, relative to the sweep's; each gets its own best setting."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=SEEDS)]], Field(min_length=1)]
     grid: Annotated[dict[str, list[Any]], Field(min_length=1)] | None = None
     search: Search | None = None
     set: Annotated[list[str], Field(default_factory=list)]
@@ -83,6 +84,9 @@ class Sweep(Section):
     def _one(self) -> "Sweep":
         if (self.grid is None) == (self.search is None):
             raise ValueError("needs either [grid] or [search]")
+        for key, values in (("recipes", [Path(file).stem for file in self.recipes]), ("seeds", self.seeds)):
+            if len({*values}) < len(values):
+                raise ValueError(f"{key} must differ; got {values}")
         if empty := [key for key, values in (self.grid or {}).items() if not values]:
             raise ValueError(f"grid.{empty[0]} has no values")
         return self
@@ -110,7 +114,7 @@ class Point:
     @property
     def command(self) -> str:
         """What trains it."""
-        return f"orthokit train {self.recipe} --set {' '.join(self.settings)}"
+        return shlex.join(["orthokit", "train", self.recipe, "--set", *self.settings])
 
 
 def read(path: Path) -> Sweep:
@@ -150,7 +154,9 @@ def run(path: Path, out: Path, execute: Callable[[Sequence[Run]], int]) -> tuple
                 return list(points.values()), status
             todo = {(file, _settings(sweep, values)): None for file, values in asked}
             runs = {key: _runs(sweep, bases[key[0]], key[1], out / path.stem) for key in todo}
-            status = max(status, execute([run for each in runs.values() for run in each]))
+            # Two ways to write one recipe are one point.
+            unique = {run.folder: run for each in runs.values() for run in each}
+            status = max(status, execute(list(unique.values())))
             for key, each in runs.items():
                 points[key] = _point(bases[key[0]], key[1], each)
             told = [points[file, _settings(sweep, values)] for file, values in asked]
@@ -187,10 +193,15 @@ def _search(sweep: Sweep) -> Rounds:
             for file, study in studies.items()
             for _ in range(min(search.parallel, search.trials - start))
         ]
-        points = yield [(file, trial.params) for file, trial in trials]
+        points = yield [(file, {key: _short(value) for key, value in trial.params.items()}) for file, trial in trials]
         for (file, trial), point in zip(trials, points, strict=True):
             state = optuna.trial.TrialState.COMPLETE if point.complete else optuna.trial.TrialState.FAIL
             studies[file].tell(trial, point.mean if point.complete else None, state)
+
+
+def _short(value: Any) -> Any:
+    """Four digits of a float: they tell strengths apart, and keep folders' names short."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _distribution(values: Interval | list[Any]) -> Any:
@@ -204,9 +215,7 @@ def _distribution(values: Interval | list[Any]) -> Any:
 
 
 def _settings(sweep: Sweep, values: Mapping[str, Any]) -> tuple[str, ...]:
-    # Four digits tell strengths apart, and keep folders' names short.
-    short = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
-    return (*sweep.set, *(f"{key}={_toml(value)}" for key, value in short.items()))
+    return (*sweep.set, *(f"{key}={_toml(value)}" for key, value in values.items()))
 
 
 def _toml(value: Any) -> str:

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
+from lightning.fabric import Fabric, seed_everything
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,6 +36,8 @@ from orthokit.lab.recipe import TrainSection
 from orthokit.lab.record import Run, environment
 from orthokit.schedules import Schedule
 
+SERVES = "ORTHOKIT_SERVES"
+"""In the environment: the process for whose sake this one runs."""
 SAVE_EVERY = 600.0
 """Seconds between checkpoints within an epoch; every epoch ends with one."""
 SHOW_EVERY = 0.2
@@ -65,6 +67,9 @@ class Hardware:
         devices: processes on this machine, one a device; under ``torchrun`` it decides.
         strategy: how they share the work, a name of Fabric's; ``"auto"`` is DistributedDataParallel for more than one.
         threads: of each process on the CPU; PyTorch's choice by default.
+
+    Raises:
+        ValueError: the device is not there, or Fabric knows no such strategy.
     """
 
     device: str = "auto"
@@ -81,13 +86,16 @@ class Hardware:
             precision = "bf16-mixed" if fast_bfloat16(self.device) else "32-true"
         for name in ("lightning.fabric", "lightning.pytorch"):  # which of them speaks depends on what was imported first
             logging.getLogger(name).setLevel(logging.WARNING)
-        fabric = Fabric(
-            accelerator=self.device,
-            devices=here or self.devices,
-            num_nodes=everywhere // here if here else 1,
-            strategy="ddp" if self.strategy == "auto" and max(everywhere, self.devices) > 1 else self.strategy,
-            precision=precision,
-        )
+        try:
+            fabric = Fabric(
+                accelerator=self.device,
+                devices=here or self.devices,
+                num_nodes=everywhere // here if here else 1,
+                strategy="ddp" if self.strategy == "auto" and max(everywhere, self.devices) > 1 else self.strategy,
+                precision=precision,
+            )
+        except RuntimeError as error:
+            raise ValueError(f"--device {self.device} cannot be used here: {error}") from None
         fabric.launch()
         return fabric
 
@@ -104,17 +112,20 @@ def fast_bfloat16(device: str) -> bool:
 
 
 class Stop:
-    """Turns Ctrl-C, a termination signal, or the death of the parent process into a request; a second Ctrl-C is an order."""
+    """Turns Ctrl-C or a termination signal into a request; a second one is an order.
+
+    A process that was started for one of many runs (:mod:`orthokit.lab.runner`) is also asked by the death of the one it serves.
+    """
 
     def __init__(self) -> None:
-        self.parent = os.getppid()
+        self.parent = os.environ.get(SERVES)
         self._asked = False
         self._before: dict[int, Any] = {}
 
     @property
     def asked(self) -> bool:
         """Whether to save and stop."""
-        return self._asked or os.getppid() != self.parent
+        return self._asked or (self.parent is not None and self.parent != str(os.getppid()))
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
@@ -139,6 +150,9 @@ class Watch:
 
     def row(self, run: Run, row: dict[str, Any]) -> None:
         """An epoch is done: its line of ``metrics.jsonl``."""
+
+    def say(self, text: str) -> None:
+        """Something a person should know."""
 
 
 class Clock:
@@ -187,29 +201,32 @@ def train(
     if (finished := run.summary()) is not None:
         return finished
     precision, hardware = run.recipe.train.precision, hardware or Hardware()
-    if before := run.environment():  # other numerics would give other weights
+    watch = watch or Watch()
+    before = run.environment() if run.checkpoint.is_file() else None
+    if before is not None:  # other numerics would give other weights
         precision, hardware = before["precision"], replace(hardware, threads=before["threads"])
-    with Stop() as stop:
-        fabric = hardware.fabric(precision)
-        first: bool = fabric.is_global_zero
-        with run.held() if first else contextlib.nullcontext():
-            if (finished := run.summary()) is not None:  # by the process that held the folder
-                return finished
-            if first:
-                write(run.folder / "recipe.toml", run.recipe.to_toml())
-                if before is None:
-                    write(run.folder / "environment.json", to_json(environment(fabric)))
-            wanted = run.recipe.data
-            with fabric.rank_zero_first():
-                data = load(
-                    wanted.name,
-                    root=root,
-                    train=wanted.train,
-                    validation=wanted.validation,
-                    size=wanted.size,
-                    download=download and first,
-                )
-            return Training(run, fabric, data, stop, watch or Watch()).fit()
+    fabric = hardware.fabric(precision)
+    first: bool = fabric.is_global_zero
+    with run.held(watch.say) if first else contextlib.nullcontext():
+        fabric.barrier()
+        if (finished := run.summary()) is not None:  # by the process that held the folder
+            return finished
+        if first:
+            write(run.folder / "recipe.toml", run.recipe.to_toml())
+            if before is None:
+                write(run.folder / "environment.json", to_json(environment(fabric)))
+        wanted = run.recipe.data
+        with fabric.rank_zero_first():
+            data = load(
+                wanted.name,
+                root=root,
+                train=wanted.train,
+                validation=wanted.validation,
+                size=wanted.size,
+                download=download and first,
+            )
+        with Stop() as stop:
+            return Training(run, fabric, data, stop, watch).fit()
 
 
 def learning_rate(section: TrainSection, steps: int) -> Schedule:
@@ -218,7 +235,8 @@ def learning_rate(section: TrainSection, steps: int) -> Schedule:
     if section.schedule == "cosine":
         schedule = ok.cosine(section.lr, 0.0, steps=section.epochs * steps)
     else:
-        drops = {epoch * steps: section.lr * section.gamma**k for k, epoch in enumerate(section.milestones, 1)}
+        ends = [round(part * section.epochs * steps) for part in section.milestones]
+        drops = {end: section.lr * section.gamma**k for k, end in enumerate(ends, 1)}
         schedule = ok.piecewise({0: section.lr} | drops)
     rising = round(section.warmup * steps)
     return ok.warmup(rising, schedule) if rising else schedule
@@ -235,7 +253,7 @@ class Training:
         self.batches = Batches(self.data, section.batch, run.recipe.data.augment, run.seed, fabric.global_rank, fabric.world_size)
         self.steps = len(self.batches)  # in an epoch
 
-        torch.manual_seed(run.seed)
+        seed_everything(run.seed, verbose=False)  # a network of the user's own may draw from any generator
         self.model = run.recipe.build(data)
         if section.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -257,6 +275,8 @@ class Training:
             AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(section.ema), use_buffers=True) if section.ema else None
         )
         self.lr = learning_rate(section, self.steps)
+        layers = list(self.model.named_modules())
+        self.measured = next((where for where in (ok.convs, ok.layers) if any(where(*layer) for layer in layers)), None)
 
         self.clock = Clock(self.device)
         self.step = 0
@@ -345,6 +365,10 @@ class Training:
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         """Validate, record the epoch, save; its line of ``metrics.jsonl``."""
+        if self.fabric.world_size > 1:  # each rank has normalised its own part of the batches
+            for buffer in (*self.model.buffers(), *self.evaluated.buffers()):
+                if buffer.is_floating_point():
+                    buffer.copy_(self.fabric.all_reduce(buffer, reduce_op="mean"))
         sums: Tensor = self.fabric.all_reduce(self.sums, reduce_op="sum")
         loss, right, images, penalty = sums.tolist()
         self._check(sums[0])
@@ -383,8 +407,13 @@ class Training:
         return {part: round(seconds, 4) for part, seconds in found.items()} | {"training": round(self.elapsed, 4)}
 
     def _orthogonality(self, spectrum: bool) -> dict[str, Any]:
-        """The totals of ``ok.report`` for ``under``- and ``over``-determined convolutions, and for ``all`` if there are both."""
-        totals = ok.report(self.evaluated, where=ok.convs, spectrum=spectrum).totals
+        """The totals of ``ok.report`` for ``under``- and ``over``-determined layers, and for ``all`` if there are both.
+
+        Of the convolutions; of every layer with a kernel where there are none.
+        """
+        if self.measured is None:
+            return {}
+        totals = ok.report(self.evaluated, where=self.measured, spectrum=spectrum).totals
         return {re.split("[- ]", name)[0]: total for name, total in totals.items()}
 
     def finish(self) -> dict[str, Any]:
@@ -449,14 +478,14 @@ class Training:
         """Whether any rank was told to stop; several ranks ask each other now and then, or ``always``."""
         if self.fabric.world_size == 1:
             return self.stop.asked
-        if not always and self.step % SAMPLED:
+        if not always and self.step % 10:
             return False
         asked = self.fabric.all_reduce(torch.tensor(float(self.stop.asked), device=self.device), reduce_op="sum")
         return bool(asked > 0)
 
-    def _check(self, value: Tensor) -> None:
+    def _check(self, value: Tensor, what: str = "the loss") -> None:
         if not value.isfinite():
-            raise self._diverged(f"the loss is {value.item():g}")
+            raise self._diverged(f"{what} is {value.item():g}")
 
     def _diverged(self, what: str) -> DivergenceError:
         epoch, place = divmod(self.step, self.steps)
@@ -507,7 +536,7 @@ class Training:
     def save(self) -> None:
         """A checkpoint of the present step, on disk at once and whole."""
         parameters = [value.detach() for value in self.evaluated.state_dict().values() if value.is_floating_point()]
-        self._check(torch.stack([value.sum(dtype=torch.float32) for value in parameters]).sum())
+        self._check(torch.stack([value.sum(dtype=torch.float32) for value in parameters]).sum(), "a weight")
         with self.clock("record"):
             state = self._state()
             if self.fabric.world_size > 1:
