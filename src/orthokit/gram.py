@@ -6,7 +6,7 @@ bfloat16 autocast ``||K K^T - I||^2`` near orthogonality is off by orders of mag
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, Literal, ParamSpec, cast
+from typing import Any, Concatenate, Literal, ParamSpec, cast
 
 import torch
 from jaxtyping import Float
@@ -157,6 +157,48 @@ def polar(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o n"]:
 def cosines(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o o"]:
     """``c_ij = <u_i, u_j>`` for ``i > j``, in the strict lower triangle; zero elsewhere."""
     return gram(directions(matrix)).tril(-1)
+
+
+def squares_and_cosines(matrix: Float[Tensor, "*b o n"]) -> tuple[Float[Tensor, "*b o"], Float[Tensor, "*b o o"]]:
+    """Squared lengths ``||k_i||^2`` and :func:`cosines`, of one Gram matrix; their gradient is one product of the same size.
+
+    A filter whose square is ``tiny(dtype)`` or less has no direction: its cosines are zero, and have gradient zero.
+    """
+    squares, c = cast(tuple[Tensor, Tensor], _SquaresAndCosines.apply(matrix))  # type: ignore[no-untyped-call]
+    return squares, c
+
+
+def _inverse_lengths(squares: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+    """``1 / ||k_i||``; 0 for a filter without direction, NaN where the square overflowed."""
+    inverse = torch.where(squares.isinf(), torch.nan, squares.rsqrt())
+    return torch.where(squares <= torch.finfo(squares.dtype).tiny, 0.0, inverse)  # `<=` so that NaN passes and stays visible
+
+
+class _SquaresAndCosines(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        product = matrix @ matrix.mT
+        squares = product.diagonal(dim1=-2, dim2=-1).clone()
+        inverse = _inverse_lengths(squares)
+        return squares, (product * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)).tril(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, of_squares: Tensor, of_cosines: Tensor) -> Tensor:
+        matrix, squares, c = ctx.saved_tensors
+        inverse = _inverse_lengths(squares).unsqueeze(-1)
+        lower = of_cosines.tril(-1)
+        pull = lower + lower.mT
+        # Moving a filter along itself changes no cosine: what of the pull is parallel to it is taken away.
+        along = (pull * (c + c.mT)).sum(-1)
+        turned = (pull - torch.diag_embed(along)) @ (inverse * matrix)
+        gradient: Tensor = inverse * turned + 2 * of_squares.unsqueeze(-1) * matrix
+        return gradient
 
 
 def self_convolution(weight: Float[Tensor, "..."], stride: tuple[int, ...]) -> Float[Tensor, "*b o o lags"]:

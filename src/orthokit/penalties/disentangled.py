@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, check_count, check_number, short_repr, warn_once
-from orthokit.gram import cosines, directions, frobenius, full_precision, is_finite, polar
+from orthokit.gram import directions, frobenius, full_precision, is_finite, polar, squares_and_cosines
 from orthokit.kernel import Kernel
 from orthokit.relax import (
     COUNTS,
@@ -84,8 +84,8 @@ def disentangled_orthogonality(
         check_number("ceiling", ceiling, 0, 1)
     a, b = weights
     real_r = r.to(matrix) if isinstance(r, Tensor) else r
-    d = matrix.square().sum(-1) - 1
-    c = cosines(matrix)
+    squares, c = squares_and_cosines(matrix)
+    d = squares - 1
     strict = isinstance(r, int) and r == o
     if form == "budget" and not strict:
         pull = (frobenius(c) - relaxed_budget(o, real_r)).relu()
