@@ -20,9 +20,11 @@ import torch
 
 from orthokit.lab.batches import Augment, Batches
 from orthokit.lab.data import load as load_images
+from orthokit.lab.hardware import Hardware
 from orthokit.lab.recipe import load
 from orthokit.lab.record import Run
-from orthokit.lab.train import Hardware, Watch, train
+from orthokit.lab.train import train
+from orthokit.lab.watch import Watch
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ARMS = ("none", "so", "strict", "relaxed")

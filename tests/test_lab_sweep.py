@@ -13,10 +13,11 @@ import pytest
 
 from orthokit.cli import main
 from orthokit.lab import sweep
+from orthokit.lab.hardware import Hardware
 from orthokit.lab.recipe import load
 from orthokit.lab.record import Run
 from orthokit.lab.runner import Pool
-from orthokit.lab.train import Hardware, train
+from orthokit.lab.train import train
 
 RECIPE = """
 [data]

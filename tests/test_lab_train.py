@@ -21,10 +21,12 @@ from orthokit.cli import main
 from orthokit.lab import train as training
 from orthokit.lab.batches import Augment, Batches
 from orthokit.lab.data import load as load_images
+from orthokit.lab.hardware import Hardware
 from orthokit.lab.models import ResNet
 from orthokit.lab.recipe import Recipe
 from orthokit.lab.record import Run
-from orthokit.lab.train import DivergenceError, Hardware, Interrupted, Watch, learning_rate, train
+from orthokit.lab.train import DivergenceError, Interrupted, learning_rate, train
+from orthokit.lab.watch import Watch
 
 BASE = {
     "data": {"name": "synthetic", "train": 200, "validation": 100, "size": 8, "pad": 1},

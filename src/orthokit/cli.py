@@ -297,9 +297,10 @@ class Train:
         seeds = [seed for given in self.seeds for seed in given] if self.seeds else [0]
         with _needs_lab():
             from orthokit.lab.display import Display
+            from orthokit.lab.hardware import Hardware
             from orthokit.lab.recipe import label, load
             from orthokit.lab.record import SEEDS, Run
-            from orthokit.lab.train import Hardware, train
+            from orthokit.lab.train import train
         if not seeds or not all(0 <= seed < SEEDS for seed in seeds) or len({*seeds}) < len(seeds):
             raise UsageError(f"--seeds must be different numbers from 0 to 2^32; got {' '.join(map(str, seeds)) or 'none'}")
         machine, settings = self.machine, [setting for given in self.set for setting in given]

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Column
 
 from orthokit.lab.record import Run
-from orthokit.lab.train import Watch
+from orthokit.lab.watch import Watch
 
 
 class Display(Watch):

@@ -15,20 +15,13 @@ Every file appears under its name at once and whole, or not at all.
 
 import contextlib
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
-from lightning.fabric import Fabric
 
-import orthokit
 from orthokit.lab.recipe import Recipe, differences, load
 
 SEEDS = 2**32
@@ -125,43 +118,3 @@ def _json(path: Path, **kinds: type) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path} is not what a run writes (it needs {', '.join(kinds)}); remove it to run again")
     return found
-
-
-def environment(fabric: Fabric) -> dict[str, Any]:
-    """Versions, hardware, numerics and the commit of this package, for the record of a run."""
-    device = fabric.device
-    packages = ("orthokit", "torch", "lightning", "numpy")
-    return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "ranks": fabric.world_size,
-        "precision": fabric._precision.precision,
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of this package where it is run from a clone, marked where files differ from it."""
-    folder = Path(orthokit.__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # a clone that merely contains site-packages does not count
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -24,7 +24,7 @@ import torch
 from orthokit.lab.display import Display
 from orthokit.lab.files import write
 from orthokit.lab.record import Run
-from orthokit.lab.train import SERVES
+from orthokit.lab.watch import SERVES
 
 Backend = Literal["local", "ray"]
 INTERRUPTED = 130
@@ -44,7 +44,7 @@ class Pool:
         backend: this machine, or a Ray cluster through Ray's joblib backend.
         address: of the Ray cluster, such as ``"auto"`` or ``"ray://host:10001"``; by default one is started on this machine.
         root: where the images are.
-        device: as of ``orthokit.lab.train.Hardware``.
+        device: as of ``orthokit.lab.hardware.Hardware``.
         threads: of each run on the CPU.
     """
 

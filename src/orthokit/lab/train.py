@@ -7,17 +7,11 @@ with the same weights, on the CPU to the last bit.
 
 import contextlib
 import json
-import logging
 import math
-import os
 import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -31,13 +25,13 @@ import orthokit as ok
 from orthokit.lab.batches import Batches, key_of
 from orthokit.lab.data import Images, ImageSet, load
 from orthokit.lab.files import replacing, to_json, write
+from orthokit.lab.hardware import Hardware, environment
 from orthokit.lab.models import flops
 from orthokit.lab.recipe import TrainSection
-from orthokit.lab.record import Run, environment
+from orthokit.lab.record import Run
+from orthokit.lab.watch import Clock, Stop, Watch
 from orthokit.schedules import Schedule
 
-SERVES = "ORTHOKIT_SERVES"
-"""In the environment: the process for whose sake this one runs."""
 SAVE_EVERY = 600.0
 """Seconds between checkpoints within an epoch; every epoch ends with one."""
 SHOW_EVERY = 0.2
@@ -56,123 +50,6 @@ class DivergenceError(FloatingPointError):
 
 class Interrupted(KeyboardInterrupt):
     """Told to stop, and stopped after saving a checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hardware:
-    """Where a run computes.
-
-    Args:
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``.
-        devices: processes on this machine, one a device; under ``torchrun`` it decides.
-        strategy: how they share the work, a name of Fabric's; ``"auto"`` is DistributedDataParallel for more than one.
-        threads: of each process on the CPU; PyTorch's choice by default.
-
-    Raises:
-        ValueError: the device is not there, or Fabric knows no such strategy.
-    """
-
-    device: str = "auto"
-    devices: int = 1
-    strategy: str = "auto"
-    threads: int | None = None
-
-    def fabric(self, precision: str) -> Fabric:
-        """Fabric, launched."""
-        here, everywhere = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        if precision == "auto":
-            precision = "bf16-mixed" if fast_bfloat16(self.device) else "32-true"
-        for name in ("lightning.fabric", "lightning.pytorch"):  # which of them speaks depends on what was imported first
-            logging.getLogger(name).setLevel(logging.WARNING)
-        try:
-            fabric = Fabric(
-                accelerator=self.device,
-                devices=here or self.devices,
-                num_nodes=everywhere // here if here else 1,
-                strategy="ddp" if self.strategy == "auto" and max(everywhere, self.devices) > 1 else self.strategy,
-                precision=precision,
-            )
-        except RuntimeError as error:
-            raise ValueError(f"--device {self.device} cannot be used here: {error}") from None
-        fabric.launch()
-        return fabric
-
-
-def fast_bfloat16(device: str) -> bool:
-    """Whether the hardware multiplies bfloat16 faster than float32, rather than emulating it."""
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.cuda.get_device_capability() >= (8, 0)
-    if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
-        return False
-    # Private to torch 2.6 ... 2.13, hence the detour: where the name is gone, float32 is always right.
-    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(supported() for supported in known if supported is not None)
-
-
-class Stop:
-    """Turns Ctrl-C or a termination signal into a request; a second one is an order.
-
-    A process that was started for one of many runs (:mod:`orthokit.lab.runner`) is also asked by the death of the one it serves.
-    """
-
-    def __init__(self) -> None:
-        self.parent = os.environ.get(SERVES)
-        self._asked = False
-        self._before: dict[int, Any] = {}
-
-    @property
-    def asked(self) -> bool:
-        """Whether to save and stop."""
-        return self._asked or (self.parent is not None and self.parent != str(os.getppid()))
-
-    def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-
-
-class Watch:
-    """What is told of a run as it goes; this one listens to nothing."""
-
-    def step(self, run: Run, epochs: float, loss: float, speed: float) -> None:
-        """``epochs`` are done, with this loss at this speed (images per second)."""
-
-    def row(self, run: Run, row: dict[str, Any]) -> None:
-        """An epoch is done: its line of ``metrics.jsonl``."""
-
-    def say(self, text: str) -> None:
-        """Something a person should know."""
-
-
-class Clock:
-    """Seconds by part of the work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self.on = True
-        self._wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    @contextlib.contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        if not self.on:
-            yield
-            return
-        self._wait()
-        start = time.perf_counter()
-        yield
-        self._wait()
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
 
 def train(

@@ -1,0 +1,109 @@
+"""Where a run computes: Lightning Fabric set up, and what it is that computes."""
+
+import contextlib
+import logging
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+import orthokit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Where a run computes.
+
+    Args:
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``.
+        devices: processes on this machine, one a device; under ``torchrun`` it decides.
+        strategy: how they share the work, a name of Fabric's; ``"auto"`` is DistributedDataParallel for more than one.
+        threads: of each process on the CPU; PyTorch's choice by default.
+
+    Raises:
+        ValueError: the device is not there, or Fabric knows no such strategy.
+    """
+
+    device: str = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+    threads: int | None = None
+
+    def fabric(self, precision: str) -> Fabric:
+        """Fabric, launched."""
+        here, everywhere = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        if precision == "auto":
+            precision = "bf16-mixed" if fast_bfloat16(self.device) else "32-true"
+        for name in ("lightning.fabric", "lightning.pytorch"):  # which of them speaks depends on what was imported first
+            logging.getLogger(name).setLevel(logging.WARNING)
+        try:
+            fabric = Fabric(
+                accelerator=self.device,
+                devices=here or self.devices,
+                num_nodes=everywhere // here if here else 1,
+                strategy="ddp" if self.strategy == "auto" and max(everywhere, self.devices) > 1 else self.strategy,
+                precision=precision,
+            )
+        except RuntimeError as error:
+            raise ValueError(f"--device {self.device} cannot be used here: {error}") from None
+        fabric.launch()
+        return fabric
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether the hardware multiplies bfloat16 faster than float32, rather than emulating it."""
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
+        return False
+    # Private to torch 2.6 ... 2.13, hence the detour: where the name is gone, float32 is always right.
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(supported() for supported in known if supported is not None)
+
+
+def environment(fabric: Fabric) -> dict[str, Any]:
+    """Versions, hardware, numerics and the commit of this package, for the record of a run."""
+    device = fabric.device
+    packages = ("orthokit", "torch", "lightning", "numpy")
+    return {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "ranks": fabric.world_size,
+        "precision": fabric._precision.precision,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this package where it is run from a clone, marked where files differ from it."""
+    folder = Path(orthokit.__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # a clone that merely contains site-packages does not count
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
