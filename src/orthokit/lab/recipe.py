@@ -39,11 +39,7 @@ from orthokit.regularizer import Regularizer, sqrt_filters
 
 SCALES = {"sqrt_filters": sqrt_filters}
 NAMED = ("name", "kind")
-"""A table that gives another name than the one it is merged into replaces it: their options have nothing in common."""
-
-Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+"""A table that gives another name than the one it is merged into replaces it, as their options have nothing in common."""
 
 
 class Section(BaseModel):
@@ -57,17 +53,17 @@ class DataSection(Section):
 
     name: str
     """One of ``orthokit.lab.data.SETS``."""
-    train: Positive | None = None
+    train: int | None = Field(None, ge=1)
     """Training images used, of every class alike; all that the validation part leaves by default."""
-    validation: Natural = 5000
+    validation: int = Field(5000, ge=0)
     """Training images held out, of every class alike, the same for every seed; 0 for none, where all are to be trained on."""
-    size: Positive | None = None
+    size: int | None = Field(None, ge=1)
     """Side in pixels, by averaging areas; the images' own by default."""
-    pad: Natural = 4
+    pad: int = Field(4, ge=0)
     """Black pixels around an image, from which a window is cut at random; 0 for no random crop."""
     flip: bool = True
     """Mirror every other image."""
-    cutout: Natural = 0
+    cutout: int = Field(0, ge=0)
     """Side of a square set to the mean colour; 0 for none."""
 
     @field_validator("name")
@@ -89,6 +85,7 @@ class NetworkSection(Section):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     kind: str
+    """The network; every other key is an option of it."""
 
     def build(self, channels: int, classes: int) -> nn.Module:
         """The network, freshly initialised from the global generator."""
@@ -101,27 +98,36 @@ class NetworkSection(Section):
 class TrainSection(Section):
     """``[train]``: SGD with momentum, and all that surrounds it."""
 
-    epochs: Positive
-    batch: Positive = 128
-    """Images in a step, over all processes together."""
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Share = 0.9
+    epochs: int = Field(ge=1)
+    """Passes over the training images."""
+    batch: int = Field(128, ge=1)
+    """Images in a step, over all processes together; what does not fill a batch waits for the next epoch."""
+    lr: float = Field(0.1, gt=0)
+    """Largest learning rate."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of SGD."""
     nesterov: bool = True
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Nesterov's form of it."""
+    weight_decay: float = Field(5e-4, ge=0)
+    """On every parameter; see ``decay`` of ``[regularizer]``."""
     schedule: Literal["cosine", "step"] = "cosine"
     """Of the learning rate: half a cosine to 0, or a factor ``gamma`` at each of ``milestones``."""
     milestones: list[Annotated[float, Field(gt=0, lt=1)]] = []
     """Parts of the training after which ``schedule = "step"`` drops: 0.5 is half of the epochs."""
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.2
-    warmup: Annotated[float, Field(ge=0)] = 0.0
+    gamma: float = Field(0.2, gt=0, le=1)
+    """Factor of each drop."""
+    warmup: float = Field(0.0, ge=0)
     """Epochs over which the learning rate rises from 0."""
-    label_smoothing: Share = 0.0
-    ema: Share = 0.0
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Of the cross-entropy in training; what is evaluated is not smoothed."""
+    ema: float = Field(0.0, ge=0, lt=1)
     """Decay of an exponential moving average of the weights, which is then what is evaluated and saved; 0 for none."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """``auto`` is bf16-mixed where the hardware multiplies bfloat16 fast, else 32-true. The penalty is in float32 either way."""
     channels_last: bool = True
+    """Memory layout of images and weights."""
     compile: bool = False
+    """Whether ``torch.compile`` the network."""
     init: Literal["default", "orthogonal"] = "default"
     """``orthogonal``: every convolution starts with orthonormal filters (tall ones with orthonormal columns)."""
 

@@ -39,7 +39,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orthokit.lab.files import to_json, write
-from orthokit.lab.recipe import Positive, Section, explained, label, load
+from orthokit.lab.recipe import Section, explained, label, load
 from orthokit.lab.record import SEEDS, Run
 
 Settings = dict[str, Any]
@@ -62,11 +62,14 @@ class Interval(Section):
 class Search(Section):
     """An Optuna search (tree-structured Parzen estimator)."""
 
-    trials: Positive
+    trials: int = Field(ge=1)
+    """Settings tried, of each recipe."""
     space: Annotated[dict[str, Interval | list[Any]], Field(min_length=1)]
-    parallel: Positive = 4
+    """By key: an interval, or a list to choose from."""
+    parallel: int = Field(4, ge=1)
     """Trials between two looks at the results; with the seed it fixes what is tried."""
     seed: int = 0
+    """Of the search."""
 
 
 class Sweep(Section):
