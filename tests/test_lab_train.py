@@ -181,7 +181,7 @@ def test_interrupted_anywhere_it_ends_bit_identical(tmp_path, monkeypatch, chang
         **{"network__depth": 10, "network__width": 1, "network__dropout": 0.3, "train__label_smoothing": 0.1},
     }
     monkeypatch.setattr(training, "SHOW_EVERY", -1.0)
-    whole = run_in(tmp_path / "whole", **changes)
+    whole, handler = run_in(tmp_path / "whole", **changes), signal.getsignal(signal.SIGINT)
     train(whole, hardware=HARDWARE)
     run = run_in(tmp_path / "stopped", **changes)
     for step in (1, 2, 1, 3):
@@ -192,7 +192,7 @@ def test_interrupted_anywhere_it_ends_bit_identical(tmp_path, monkeypatch, chang
     assert_equal(weights(run), weights(whole))
     assert_equal(weights(run, "best"), weights(whole, "best"))
     assert without_times(run.metrics()) == without_times(whole.metrics())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def command(run, *more):

@@ -314,9 +314,10 @@ class Train:
         hardware = Hardware(device=machine.device, devices=self.devices, strategy=self.strategy, threads=machine.threads)
         with Display(console) as display:
             for run in runs:
+                before = run.summary() is not None
                 summary = train(run, root=machine.root, download=machine.download, hardware=hardware, watch=display)
                 if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
-                    display.done(run, summary)
+                    display.done(run, summary, before=before)
         return 0
 
 

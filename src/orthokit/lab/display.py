@@ -56,9 +56,9 @@ class Display(Watch):
         if not self.console.is_terminal:
             self.say(escape(f"{run.name}  epoch {row['epoch']}/{run.recipe.train.epochs}  {shown(row)}"))
 
-    def done(self, run: Run, summary: dict[str, Any], note: str = "") -> None:
-        """The run has finished."""
-        self._close(run, result(run, summary, test=self.test) + note)
+    def done(self, run: Run, summary: dict[str, Any], *, before: bool = False) -> None:
+        """The run has finished, perhaps before this command."""
+        self._close(run, result(run, summary, test=self.test) + ("  [dim]finished before[/]" if before else ""))
 
     def _close(self, run: Run, text: str) -> None:
         """The run's bar gives way to a line."""

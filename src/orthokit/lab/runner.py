@@ -103,7 +103,7 @@ class _Local:
         """Pass it on."""
         self.stopping = True
         for process in list(self.processes):
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # SIGINT is ignored by what a script starts in the background
 
 
 def _execute(command: list[str], folder: Path, threads: int, device: str | None = None, local: _Local | None = None) -> int:
@@ -119,7 +119,7 @@ def _execute(command: list[str], folder: Path, threads: int, device: str | None 
     if local is not None:
         local.processes.add(process)
         if local.stopping:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
     try:
         status = process.wait()
     finally:
@@ -145,7 +145,7 @@ def run_all(runs: Sequence[Run], pool: Pool, display: Display) -> list[int]:
     left = []
     for run in runs:
         if (summary := run.summary()) is not None:
-            display.done(run, summary, "  [dim]finished before[/]")
+            display.done(run, summary, before=True)
             continue
         write(run.folder / QUEUED, run.recipe.to_toml())
         left.append(run)
