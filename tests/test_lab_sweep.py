@@ -311,6 +311,7 @@ def test_gpus_are_handed_out(monkeypatch):
         (["train", "FILE", "FILE"], "two recipes of one name"),
         (["train", "FILE", "OTHER", "--name", "x"], "--name is for a single recipe"),
         (["train", "FILE", "--set", "train.epochs=0", "--set", "train.batch=5"], "train.epochs: should be greater"),
+        (["train", "FILE", "--seeds", "0", "1", "--devices", "2"], "use torchrun"),
         (["train", "FILE", "--jobs", "0"], "--jobs must be at least 1"),
         (["train", "FILE", "--address", "auto"], "--address does nothing without --backend ray"),
         (["train", "FILE", "--device", "mps"], "--device mps cannot be used here"),

@@ -308,8 +308,9 @@ class Train:
         if len(loaded) < len(self.recipes):
             raise UsageError("two recipes of one name would share a folder; train them apart, with --name")
         runs = [Run(recipe, seed, machine.out / name / str(seed)) for name, recipe in loaded.items() for seed in seeds]
-        together = "WORLD_SIZE" in os.environ or self.devices > 1
-        if len(runs) > 1 and not together:
+        if len(runs) > 1 and "WORLD_SIZE" not in os.environ:
+            if self.devices > 1:
+                raise UsageError("--devices shares one run among processes; several runs in turn on all of them: use torchrun")
             return machine.run_all(runs, console)
         hardware = Hardware(device=machine.device, devices=self.devices, strategy=self.strategy, threads=machine.threads)
         with Display(console) as display:
