@@ -1,5 +1,6 @@
 """Training: what a run computes, that it survives anything, and what is in its folder."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -375,6 +376,49 @@ def test_bad_folders_and_files(tmp_path, capsys):
         assert "Traceback" not in capsys.readouterr().err
     assert main([*base, "--out", str(tmp_path / "runs"), "--set", "train.batch=4000"]) == 2
     assert "a batch of 4000 is larger than the 200 training images" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("summary.json", {"test": {}}),
+        ("summary.json", {"validation": ...}),
+        ("summary.json", {"seconds": "x"}),
+        ("environment.json", {"threads": 0}),
+        ("environment.json", {"threads": "x"}),
+        ("environment.json", {"precision": ...}),
+    ],
+    ids=str,
+)
+def test_edited_files(tmp_path, name, change):
+    run = run_in(tmp_path, train__epochs=1)
+    train(run, hardware=HARDWARE)
+    found = json.loads((run.folder / name).read_text()) | change
+    (run.folder / name).write_text(json.dumps({key: value for key, value in found.items() if value is not ...}))
+    if name == "environment.json":
+        (run.folder / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"is not what a run writes .*; remove it to run again"):
+        train(run, hardware=HARDWARE)
+
+
+def test_begun_by_another_meanwhile(tmp_path, monkeypatch):
+    """While we waited for the lock its holder has saved a checkpoint with other numerics than those we have set up."""
+    run, other = run_in(tmp_path / "a"), run_in(tmp_path / "b")
+    train(other, hardware=HARDWARE)
+    held = Run.held
+
+    @contextlib.contextmanager
+    def holding(self, say):
+        with held(self, say):
+            for name in ("last.ckpt", "environment.json"):
+                shutil.copy(other.folder / name, run.folder / name)
+            yield
+
+    monkeypatch.setattr(Run, "held", holding)
+    with pytest.raises(BlockingIOError, match="another process has begun a/0 meanwhile; the same command goes on"):
+        train(run, hardware=HARDWARE)
+    monkeypatch.undo()
+    assert train(run, hardware=HARDWARE)["test"] == other.summary()["test"]
 
 
 def test_a_held_run_is_refused(tmp_path, monkeypatch):

@@ -55,7 +55,11 @@ class Run:
             ValueError: the folder holds a run of another recipe, or a damaged file.
         """
         if (path := self.folder / "summary.json").is_file():
-            found = _json(path, recipe=dict, test=dict, seconds=float, images_per_second=float, penalty_share=float)
+            parts, numbers = dict.fromkeys(("test", "validation"), dict | None), ("seconds", "images_per_second", "penalty_share")
+            found = _json(path, recipe=dict, **parts, **dict.fromkeys(numbers, float))
+            for part in parts:
+                if found[part] is not None and not isinstance(found[part].get("accuracy"), float):
+                    raise ValueError(f"{path} is not what a run writes (no accuracy in {part}); remove it to run again")
             self._check(Recipe.of(found["recipe"], str(path)), path)
             return found
         if self.checkpoint.is_file() and (path := self.folder / "recipe.toml").is_file():
@@ -70,9 +74,14 @@ class Run:
             )
 
     def environment(self) -> dict[str, Any] | None:
-        """Where and with which precision and threads the run began, or None."""
+        """Where and with which precision and threads the run began that there is a checkpoint of, or None."""
         path = self.folder / "environment.json"
-        return _json(path, precision=str, threads=int) if path.is_file() else None
+        if not (self.checkpoint.is_file() and path.is_file()):
+            return None
+        found = _json(path, precision=str, threads=int)
+        if found["threads"] < 1:
+            raise ValueError(f"{path} is not what a run writes (threads = {found['threads']}); remove it to run again")
+        return found
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``."""
@@ -110,11 +119,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _json(path: Path, **kinds: type) -> dict[str, Any]:
+def _json(path: Path, **kinds: Any) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to run again") from None
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+    if not isinstance(found, dict) or not all(key in found and isinstance(found[key], kind) for key, kind in kinds.items()):
         raise ValueError(f"{path} is not what a run writes (it needs {', '.join(kinds)}); remove it to run again")
     return found

@@ -79,7 +79,7 @@ def train(
         return finished
     precision, hardware = run.recipe.train.precision, hardware or Hardware()
     watch = watch or Watch()
-    before = run.environment() if run.checkpoint.is_file() else None
+    before = run.environment()
     if before is not None:  # other numerics would give other weights
         precision, hardware = before["precision"], replace(hardware, threads=before["threads"])
     fabric = hardware.fabric(precision)
@@ -88,6 +88,8 @@ def train(
         fabric.barrier()
         if (finished := run.summary()) is not None:  # by the process that held the folder
             return finished
+        if run.environment() != before:
+            raise BlockingIOError(f"another process has begun {run.name} meanwhile; the same command goes on from there")
         if first:
             write(run.folder / "recipe.toml", run.recipe.to_toml())
             if before is None:
