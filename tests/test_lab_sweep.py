@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ from orthokit.lab.record import Run
 from orthokit.lab.runner import Pool
 from orthokit.lab.train import train
 
+SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("*.toml"))
 RECIPE = """
 [data]
 name = "synthetic"
@@ -179,6 +181,13 @@ def test_a_grid(recipe, tmp_path):
     assert again == points
     sweep.save(points, tmp_path / "sweep.json")
     assert sum(row["best"] for row in json.loads((tmp_path / "sweep.json").read_text())) == 1
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
+def test_the_sweeps_of_the_repository(path, tmp_path):
+    asked = []
+    points, _ = sweep.run(path, tmp_path, lambda runs: asked.extend(runs) or 0)
+    assert len(asked) == len(points) * len(sweep.read(path).seeds) == len({run.folder for run in asked}) > 0
 
 
 def made(settings, accuracies, seeds=2, recipe="r.toml"):
