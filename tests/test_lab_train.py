@@ -492,7 +492,7 @@ def test_several_processes_train_as_one(tmp_path):
     changes = {"network__norm": "group", "train__epochs": 1, "data__train": 260, "train__batch": 52}  # 5 steps
     one, two = run_in(tmp_path / "one", **changes), run_in(tmp_path / "two", **changes)
     train(one, hardware=HARDWARE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ran = subprocess.run(
         [*torchrun, *command(two)[1:]],
         capture_output=True,
