@@ -9,7 +9,7 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -31,6 +31,7 @@ from orthokit.relax import Policy
 from orthokit.tables import Table
 
 if TYPE_CHECKING:
+    from orthokit.lab.data import ImageSet
     from orthokit.lab.record import Run
 
 Format = Literal["table", "json", "csv"]
@@ -154,14 +155,11 @@ class Plan:
 
     def _measure(self, checkpoint: Mapping[str, Any], where: ok.Predicate) -> tuple[nn.Module, dict[str, int]]:
         """The lab's network with these weights, and the ranks of its layers on the training images."""
-        from orthokit.lab import data
         from orthokit.lab.models import ResNet
 
         network = ResNet.from_checkpoint(checkpoint)
-        try:
-            chosen = data.load("digits") if self.root is None else data.load("cifar10", root=self.root, train=5000, size=16)
-        except ModuleNotFoundError as error:
-            raise UsageError(f"the digits need {error.name}: pip install 'orthokit[lab]'") from None
+        with _needing("the digits need"):
+            chosen = _demo_images(self.root)()
         images = chosen.normalise(chosen.train.pixels)
         if (channels := network.conv.in_channels) != images.shape[1]:
             raise UsageError(f"{self.checkpoint} reads {channels} channels; the images of {self.data} have {images.shape[1]}")
@@ -195,13 +193,11 @@ class Demo:
                 raise UsageError(f"--{name} must be at least 1; got {value}")
         if (self.data == "cifar10") != (self.root is not None):
             raise UsageError("--data cifar10 and --root DIR go together")
-        try:
-            from orthokit.lab import data, demo
+        with _needing("the demo needs"):
+            from orthokit.lab import demo
 
             demo.run(
-                functools.partial(data.load, "digits")
-                if self.root is None
-                else functools.partial(data.load, "cifar10", root=self.root, train=5000, size=16),
+                _demo_images(self.root),
                 seeds=self.seeds,
                 epochs=self.epochs or (40 if self.root is None else 8),
                 batch=50 if self.root is None else 125,
@@ -209,8 +205,6 @@ class Demo:
                 out=self.out,
                 console=console,
             )
-        except ModuleNotFoundError as error:
-            raise UsageError(f"the demo needs {error.name}: pip install 'orthokit[lab]'") from None
 
 
 @dataclass(frozen=True)
@@ -295,7 +289,7 @@ class Train:
         if self.name is not None and len(self.recipes) > 1:
             raise UsageError("--name is for a single recipe")
         seeds = [seed for given in self.seeds for seed in given] if self.seeds else [0]
-        with _needs_lab():
+        with _needing("training needs"):
             from orthokit.lab.display import Display
             from orthokit.lab.hardware import Hardware
             from orthokit.lab.recipe import label, load
@@ -334,25 +328,36 @@ class Sweep:
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
 
     def run(self, console: Console) -> int:
-        with _needs_lab():
+        with _needing("training needs"):
             from orthokit.lab import sweep
         out = self.machine.out
         points, status = sweep.run(self.file, out, lambda runs: self.machine.run_all(runs, console, test=False))
         sweep.save(points, out / self.file.stem / "sweep.json")
         console.print(sweep.table(points))
+        said = sweep.read(self.file)
         for point in sweep.best(points).values():
             console.print(f"best: {point.command}", markup=False, highlight=False, soft_wrap=True)
-            if edges := sweep.edges(sweep.read(self.file), point):
+            if edges := sweep.edges(said, point):
                 console.print(f"  at the edge of the grid in {', '.join(edges)}: widen it", markup=False, highlight=False)
         return status
 
 
 @contextlib.contextmanager
-def _needs_lab() -> Iterator[None]:
+def _needing(what: str) -> Iterator[None]:
+    """Names the extra where a library of the lab is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UsageError(f"training needs {error.name}: pip install 'orthokit[lab]'") from None
+        raise UsageError(f"{what} {error.name}: pip install 'orthokit[lab]'") from None
+
+
+def _demo_images(root: Path | None) -> "Callable[[], ImageSet]":
+    """Loads what the demo trains on: the digits, or some of the CIFAR-10 in ``root``. Can be pickled."""
+    from orthokit.lab.data import load
+
+    return (
+        functools.partial(load, "digits") if root is None else functools.partial(load, "cifar10", root=root, train=5000, size=16)
+    )
 
 
 def load_checkpoint(path: Path) -> Mapping[str, Any]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str) -> None:
     """Put ``content`` under ``path`` at once and whole; where that fails what was there stays."""
     with replacing(path) as part:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.write_bytes(content.encode())
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ class DataSection(Section):
 class NetworkSection(Section):
     """``[network]``: ``kind``, one of ``orthokit.lab.models.NETWORKS`` or ``"module:function"``, and that network's options."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow")
 
     kind: str
     """The network; every other key is an option of it."""

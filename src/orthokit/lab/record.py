@@ -84,8 +84,12 @@ class Run:
         return found
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``."""
-        return read_metrics(self.folder)
+        """The lines of ``metrics.jsonl``; none where there is none yet."""
+        try:
+            text = (self.folder / "metrics.jsonl").read_text("utf-8")
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.splitlines()]
 
     @contextlib.contextmanager
     def held(self, say: Callable[[str], object] = lambda _: None) -> Iterator[None]:
@@ -108,15 +112,6 @@ class Run:
             yield
         finally:
             lock.release()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``; none where it has none yet."""
-    try:
-        text = (folder / "metrics.jsonl").read_text("utf-8")
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _json(path: Path, **kinds: Any) -> dict[str, Any]:

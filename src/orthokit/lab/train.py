@@ -212,8 +212,7 @@ class Training:
         torch.manual_seed(key_of(self.run.seed, self.step, self.fabric.global_rank) % 2**63)  # for dropout
         with self.clock("data"):
             images, labels = self.batches.get(epoch, place, order)
-            if self.section.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+            images = self._laid_out(images)
         with self.clock("network"):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr(self.step)
@@ -232,6 +231,10 @@ class Training:
             right = (logits.argmax(-1) == labels).sum()
             self.sums += torch.stack([loss.detach() * n, right, torch.full_like(loss, n), penalty * n]).to(self.sums)
         return loss.detach()
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        """``images`` in the memory layout of the recipe."""
+        return images.contiguous(memory_format=torch.channels_last) if self.section.channels_last else images
 
     def _penalty(self) -> Tensor:
         """Add the penalty's gradient; its value, 0 where there is none."""
@@ -315,7 +318,7 @@ class Training:
             "images_per_second": sum(r["images_per_second"] for r in self.history) / len(self.history),
             "penalty_share": sum(r["penalty_share"] for r in self.history) / len(self.history),
             "seconds": sum(r["seconds"]["training"] for r in self.history),
-            "environment": json.loads((self.run.folder / "environment.json").read_text("utf-8")),
+            "environment": self.run.environment(),
             "recipe": self.run.recipe.to_dict(),
         }
         self.save_weights("last")
@@ -340,9 +343,7 @@ class Training:
         sums = self._zeros()
         rank, ranks = self.fabric.global_rank, self.fabric.world_size
         for pixels, labels in zip(images.pixels[rank::ranks].split(batch), images.labels[rank::ranks].split(batch), strict=True):
-            inputs = self.data.normalise(pixels)
-            if self.section.channels_last:
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            inputs = self._laid_out(self.data.normalise(pixels))
             with self.fabric.autocast():
                 logits = model(inputs)
             logits = logits.float()
