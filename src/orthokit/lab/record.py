@@ -56,7 +56,7 @@ class Run:
         """
         if (path := self.folder / "summary.json").is_file():
             parts, numbers = dict.fromkeys(("test", "validation"), dict | None), ("seconds", "images_per_second", "penalty_share")
-            found = _json(path, recipe=dict, **parts, **dict.fromkeys(numbers, float))
+            found = read_json(path, recipe=dict, **parts, **dict.fromkeys(numbers, float))
             for part in parts:
                 if found[part] is not None and not isinstance(found[part].get("accuracy"), float):
                     raise ValueError(f"{path} is not what a run writes (no accuracy in {part}); remove it to run again")
@@ -78,7 +78,7 @@ class Run:
         path = self.folder / "environment.json"
         if not (self.checkpoint.is_file() and path.is_file()):
             return None
-        found = _json(path, precision=str, threads=int)
+        found = read_json(path, precision=str, threads=int)
         if found["threads"] < 1:
             raise ValueError(f"{path} is not what a run writes (threads = {found['threads']}); remove it to run again")
         return found
@@ -114,7 +114,12 @@ class Run:
             lock.release()
 
 
-def _json(path: Path, **kinds: Any) -> dict[str, Any]:
+def read_json(path: Path, **kinds: Any) -> dict[str, Any]:
+    """The object in a JSON file of a run, in which each of ``kinds`` is a key with a value of that type.
+
+    Raises:
+        ValueError: it is not.
+    """
     try:
         found = json.loads(path.read_text("utf-8"))
     except ValueError as error:

@@ -1,0 +1,270 @@
+"""Comparisons: arms against a baseline, in panels of equal networks and data, from what finished runs left.
+
+An *arm* is what the runs of one value of the declared factor have in common (by default the factor is ``regularizer``), a *panel*
+what is compared within: runs of equal ``network`` and ``data.name``. Within a panel the arms must differ in the factor alone.
+Results are those of the last epoch.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from orthokit.config import penalty_of
+from orthokit.lab.fairness import Panel, flags, incomparable, plain, refusals, under
+from orthokit.lab.recipe import Recipe, flattened
+from orthokit.lab.results import METRICS, Metric, Result, metric_of
+from orthokit.lab.statistics import ALPHA, POWER, Difference, Sample, detectable, differences, holm, pooled_sd, seeds_needed
+
+FACTOR = ("regularizer",)
+PANELS = ("network", "data.name")
+EFFECTS = (0.2, 0.5, 1.0)
+"""Differences of the primary metric for which the seeds needed are told."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A metric of an arm in a panel."""
+
+    sample: Sample
+    difference: Difference | None = None
+    """From the baseline; None of the baseline itself, and where there is none."""
+    verdict: str = ""
+    """``better``, ``worse`` or ``not resolved``; ``higher`` or ``lower`` where neither is a merit; empty without a difference."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Arms against a baseline, in one or more panels."""
+
+    title: str
+    baseline: str
+    panels: tuple[Panel, ...]
+    factor: tuple[str, ...] = FACTOR
+    primary: Metric = METRICS[0]
+    """What verdicts go by; all others are secondary."""
+    flags: tuple[str, ...] = ()
+    """What a reader must know before believing any of it."""
+    notes: tuple[str, ...] = ()
+    """What else a reader should know."""
+    excluded: tuple[str, ...] = ()
+    """Parts of evaluations that do not compare."""
+
+    @cached_property
+    def arms(self) -> list[str]:
+        """Of all panels, the baseline first."""
+        return list(dict.fromkeys([self.baseline, *(arm for panel in self.panels for arm in panel.arms)]))
+
+    @cached_property
+    def metrics(self) -> list[Metric]:
+        """Those that there are numbers of."""
+        return [metric for metric in METRICS if self.cells(metric)]
+
+    def cells(self, metric: Metric) -> dict[str, dict[str, Cell]]:
+        """Panel -> arm -> cell of a metric; p-values are adjusted over all of them. Arms without numbers are left out."""
+        if metric.key not in self._cells:
+            self._cells[metric.key] = {} if metric.part in self.excluded else self._compared(metric)
+        return self._cells[metric.key]
+
+    @cached_property
+    def _cells(self) -> dict[str, dict[str, dict[str, Cell]]]:
+        return {}
+
+    def _compared(self, metric: Metric) -> dict[str, dict[str, Cell]]:
+        cells: dict[str, dict[str, Cell]] = {}
+        found: dict[tuple[str, str], Difference] = {}
+        for panel in self.panels:
+            read = {arm: [metric.read(result) for result in results] for arm, results in panel.arms.items()}
+            samples = {
+                arm: Sample(tuple(v for v in values if v is not None)) for arm, values in read.items() if None not in values
+            }
+            if samples:
+                cells[panel.name] = {arm: Cell(sample) for arm, sample in samples.items()}
+            if self.baseline in samples:
+                found |= {(panel.name, arm): each for arm, each in differences(samples, self.baseline).items()}
+        raw = {key: each.welch for key, each in found.items() if each.welch is not None}
+        adjusted = dict(zip(raw, holm(list(raw.values())), strict=True))
+        for (name, arm), each in found.items():
+            each = replace(each, holm=adjusted.get((name, arm)))
+            cells[name][arm] = Cell(cells[name][arm].sample, each, _verdict(metric, each))
+        return cells
+
+    def cell(self, metric: Metric, panel: str, arm: str) -> Cell | None:
+        """One cell, if there is."""
+        return self.cells(metric).get(panel, {}).get(arm)
+
+    def comparisons(self, metric: Metric) -> int:
+        """How many tests the adjustment of a metric is over."""
+        return sum(c.difference is not None for arms in self.cells(metric).values() for c in arms.values())
+
+    def _titled(self, panel: str) -> str:
+        return f"{panel}: " if len(self.panels) > 1 else ""
+
+    def verdicts(self) -> list[str]:
+        """The primary metric's result, a sentence for each arm and panel."""
+        said, show = [], self.primary.show
+        for panel, arms in self.cells(self.primary).items():
+            for arm, cell in arms.items():
+                if (each := cell.difference) is None:
+                    continue
+                told = f"is {cell.verdict} than {self.baseline}" if each.resolved else f"against {self.baseline} is not resolved"
+                between = "" if each.interval is None else f" [{', '.join(show(end, sign=True) for end in each.interval)}]"
+                p = "no p of a single run" if each.holm is None else f"adjusted p = {each.holm:.2g}"
+                said.append(
+                    f"{self._titled(panel)}{arm} {told}: {show(each.mean, sign=True)}{between} {self.primary.label}, {p}, "
+                    f"n = {cell.sample.n}"
+                )
+        return said
+
+    def power(self) -> list[str]:
+        """What the present seeds could have resolved in the primary metric, and how many seeds would resolve less."""
+        said, show, count = [], self.primary.show, self.comparisons(self.primary)
+        for panel, arms in self.cells(self.primary).items():
+            samples = [cell.sample for cell in arms.values()]
+            sd, n = pooled_sd(samples), min(sample.n for sample in samples)
+            if sd is None or n < 2 or not count:
+                said.append(f"{self._titled(panel)}single runs have no spread, so nothing can be resolved; take 3 seeds or more")
+                continue
+            needed = []
+            for effect in EFFECTS:
+                try:
+                    needed.append(f"{effect:g} needs {seeds_needed(effect, sd, comparisons=count):,}")
+                except ValueError:
+                    needed.append(f"{effect:g} cannot be resolved")
+            said.append(
+                f"{self._titled(panel)}{n} seeds an arm, whose sd is {show(sd)}, resolve a difference of "
+                f"{show(detectable(n, sd, comparisons=count))} with probability {POWER:.0%}; a difference of {', '.join(needed)}"
+            )
+        return said
+
+    @property
+    def explanation(self) -> str:
+        """How the figures were made, in words."""
+        return (
+            f"Last epoch, mean over seeds. Intervals of {1 - ALPHA:.0%}: Student's of means, Welch's of differences. p is of Welch's "
+            f"t against {self.baseline}, adjusted after Holm over {self.comparisons(self.primary)} comparisons; a verdict needs "
+            f"p < {ALPHA:g}. Beside it Dunnett's test, which assumes equal variances. Every metric is adjusted by itself."
+        )
+
+
+def _verdict(metric: Metric, difference: Difference) -> str:
+    if not difference.resolved:
+        return "not resolved"
+    up = difference.mean > 0
+    if metric.better == 0:
+        return "higher" if up else "lower"
+    return "better" if up == (metric.better > 0) else "worse"
+
+
+def compare(
+    results: Sequence[Result],
+    *,
+    title: str = "comparison",
+    factor: Sequence[str] = FACTOR,
+    by: Sequence[str] = PANELS,
+    baseline: str | None = None,
+    metric: str = "accuracy",
+    anyway: bool = False,
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """Group results into panels and arms, and see whether they may be compared.
+
+    Args:
+        results: of finished runs.
+        title: of tables and pages.
+        factor: keys or sections of the recipe in which arms differ.
+        by: keys or sections that tell panels apart.
+        baseline: an arm's name; by default the arm without a regularizer.
+        metric: what verdicts go by, a key of ``orthokit.lab.results.METRICS``.
+        anyway: flag what is else refused.
+        notes: to go with it.
+
+    Raises:
+        ValueError: arms of a panel differ in more than the factor, or in their images; a seed counts twice; there is no such key,
+            baseline or metric, or nothing to compare.
+    """
+    primary = metric_of(metric)
+    if unknown := [key for key in (*factor, *by) if key.split(".")[0] not in Recipe.model_fields]:
+        raise ValueError(f"{unknown[0]} is no key of a recipe; factors and panels are, such as regularizer or train.epochs")
+    flat = [flattened(result.recipe.to_dict()) for result in results]
+    arms = _arms(results, flat, factor)
+    names = _panels(results, flat, [key for each in flat for key in each if under(key, by) and not under(key, factor)])
+    baseline = _baseline(baseline, arms, results)
+    grouped: dict[str, dict[str, list[Result]]] = {}
+    for (name, _), arm, result in zip(names, arms, results, strict=True):
+        grouped.setdefault(name, {}).setdefault(arm, []).append(result)
+    values, order = dict(names), dict.fromkeys([baseline, *arms])
+    panels = tuple(
+        Panel(name, values[name], {a: tuple(sorted(grouped[name][a], key=lambda r: r.seed)) for a in order if a in grouped[name]})
+        for name in sorted(grouped, key=lambda name: [_sortable(value) for value in values[name].values()])
+    )
+    if len(order) < 2:
+        raise ValueError(f"there is only one arm, {baseline}; give runs that differ in {' or '.join(factor)}")
+    refused = [each for panel in panels for each in refusals(panel, factor)]
+    if refused and not anyway:
+        raise ValueError("; ".join(refused))
+    excluded, left_out = incomparable(panels)
+    flagged = [*refused, *(each for panel in panels for each in flags(panel, baseline)), *left_out]
+    comparison = Comparison(
+        title, baseline, panels, tuple(factor), primary, tuple(dict.fromkeys(flagged)), tuple(notes), tuple(excluded)
+    )
+    if not comparison.cells(primary):
+        raise ValueError(f"no run has {primary.label}" + (f"; orthokit evaluate --parts {primary.part}" if primary.part else ""))
+    return comparison
+
+
+def _sortable(value: Any) -> tuple[int, float, str]:
+    return (0, float(value), "") if isinstance(value, (int, float)) else (1, 0.0, str(value))
+
+
+def _varying(parts: Sequence[dict[str, str]], keys: Sequence[str]) -> list[str]:
+    return [key for key in dict.fromkeys(keys) if len({part.get(key) for part in parts}) > 1]
+
+
+def _short(key: str, part: dict[str, str]) -> str:
+    return f"{key.split('.', 1)[-1]}={plain(part.get(key))}"
+
+
+def _arms(results: Sequence[Result], flat: Sequence[dict[str, str]], factor: Sequence[str]) -> list[str]:
+    """The arm of each result: a study's own name, or what tells it apart."""
+    penalties = any(key.split(".")[0] == "regularizer" for key in factor)
+    keys = _varying(flat, [key for each in flat for key in each if under(key, factor) and not under(key, ["regularizer"])])
+    return [
+        result.summary.get("study", {}).get("arm")
+        or ", ".join([*([_penalty(result.recipe)] if penalties else []), *(_short(key, part) for key in keys)])
+        for result, part in zip(results, flat, strict=True)
+    ]
+
+
+def _penalty(recipe: Recipe) -> str:
+    if (said := recipe.regularizer) is None:
+        return "none"
+    strength = said.strength if isinstance(said.strength, dict) else f"{said.strength:g}"
+    shown = ", ".join(f"{key}={value}" for key, value in strength.items()) if isinstance(strength, dict) else strength
+    more = {key: getattr(said, key) for key in ("where", "scale", "decay")}
+    default = {"where": "convs", "scale": None, "decay": True}
+    return ", ".join([repr(penalty_of(said.penalty)), shown, *(f"{k}={v}" for k, v in more.items() if v != default[k])])
+
+
+def _panels(results: Sequence[Result], flat: Sequence[dict[str, str]], keys: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """The panel of each result, and its values of the keys that vary: a study's own name, or these."""
+    varying = _varying(flat, keys)
+    found = []
+    for result, part in zip(results, flat, strict=True):
+        words = [_short(key, part) for key in varying] or [plain(part["network.kind"]), "on", plain(part["data.name"])]
+        name = result.summary.get("study", {}).get("panel") or (", " if varying else " ").join(words)
+        found.append((name, {key: json.loads(part[key]) if key in part else None for key in varying}))
+    return found
+
+
+def _baseline(wanted: str | None, arms: Sequence[str], results: Sequence[Result]) -> str:
+    known = ", ".join(map(repr, dict.fromkeys(arms)))
+    if wanted is not None:
+        if wanted not in arms:
+            raise ValueError(f"no arm {wanted!r} to be the baseline; there are {known}")
+        return wanted
+    bare = dict.fromkeys(arm for arm, result in zip(arms, results, strict=True) if result.recipe.regularizer is None)
+    if len(bare) != 1:
+        raise ValueError(f"which arm is the baseline? name it with --baseline; there are {known}")
+    return next(iter(bare))

@@ -1,0 +1,197 @@
+"""Whether arms may be compared: what differs besides the declared factor, arms that are one arm, choices made on the test set."""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from orthokit.config import penalty_of, where_of
+from orthokit.lab.recipe import flattened
+from orthokit.lab.results import Result
+from orthokit.penalties import Disentangled
+from orthokit.select import select
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Runs that should differ in the factor alone: the results of each arm, by seed."""
+
+    name: str
+    values: dict[str, Any]
+    """Of the keys that tell panels apart, such as ``network.depth``."""
+    arms: dict[str, tuple[Result, ...]]
+
+    @property
+    def results(self) -> list[Result]:
+        """Of all arms."""
+        return [result for _, result in self]
+
+    @property
+    def depth(self) -> int | None:
+        """Of the network, if it has one."""
+        depth = self.results[0].recipe.to_dict()["network"].get("depth")
+        return depth if isinstance(depth, int) else None
+
+    def __iter__(self) -> Iterator[tuple[str, Result]]:
+        """Arm and result."""
+        return ((arm, result) for arm, results in self.arms.items() for result in results)
+
+    def by(self, look: Callable[[Result], Any]) -> dict[Any, list[str]]:
+        """The values that ``look`` finds, and the arms that have them."""
+        found: dict[Any, list[str]] = {}
+        for arm, result in self:
+            found.setdefault(look(result), []).append(arm)
+        return {value: list(dict.fromkeys(arms)) for value, arms in found.items()}
+
+
+def under(key: str, sections: Iterable[str]) -> bool:
+    """Whether a recipe's key is one of ``sections``, or in one."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def plain(value: str | None) -> str:
+    """A value of ``orthokit.lab.recipe.flattened`` to read."""
+    return "absent" if value is None else value.strip('"')
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Some names, and how many more."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _shown(values: dict[Any, list[str]]) -> str:
+    return "; ".join(f"{value} in {listed(arms)}" for value, arms in values.items())
+
+
+def refusals(panel: Panel, factor: Sequence[str]) -> list[str]:
+    """What makes the comparison in a panel meaningless."""
+    flat = {id(result): flattened(result.recipe.to_dict()) for result in panel.results}
+    keys = dict.fromkeys(key for each in flat.values() for key in each if not under(key, factor))
+    looks: dict[str, Callable[[Result], Any]] = {
+        key: lambda result, key=key: plain(flat[id(result)].get(key))  # type: ignore[misc]
+        for key in keys
+    }
+    looks["the images (fingerprint)"] = lambda result: result.summary["fingerprint"][:12]
+    found = [
+        f"{panel.name}: runs differ in {key}, which is not the declared factor ({', '.join(factor)}): {_shown(values)}. Declare "
+        "it with --factor, keep such runs apart with --by, or see it flagged with --anyway"
+        for key, look in looks.items()
+        if len(values := panel.by(look)) > 1
+    ]
+    for arm, results in panel.arms.items():
+        if twice := [seed for seed, count in Counter(result.seed for result in results).items() if count > 1]:
+            found.append(f"{panel.name}: {arm} holds seed {twice[0]} more than once; runs of one recipe and seed are no two runs")
+    return found
+
+
+def flags(panel: Panel, baseline: str) -> list[str]:
+    """What a reader must know before believing a comparison in a panel."""
+    found = [*_equal(panel), *_selected(panel)]
+    if baseline not in panel.arms:
+        found.append(f"no run of the baseline {baseline}, hence no differences")
+    seeds = {arm: " ".join(str(result.seed) for result in results) for arm, results in panel.arms.items()}
+    if len(set(seeds.values())) > 1:
+        found.append("arms have different seeds: " + "; ".join(f"{each} in {arm}" for arm, each in seeds.items()))
+    for words, keys in NUMERICS.items():
+        if len(values := panel.by(partial(_environment, keys=keys))) > 1:
+            found.append(f"different {words}, which can move a result as far as another seed does: {_shown(values)}")
+    return [f"{panel.name}: {each}" for each in found]
+
+
+NUMERICS = {
+    "precision": ("precision",),
+    "devices": ("device",),
+    "versions of torch": ("versions", "torch"),
+    "versions of orthokit": ("versions", "orthokit"),
+}
+"""In words, and where in ``environment.json``."""
+
+
+def _environment(result: Result, keys: Iterable[str]) -> Any:
+    value: Any = result.summary.get("environment")
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _equal(panel: Panel) -> list[str]:
+    """Arms that are one arm: equal plans, or the very same results."""
+    found = []
+    for (one, a), (two, b) in itertools.combinations(panel.arms.items(), 2):
+        plan = _plan(a[0])
+        first, second = ({r.seed: (r.summary["test"], r.summary.get("train")) for r in arm} for arm in (a, b))
+        shared = first.keys() & second.keys()
+        if plan is not None and plan == _plan(b[0]):
+            found.append(f"{one} and {two} have equal plans (orthokit plan): they are the same arm, and what differs is chance")
+        elif shared and all(first[seed] == second[seed] for seed in shared):
+            found.append(f"{one} and {two} have the very same results in every shared seed: they are the same arm")
+    return found
+
+
+def _plan(result: Result) -> Any:
+    """What a disentangled norm asks for; None where there is no telling, or nothing to tell."""
+    said = result.recipe.regularizer
+    penalty = said and penalty_of(said.penalty)
+    if said is None or not isinstance(penalty, Disentangled):
+        return None
+    rest = {**said.model_dump(), "penalty": repr(replace(penalty, relax=None, form="pairs", count="expected"))}
+    ranks = result.summary.get("ranks") or {}
+    if penalty.relax is None:
+        return rest, "strict"
+    try:
+        with torch.device("meta"):
+            network = result.recipe.network.build(channels=3, classes=10)
+        if all(layer.kernel.o == ranks.get(layer.name) for layer in select(network, where_of(said.where))):
+            return rest, "strict"
+    except Exception:  # somebody's own network, which need not be here
+        return None
+    return rest, penalty.form, penalty.count if penalty.form == "pairs" else None, ranks
+
+
+def _selected(panel: Panel) -> list[str]:
+    """Signs that something was, or is about to be, chosen by test accuracy."""
+    found = []
+    regularized = {arm: results for arm, results in panel.arms.items() if results[0].recipe.regularizer is not None}
+    if bare := [arm for arm, results in regularized.items() if not results[0].recipe.data.validation]:
+        found.append(
+            f"no validation images in {listed(bare)} (data.validation = 0): a strength chosen on this budget can only have been "
+            "chosen on the test images"
+        )
+    alike: dict[str, list[str]] = {}
+    for arm, results in regularized.items():
+        said = results[0].recipe.regularizer
+        assert said is not None
+        alike.setdefault(repr(said.model_dump(exclude={"strength"})), []).append(arm)
+    found += [
+        f"{listed(arms)} differ in strength alone: to choose among them by these figures is to select on the test set; choose by "
+        "validation accuracy, on other seeds (orthokit sweep)"
+        for arms in alike.values()
+        if len(arms) > 1
+    ]
+    swept = [arm for arm, results in panel.arms.items() if any(_of_a_sweep(result) for result in results)]
+    if swept:
+        found.append(f"runs of a sweep, which chose among them: {listed(swept)}; compare on seeds that took no part in it")
+    return found
+
+
+def _of_a_sweep(result: Result) -> bool:
+    return (result.source.parents[2] / "sweep.json").is_file() if len(result.source.parents) > 2 else False
+
+
+def incomparable(panels: Sequence[Panel]) -> tuple[list[str], list[str]]:
+    """Parts of evaluations made with different settings, and what to say of them and of parts that some runs lack."""
+    excluded, said = [], []
+    results = [result for panel in panels for result in panel.results]
+    for part in dict.fromkeys(part for result in results for part in result.parts):
+        found = [result.parts.get(part) for result in results]
+        if len({json.dumps(each.get("settings"), sort_keys=True) for each in found if each is not None}) > 1:
+            excluded.append(part)
+            said.append(f"{part} is left out, as runs were evaluated with different settings; orthokit evaluate them alike")
+        elif lacking := sum(each is None for each in found):
+            said.append(f"{part} was not evaluated in {lacking} of {len(found)} runs; their arms are left out of it")
+    return excluded, said

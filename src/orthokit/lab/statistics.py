@@ -1,0 +1,205 @@
+"""Statistics of a comparison: what a few seeds can tell, and how many would tell more.
+
+Welch's t (unequal variances), Dunnett's test against the baseline (equal variances, simultaneous) and Student's intervals are
+SciPy's. A verdict goes by Welch's p, adjusted over all comparisons of one metric after S. Holm, "A simple sequentially rejective
+multiple test procedure" (1979).
+"""
+
+import math
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, stats
+
+from orthokit.checks import check_count, check_number
+
+ALPHA = 0.05
+"""Risk of a wrong verdict among all comparisons of a metric; intervals have a level of ``1 - ALPHA``."""
+POWER = 0.8
+"""Chance that a real difference is to be resolved with."""
+MOST = 100_000
+"""Seeds that nobody would run."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Values of independent runs, one a seed."""
+
+    values: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        """How many."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        return statistics.fmean(self.values)
+
+    @property
+    def sd(self) -> float | None:
+        """Standard deviation with ``n - 1``; None of a single value."""
+        return statistics.stdev(self.values) if self.n > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Student's interval of the mean; None of a single value."""
+        if self.sd is None:
+            return None
+        half = float(stats.t.ppf(1 - ALPHA / 2, self.n - 1)) * self.sd / math.sqrt(self.n)
+        return self.mean - half, self.mean + half
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm less the baseline: mean, Welch's interval and p, Dunnett's p; None where either has a single run."""
+
+    mean: float
+    interval: tuple[float, float] | None
+    welch: float | None
+    dunnett: float | None
+    holm: float | None = None
+    """Welch's p, adjusted over all comparisons of the metric."""
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the seeds suffice to tell that there is a difference."""
+        return self.holm is not None and self.holm < ALPHA
+
+
+def differences(arms: Mapping[str, Sample], baseline: str) -> dict[str, Difference]:
+    """Each arm but the baseline against it, not yet adjusted.
+
+    >>> from orthokit.lab.statistics import Sample, differences
+    >>> found = differences({"none": Sample((90.0, 90.2, 90.4)), "strict": Sample((91.0, 91.2, 91.4))}, "none")["strict"]
+    >>> round(found.mean, 3), [round(x, 3) for x in found.interval], round(found.welch, 4)
+    (1.0, [0.547, 1.453], 0.0036)
+    """
+    control = arms[baseline]
+    others = {name: sample for name, sample in arms.items() if name != baseline}
+    tested = [name for name, sample in others.items() if min(sample.n, control.n) > 1]
+    dunnett = dict(zip(tested, _dunnett([others[name] for name in tested], control), strict=True))
+    found = {}
+    for name, sample in others.items():
+        interval, welch = _welch(sample, control) if name in tested else (None, None)
+        found[name] = Difference(sample.mean - control.mean, interval, welch, dunnett.get(name))
+    return found
+
+
+def _welch(sample: Sample, control: Sample) -> tuple[tuple[float, float], float]:
+    if not sample.sd and not control.sd:  # no spread at all: SciPy has no p
+        difference = sample.mean - control.mean
+        return (difference, difference), float(difference == 0)
+    test = stats.ttest_ind(sample.values, control.values, equal_var=False)
+    interval = test.confidence_interval(1 - ALPHA)
+    return (float(interval.low), float(interval.high)), float(test.pvalue)
+
+
+def _dunnett(samples: Sequence[Sample], control: Sample) -> list[float]:
+    if not samples or not any(sample.sd for sample in (*samples, control)):
+        return [float(sample.mean == control.mean) for sample in samples]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        test = stats.dunnett(*(sample.values for sample in samples), control=control.values, rng=np.random.default_rng(0))
+    return [float(p) for p in test.pvalue]
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Adjusted p-values: each stays below ``ALPHA`` for a real difference, and for no more than that share of families else.
+
+    >>> from orthokit.lab.statistics import holm
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    adjusted, largest = [0.0] * len(values), 0.0
+    for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def pooled_sd(samples: Sequence[Sample]) -> float | None:
+    """The common standard deviation of several samples; None where none has two values."""
+    spread = [(sample.n - 1, sample.sd) for sample in samples if sample.sd is not None]
+    return math.sqrt(sum(k * sd**2 for k, sd in spread) / sum(k for k, _ in spread)) if spread else None
+
+
+def power(n: int, effect: float, sd: float, *, comparisons: int = 1, alpha: float = ALPHA) -> float:
+    """Chance that ``n`` seeds an arm resolve a difference of ``effect`` between two arms whose runs vary by ``sd``.
+
+    Of a two-sided t test at level ``alpha / comparisons``, the strictest step of Holm's procedure: with several comparisons the
+    chance is at least this.
+
+    >>> from orthokit.lab.statistics import power
+    >>> round(power(6, 0.3, 0.15), 3)  # Cohen's d = 2
+    0.876
+    """
+    check_count("n", n, 2)
+    check_number("effect", effect)
+    check_number("sd", sd)
+    check_count("comparisons", comparisons)
+    check_number("alpha", alpha, 0, 1, open_low=True)
+    if effect == 0:
+        return alpha / comparisons
+    if sd == 0:
+        return 1.0
+    freedom, shift = 2 * n - 2, effect / sd * math.sqrt(n / 2)
+    critical = float(stats.t.isf(alpha / comparisons / 2, freedom))
+    if shift > critical + 40:  # SciPy's noncentral t is not a number far out
+        return 1.0
+    found = float(stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift))
+    return min(1.0, found) if math.isfinite(found) else float(shift > critical)
+
+
+def seeds_needed(effect: float, sd: float, *, chance: float = POWER, comparisons: int = 1, alpha: float = ALPHA) -> int:
+    """The fewest seeds an arm that resolve a difference of ``effect`` with probability ``chance``.
+
+    >>> from orthokit.lab.statistics import seeds_needed
+    >>> seeds_needed(effect=0.3, sd=0.15), seeds_needed(effect=0.1, sd=0.15)
+    (6, 37)
+
+    Raises:
+        ValueError: ``effect`` is not above 0, or so small that more than ``MOST`` seeds were needed.
+    """
+    check_number("effect", effect, open_low=True)
+    _check_chance(chance)
+    low, high = 1, 2
+    while power(high, effect, sd, comparisons=comparisons, alpha=alpha) < chance:
+        low, high = high, 2 * high
+        if high > MOST:
+            raise ValueError(f"a difference of {effect:g} with a standard deviation of {sd:g} needs more than {MOST:,} seeds")
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = power(middle, effect, sd, comparisons=comparisons, alpha=alpha) >= chance
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def detectable(n: int, sd: float, *, chance: float = POWER, comparisons: int = 1, alpha: float = ALPHA) -> float:
+    """The least difference that ``n`` seeds an arm resolve with probability ``chance``.
+
+    >>> from orthokit.lab.statistics import detectable
+    >>> round(detectable(3, 0.15), 2)
+    0.46
+    """
+    _check_chance(chance)
+    if sd == 0:
+        return 0.0
+
+    def lacking(ratio: float) -> float:
+        return power(n, ratio, 1.0, comparisons=comparisons, alpha=alpha) - chance
+
+    high = 1.0
+    while lacking(high) < 0:
+        high *= 2
+    return sd * float(optimize.brentq(lacking, 0.0, high)) if lacking(0.0) < 0 else 0.0
+
+
+def _check_chance(chance: float) -> None:
+    check_number("chance", chance, open_low=True)
+    if chance >= 1:
+        raise ValueError(f"chance must be below 1: no number of seeds makes it certain; got {chance:g}")
