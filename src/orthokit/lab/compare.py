@@ -112,8 +112,8 @@ class Comparison:
                 between = "" if each.interval is None else f" [{', '.join(show(end, sign=True) for end in each.interval)}]"
                 p = "no p of a single run" if each.holm is None else f"adjusted p = {each.holm:.2g}"
                 said.append(
-                    f"{self._titled(panel)}{arm} {told}: {show(each.mean, sign=True)}{between} {self.primary.label}, {p}, "
-                    f"n = {cell.sample.n}"
+                    f"{self._titled(panel)}{arm} {told}: {show(each.mean, sign=True)}{between} "
+                    f"{'points of ' * bool(self.primary.unit)}{self.primary.label}, {p}, n = {cell.sample.n}"
                 )
         return said
 
@@ -142,8 +142,8 @@ class Comparison:
     def explanation(self) -> str:
         """How the figures were made, in words."""
         return (
-            f"Last epoch, mean over seeds. Intervals of {1 - ALPHA:.0%}: Student's of means, Welch's of differences. p is of Welch's "
-            f"t against {self.baseline}, adjusted after Holm over {self.comparisons(self.primary)} comparisons; a verdict needs "
+            f"Last epoch, mean over seeds. Intervals of {1 - ALPHA:.0%}: Student's of means, Welch's of differences. p is of Welch's"
+            f" t against {self.baseline}, adjusted after Holm over {self.comparisons(self.primary)} comparisons; a verdict needs "
             f"p < {ALPHA:g}. Beside it Dunnett's test, which assumes equal variances. Every metric is adjusted by itself."
         )
 
@@ -210,7 +210,9 @@ def compare(
         title, baseline, panels, tuple(factor), primary, tuple(dict.fromkeys(flagged)), tuple(notes), tuple(excluded)
     )
     if not comparison.cells(primary):
-        raise ValueError(f"no run has {primary.label}" + (f"; orthokit evaluate --parts {primary.part}" if primary.part else ""))
+        raise ValueError(
+            f"no run has the {primary.label}" + (f"; orthokit evaluate --parts {primary.part}" if primary.part else "")
+        )
     return comparison
 
 

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,104 +97,73 @@ def thinned(path: Path, rows: int = 25) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a result. ``better``: +1 where more is better, -1 where less is, 0 where neither is a merit in itself."""
+    """A number of a result."""
 
     key: str
     label: str
     group: Group
     better: Literal[-1, 0, 1]
-    read: Callable[[Result], float | None]
+    """+1 where more is better, -1 where less is, 0 where neither is a merit in itself."""
+    path: str
+    """Dotted keys in ``summary.json`` or, below ``evaluation``, in the parts of ``evaluation.json``; of a curve the mean counts."""
     format: str = ".2f"
-    part: str | None = None
-    """Of the evaluation it is read from, if any: results evaluated differently do not compare."""
+    unit: Literal["", "%"] = ""
+
+    @property
+    def heading(self) -> str:
+        """Label and unit."""
+        return f"{self.label}, {self.unit}" if self.unit else self.label
+
+    @property
+    def part(self) -> str | None:
+        """Of the evaluation, if it is read from one."""
+        first, second, *_ = [*self.path.split("."), None]
+        return second if first == "evaluation" else None
+
+    def read(self, result: Result) -> float | None:
+        """Its value; fractions become percent where that is the unit."""
+        value: Any = result.summary | {"evaluation": result.parts}
+        for key in self.path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        numbers = list(_numbers(value))
+        return statistics.fmean(numbers) * (100 if self.unit == "%" else 1) if numbers else None
 
     def show(self, value: float | None, sign: bool = False) -> str:
         """``value`` as text; a dash where there is none."""
         return "–" if value is None else format(value, "+" * sign + self.format)
 
 
-def _in(*keys: str, factor: float = 1.0, of: Literal["summary", "parts"] = "summary") -> Callable[[Result], float | None]:
-    """Reads a nested number; the mean of the numbers where there are several."""
-
-    def look(result: Result) -> float | None:
-        value: Any = getattr(result, of)
-        for key in keys:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        numbers = list(_numbers(value))
-        return factor * statistics.fmean(numbers) if numbers else None
-
-    return look
-
-
 def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
+    if isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _numbers(item)
-    elif isinstance(value, (int, float)):
+    elif isinstance(value, int | float):
         yield float(value)
 
 
 METRICS = (
-    Metric("accuracy", "test accuracy, %", "result", 1, _in("test", "accuracy", factor=100)),
-    Metric("nll", "NLL", "result", -1, _in("accuracy", "nll", of="parts"), ".3f", "accuracy"),
-    Metric("ece", "ECE, %", "result", -1, _in("accuracy", "ece", of="parts", factor=100), part="accuracy"),
-    Metric("under_cos", "mean |c| under", "orthogonality", 0, _in("orthogonality", "under", "mean_cos"), ".2g"),
-    Metric("under_residual", "residual under", "orthogonality", 0, _in("orthogonality", "under", "residual"), ".2g"),
-    Metric("over_cos", "mean |c| over", "orthogonality", 0, _in("orthogonality", "over", "mean_cos"), ".2g"),
-    Metric("over_tightness", "tightness over", "orthogonality", 0, _in("orthogonality", "over", "tightness"), ".2g"),
-    Metric("copies", "copies", "orthogonality", 0, lambda result: _copies(result), ".1f"),
-    Metric("fgsm", "FGSM, %", "robustness", 1, _in("attacks", "fgsm", of="parts", factor=100), ".1f", "attacks"),
-    Metric("pgd", "PGD L∞, %", "robustness", 1, _in("attacks", "pgd", of="parts", factor=100), ".1f", "attacks"),
-    Metric("pgd_l2", "PGD L2, %", "robustness", 1, _in("attacks", "pgd_l2", of="parts", factor=100), ".1f", "attacks"),
-    Metric("noise", "noise, %", "robustness", 1, _in("noise", "accuracy", of="parts", factor=100), ".1f", "noise"),
-    Metric(
-        "corruptions",
-        "corruptions, %",
-        "robustness",
-        1,
-        _in("corruptions", "accuracy", of="parts", factor=100),
-        ".1f",
-        "corruptions",
-    ),
-    Metric(
-        "effective_rank",
-        "effective rank",
-        "features",
-        0,
-        _in("features", "penultimate", "effective_rank", of="parts"),
-        ".1f",
-        "features",
-    ),
-    Metric(
-        "participation",
-        "participation ratio",
-        "features",
-        0,
-        _in("features", "penultimate", "participation_ratio", of="parts"),
-        ".1f",
-        "features",
-    ),
-    Metric(
-        "correlation",
-        "mean |corr|",
-        "features",
-        0,
-        _in("features", "penultimate", "mean_correlation", of="parts"),
-        ".3f",
-        "features",
-    ),
-    Metric("nc1", "NC1", "features", 0, _in("features", "penultimate", "nc1", of="parts"), ".2f", "features"),
-    Metric("speed", "images/s", "cost", 0, _in("images_per_second"), ".0f"),
-    Metric("share", "penalty, % of a step", "cost", 0, _in("penalty_share", factor=100), ".1f"),
+    Metric("accuracy", "test accuracy", "result", 1, "test.accuracy", unit="%"),
+    Metric("nll", "NLL", "result", -1, "evaluation.accuracy.nll", ".3f"),
+    Metric("ece", "ECE", "result", -1, "evaluation.accuracy.ece", unit="%"),
+    Metric("under_cos", "under: mean |c|", "orthogonality", 0, "orthogonality.under.mean_cos", ".2g"),
+    Metric("under_residual", "under: residual", "orthogonality", 0, "orthogonality.under.residual", ".2g"),
+    Metric("under_copies", "under: copies", "orthogonality", 0, "orthogonality.under.copies", ".1f"),
+    Metric("over_cos", "over: mean |c|", "orthogonality", 0, "orthogonality.over.mean_cos", ".2g"),
+    Metric("over_tightness", "over: tightness", "orthogonality", 0, "orthogonality.over.tightness", ".2g"),
+    Metric("over_copies", "over: copies", "orthogonality", 0, "orthogonality.over.copies", ".1f"),
+    Metric("fgsm", "FGSM", "robustness", 1, "evaluation.attacks.fgsm", ".1f", "%"),
+    Metric("pgd", "PGD L∞", "robustness", 1, "evaluation.attacks.pgd", ".1f", "%"),
+    Metric("pgd_l2", "PGD L2", "robustness", 1, "evaluation.attacks.pgd_l2", ".1f", "%"),
+    Metric("noise", "noise", "robustness", 1, "evaluation.noise.accuracy", ".1f", "%"),
+    Metric("corruptions", "corruptions", "robustness", 1, "evaluation.corruptions.accuracy", ".1f", "%"),
+    Metric("effective_rank", "effective rank", "features", 0, "evaluation.features.penultimate.effective_rank", ".1f"),
+    Metric("participation", "participation ratio", "features", 0, "evaluation.features.penultimate.participation_ratio", ".1f"),
+    Metric("correlation", "mean |corr|", "features", 0, "evaluation.features.penultimate.mean_correlation", ".3f"),
+    Metric("nc1", "NC1", "features", 0, "evaluation.features.penultimate.nc1"),
+    Metric("speed", "images/s", "cost", 0, "images_per_second", ".0f"),
+    Metric("share", "penalty in a step", "cost", 0, "penalty_share", ".1f", "%"),
 )
-"""In the order of tables. Of a robustness curve the mean over its strengths."""
-
-
-def _copies(result: Result) -> float | None:
-    parts = [result.summary["orthogonality"].get(part, {}).get("copies") for part in ("under", "over")]
-    return float(sum(part for part in parts if part is not None)) if any(part is not None for part in parts) else None
+"""In the order of tables. Of a robustness curve the mean over its strengths; of features the penultimate ones."""
 
 
 def metric_of(key: str) -> Metric:
