@@ -19,8 +19,6 @@ from orthokit.lab.statistics import ALPHA, POWER, Difference, Sample, detectable
 
 FACTOR = ("regularizer",)
 PANELS = ("network", "data.name")
-EFFECTS = (0.2, 0.5, 1.0)
-"""Differences of the primary metric for which the seeds needed are told."""
 
 
 @dataclass(frozen=True)
@@ -126,15 +124,13 @@ class Comparison:
             if sd is None or n < 2 or not count:
                 said.append(f"{self._titled(panel)}single runs have no spread, so nothing can be resolved; take 3 seeds or more")
                 continue
-            needed = []
-            for effect in EFFECTS:
-                try:
-                    needed.append(f"{effect:g} needs {seeds_needed(effect, sd, comparisons=count):,}")
-                except ValueError:
-                    needed.append(f"{effect:g} cannot be resolved")
+            least = detectable(n, sd, comparisons=count)
+            more = [
+                f"{show(part)} needs {seeds_needed(part, sd, comparisons=count):,}" for part in (least / 2, least / 4) if part
+            ]
             said.append(
-                f"{self._titled(panel)}{n} seeds an arm, whose sd is {show(sd)}, resolve a difference of "
-                f"{show(detectable(n, sd, comparisons=count))} with probability {POWER:.0%}; a difference of {', '.join(needed)}"
+                f"{self._titled(panel)}{n} seeds an arm, whose sd is {show(sd)}, resolve a difference of {show(least)} with "
+                f"probability {POWER:.0%}; seeds an arm for less: {', '.join(more) or 'these'}"
             )
         return said
 
@@ -142,9 +138,9 @@ class Comparison:
     def explanation(self) -> str:
         """How the figures were made, in words."""
         return (
-            f"Last epoch, mean over seeds. Intervals of {1 - ALPHA:.0%}: Student's of means, Welch's of differences. p is of Welch's"
-            f" t against {self.baseline}, adjusted after Holm over {self.comparisons(self.primary)} comparisons; a verdict needs "
-            f"p < {ALPHA:g}. Beside it Dunnett's test, which assumes equal variances. Every metric is adjusted by itself."
+            f"Last epoch, mean over seeds. Intervals of {1 - ALPHA:.0%}: Student's of means, Welch's of differences. p is of "
+            f"Welch's t against {self.baseline}, adjusted after Holm over {self.comparisons(self.primary)} comparisons; a verdict "
+            f"needs p < {ALPHA:g}. Beside it Dunnett's test, which assumes equal variances. Every metric is adjusted by itself."
         )
 
 

@@ -105,7 +105,7 @@ class Metric:
     better: Literal[-1, 0, 1]
     """+1 where more is better, -1 where less is, 0 where neither is a merit in itself."""
     path: str
-    """Dotted keys in ``summary.json`` or, below ``evaluation``, in the parts of ``evaluation.json``; of a curve the mean counts."""
+    """Dotted keys in ``summary.json`` or, below ``evaluation``, in parts of ``evaluation.json``; of a curve the mean counts."""
     format: str = ".2f"
     unit: Literal["", "%"] = ""
 
