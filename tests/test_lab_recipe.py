@@ -86,7 +86,6 @@ def test_extending_and_setting(tmp_path):
     assert (recipe.data.name, recipe.data.validation, recipe.train.epochs) == ("patches", 50, 3)
     assert recipe.network.model_extra == {"width": 1, "depth": 10}  # another kind of network has other options
     assert (recipe.regularizer.penalty, recipe.regularizer.strength) == ({"name": "so"}, 0.5)
-    assert load([tmp_path / "sub/base.toml", tmp_path / "a.toml"]).data.name == "patches"
 
 
 def test_labels():

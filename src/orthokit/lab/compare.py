@@ -14,7 +14,7 @@ from typing import Any
 from orthokit.config import penalty_of
 from orthokit.lab.fairness import Panel, flags, incomparable, plain, refusals, under
 from orthokit.lab.recipe import Recipe, flattened
-from orthokit.lab.results import METRICS, Metric, Result, metric_of
+from orthokit.lab.results import MEASURED, METRICS, Metric, Result, metric_of
 from orthokit.lab.statistics import ALPHA, POWER, Difference, Sample, detectable, differences, holm, pooled_sd, seeds_needed
 
 FACTOR = ("regularizer",)
@@ -44,8 +44,6 @@ class Comparison:
     """What verdicts go by; all others are secondary."""
     flags: tuple[str, ...] = ()
     """What a reader must know before believing any of it."""
-    notes: tuple[str, ...] = ()
-    """What else a reader should know."""
     excluded: tuple[str, ...] = ()
     """Parts of evaluations that do not compare."""
 
@@ -135,12 +133,20 @@ class Comparison:
         return said
 
     @property
+    def notes(self) -> list[str]:
+        """How what is not accuracy alone was measured."""
+        shown = dict.fromkeys(metric.part for metric in self.metrics if metric.part is not None)
+        results = [result for panel in self.panels for result in panel.results]
+        first = {part: next(result.parts[part] for result in results if part in result.parts) for part in shown}
+        return [MEASURED[part].format(**found["settings"]) for part, found in first.items() if part in MEASURED]
+
+    @property
     def explanation(self) -> str:
         """How the figures were made, in words."""
         return (
             f"Last epoch, mean over seeds. Intervals of {1 - ALPHA:.0%}: Student's of means, Welch's of differences. p is of "
-            f"Welch's t against {self.baseline}, adjusted after Holm over {self.comparisons(self.primary)} comparisons; a verdict "
-            f"needs p < {ALPHA:g}. Beside it Dunnett's test, which assumes equal variances. Every metric is adjusted by itself."
+            f"Welch's t against {self.baseline}, adjusted after Holm over {self.comparisons(self.primary)} comparisons; verdicts "
+            f"need p < {ALPHA:g}. Beside it Dunnett's test, which assumes equal variances. Every metric is adjusted by itself."
         )
 
 
@@ -162,7 +168,7 @@ def compare(
     baseline: str | None = None,
     metric: str = "accuracy",
     anyway: bool = False,
-    notes: Sequence[str] = (),
+    flagged: Sequence[str] = (),
 ) -> Comparison:
     """Group results into panels and arms, and see whether they may be compared.
 
@@ -174,7 +180,7 @@ def compare(
         baseline: an arm's name; by default the arm without a regularizer.
         metric: what verdicts go by, a key of ``orthokit.lab.results.METRICS``.
         anyway: flag what is else refused.
-        notes: to go with it.
+        flagged: what is known to be amiss, such as what :func:`orthokit.lab.results.read` tells.
 
     Raises:
         ValueError: arms of a panel differ in more than the factor, or in their images; a seed counts twice; there is no such key,
@@ -201,10 +207,8 @@ def compare(
     if refused and not anyway:
         raise ValueError("; ".join(refused))
     excluded, left_out = incomparable(panels)
-    flagged = [*refused, *(each for panel in panels for each in flags(panel, baseline)), *left_out]
-    comparison = Comparison(
-        title, baseline, panels, tuple(factor), primary, tuple(dict.fromkeys(flagged)), tuple(notes), tuple(excluded)
-    )
+    told = [*refused, *flagged, *(each for panel in panels for each in flags(panel, baseline)), *left_out]
+    comparison = Comparison(title, baseline, panels, tuple(factor), primary, tuple(dict.fromkeys(told)), tuple(excluded))
     if not comparison.cells(primary):
         raise ValueError(
             f"no run has the {primary.label}" + (f"; orthokit evaluate --parts {primary.part}" if primary.part else "")

@@ -131,9 +131,9 @@ def load(
     labels = parts.train_labels.numpy()
     aside = None
     if validation:
-        aside, rows = _choose("validation", validation, rows, labels)
+        aside, rows = choose("validation", validation, rows, labels)
     if train is not None and train != len(rows):
-        rows, _ = _choose("train", train, rows, labels)
+        rows, _ = choose("train", train, rows, labels)
     chosen = _take(parts, rows, size)
     mean, std = _moments(chosen.pixels)
     return ImageSet(
@@ -148,8 +148,12 @@ def load(
     )
 
 
-def _choose(option: str, wanted: int, rows: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-    """``wanted`` of ``rows``, of each class in its proportion, and the others; both in the order of ``rows``."""
+def choose(option: str, wanted: int, rows: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+    """``wanted`` of ``rows``, of each class in its proportion, always the same, and the others; both in the order of ``rows``.
+
+    Raises:
+        ValueError: that leaves a class without an image, in either; it speaks of ``option``.
+    """
     classes = int(labels.max()) + 1
     if not classes <= wanted <= len(rows) - classes:
         everything = f", or all {len(rows):,}" if option == "train" else ""

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from orthokit.checks import check_choice, check_count, check_number, did_you_mean
-from orthokit.select import state_of
+from orthokit.report import report
+from orthokit.select import convs, layers, state_of
+from orthokit.tables import Row
 
 Norm = Literal["batch", "group", "none"]
 Shortcut = Literal["projection", "identity"]
@@ -395,3 +397,14 @@ def flops(model: nn.Module, input_shape: Iterable[int]) -> int:
         for module, training in modes:
             module.training = training
     return int(counter.get_total_flops()) // 2
+
+
+def orthogonality(model: nn.Module, *, spectrum: bool = True) -> dict[str, Row]:
+    """Totals of :func:`orthokit.report` over ``under``- and ``over``-determined layers, and over ``all`` if there are both.
+
+    Of the convolutions; of every layer with a kernel where there are none; empty where there is none either.
+    """
+    modules = list(model.named_modules())
+    where = next((where for where in (convs, layers) if any(where(*module) for module in modules)), None)
+    totals = report(model, where=where, spectrum=spectrum).totals if where else {}
+    return {re.split("[- ]", name)[0]: total for name, total in totals.items()}

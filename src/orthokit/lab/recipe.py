@@ -215,24 +215,21 @@ class Recipe(Section):
             raise ValueError(f"{source}: {explained(cls, error)}") from None
 
 
-def load(paths: Path | Sequence[Path], settings: Sequence[str] = ()) -> Recipe:
+def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """The recipe of a TOML file with what it extends and the ``settings`` of the command line merged in.
 
     Args:
-        paths: a file, or several that are merged in order.
+        path: the file.
         settings: such as ``"train.epochs=10"``; the value is read as TOML, and as a string where that fails.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is no TOML, extends itself, or is no recipe.
     """
-    paths = [paths] if isinstance(paths, Path) else list(paths)
-    raw: dict[str, Any] = {}
-    for path in paths:
-        raw = merged(raw, _read(path))
+    raw = _read(path)
     for setting in settings:
         raw = merged(raw, parsed(setting))
-    return Recipe.of(raw, " + ".join(map(str, [*paths, *settings])))
+    return Recipe.of(raw, " + ".join([str(path), *settings]))
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,6 +267,20 @@ def parsed(setting: str) -> dict[str, Any]:
     return dict(value)
 
 
+def inline(value: Any) -> str:
+    """A value as TOML on one line.
+
+    >>> from orthokit.lab.recipe import inline
+    >>> inline({"name": "share", "q": 0.1})
+    '{"name" = "share", "q" = 0.1}'
+    """
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {inline(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(inline, value)) + "]"
+    return json.dumps(value) if isinstance(value, (str, bool)) else repr(value)
+
+
 def label(settings: Sequence[str]) -> str:
     """What ``settings`` add to the name of a run's folder.
 
@@ -304,18 +315,36 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise FileNotFoundError(f"no recipe {path}{told} {'is a folder' if path.is_dir() else 'is there'}")
     if path.resolve() in above:
         raise ValueError(f"{path} extends itself, through {', '.join(map(str, above))}")
+    return extended(read_toml(path), path, (*above, path.resolve()))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
-        own = tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML: {error}") from None
-    bases = own.pop("extends", [])
+
+
+def extended(own: Mapping[str, Any], path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Part of a recipe laid over the files that its ``extends`` names, relative to ``path``, the file it stands in.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: one of them is no TOML or extends itself, or ``extends`` is no file or list of files.
+    """
+    bases = own.get("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ValueError(f"{path}: extends must be a file or a list of files, relative to it; got {bases!r}")
     raw: dict[str, Any] = {}
     for base in bases:
-        raw = merged(raw, _read(path.parent / base, (*above, path.resolve())))
-    return merged(raw, own)
+        raw = merged(raw, _read(path.parent / base, above))
+    return merged(raw, {key: value for key, value in own.items() if key != "extends"})
 
 
 def explained(cls: type[BaseModel], error: ValidationError) -> str:

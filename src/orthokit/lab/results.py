@@ -30,12 +30,12 @@ class Result:
         return int(self.summary["seed"])
 
     def small(self) -> dict[str, Any]:
-        """All of it as one dictionary of a few kilobytes, from which :func:`read` makes the same again."""
+        """All of it as one dictionary of a few kilobytes, as ``summary.json`` of which :func:`read` makes the same again."""
         return self.summary | {"evaluation": self.parts, "history": list(self.history)}
 
 
 def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
-    """The finished runs in and below folders, and notes on those that are not finished.
+    """The finished runs in and below folders, and what to say of those that are not finished.
 
     Raises:
         FileNotFoundError: nothing is there, or no finished run.
@@ -48,21 +48,26 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
             raise FileNotFoundError(f"{path} is not there; give folders of runs, such as runs/nano_cifar10_strict")
         top = path.parent if path.is_file() else path
         for file in sorted(top.rglob("summary.json")):
-            found.setdefault(file.resolve(), _read(file))
+            found.setdefault(file.resolve(), read_one(file))
         for file in sorted(top.rglob("recipe.toml")):
             if not (file.parent / "summary.json").is_file():
                 unfinished[file.parent] = "failed" if (file.parent / "failed.txt").is_file() else "not finished"
     if not found:
         raise FileNotFoundError(f"no finished run (summary.json) in {', '.join(map(str, paths))}")
-    notes = []
+    said = []
     for kind in ("failed", "not finished"):
         if names := [f"{folder.parent.name}/{folder.name}" for folder, why in unfinished.items() if why == kind]:
             bias = "; what remains of its arm may be a lucky choice" if kind == "failed" else ""
-            notes.append(f"{kind}, hence left out: {', '.join(names)}{bias}")
-    return list(found.values()), notes
+            said.append(f"{kind}, hence left out: {', '.join(names)}{bias}")
+    return list(found.values()), said
 
 
-def _read(path: Path) -> Result:
+def read_one(path: Path) -> Result:
+    """The run whose ``summary.json`` this is.
+
+    Raises:
+        ValueError: the file is damaged or not what a run writes.
+    """
     summary = read_json(path, recipe=dict, seed=int, test=dict, orthogonality=dict, fingerprint=str)
     if not isinstance(summary["test"].get("accuracy"), float):
         raise ValueError(f"{path} is not what a run writes (no accuracy in test)")
@@ -164,6 +169,25 @@ METRICS = (
     Metric("share", "penalty in a step", "cost", 0, "penalty_share", ".1f", "%"),
 )
 """In the order of tables. Of a robustness curve the mean over its strengths; of features the penultimate ones."""
+
+
+MEASURED = {
+    "accuracy": "NLL and ECE ({bins} bins of confidence, l1) are of all test images, in float32.",
+    "attacks": (
+        "Attacks act on the pixels of {images:,} test images, the normalisation inside the network, in float32. PGD: {steps} "
+        "steps from one random start; what a smaller radius, the start or any step fools counts as fooled."
+    ),
+    "noise": "Gaussian noise on the same {images:,} images, one draw scaled to each standard deviation.",
+    "corruptions": (
+        "Corruptions of the same {images:,} images, severities 1 to 5 with the parameters of CIFAR-10-C, whose own they are only "
+        "at 32x32, and but for its random draws."
+    ),
+    "features": (
+        "Features of all test images: effective rank (Roy, Vetterli 2007) and participation ratio of their covariance, mean "
+        "|correlation| of two channels, NC1 (Papyan, Han, Donoho 2020)."
+    ),
+}
+"""By part of the evaluation: how it was measured, with which settings."""
 
 
 def metric_of(key: str) -> Metric:

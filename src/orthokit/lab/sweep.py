@@ -23,10 +23,8 @@ the runs themselves: started again, a sweep repeats nothing and goes on.
 """
 
 import itertools
-import json
 import shlex
 import statistics
-import tomllib
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orthokit.lab.files import to_json, write
-from orthokit.lab.recipe import Section, explained, label, load
+from orthokit.lab.recipe import Section, explained, inline, label, load, read_toml
 from orthokit.lab.record import SEEDS, Run
 
 Settings = dict[str, Any]
@@ -130,9 +128,7 @@ def read(path: Path) -> Sweep:
     if not path.is_file():
         raise FileNotFoundError(f"no sweep {path} is there")
     try:
-        return Sweep.model_validate(tomllib.loads(path.read_text("utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no TOML: {error}") from None
+        return Sweep.model_validate(read_toml(path))
     except ValidationError as error:
         raise ValueError(f"{path}: {explained(Sweep, error)}") from None
 
@@ -218,16 +214,7 @@ def _distribution(values: Interval | list[Any]) -> Any:
 
 
 def _settings(sweep: Sweep, values: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*sweep.set, *(f"{key}={_toml(value)}" for key, value in values.items()))
-
-
-def _toml(value: Any) -> str:
-    """A value as TOML on one line."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value) if isinstance(value, (str, bool)) else repr(value)
+    return (*sweep.set, *(f"{key}={inline(value)}" for key, value in values.items()))
 
 
 def _runs(sweep: Sweep, file: Path, settings: tuple[str, ...], out: Path) -> list[Run]:
@@ -257,7 +244,7 @@ def edges(sweep: Sweep, point: Point) -> list[str]:
     for key, values in (sweep.grid or {}).items():
         numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
         if len(numbers) == len(values) > 1:
-            ends = {f"{key}={_toml(end)}" for end in (min(numbers), max(numbers))}
+            ends = {f"{key}={inline(end)}" for end in (min(numbers), max(numbers))}
             found += [key] if ends & set(point.settings) else []
     return found
 

@@ -8,7 +8,6 @@ with the same weights, on the CPU to the last bit.
 import contextlib
 import json
 import math
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from orthokit.lab.batches import Batches, key_of
 from orthokit.lab.data import Images, ImageSet, load
 from orthokit.lab.files import replacing, to_json, write
 from orthokit.lab.hardware import Hardware, environment
-from orthokit.lab.models import flops
+from orthokit.lab.models import flops, orthogonality
 from orthokit.lab.recipe import TrainSection
 from orthokit.lab.record import Run
 from orthokit.lab.watch import Clock, Stop, Watch
@@ -154,8 +153,6 @@ class Training:
             AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(section.ema), use_buffers=True) if section.ema else None
         )
         self.lr = learning_rate(section, self.steps)
-        layers = list(self.model.named_modules())
-        self.measured = next((where for where in (ok.convs, ok.layers) if any(where(*layer) for layer in layers)), None)
 
         self.clock = Clock(self.device)
         self.step = 0
@@ -257,7 +254,7 @@ class Training:
         with self.clock("evaluate"):
             validation = None if self.data.validation is None else self.evaluate(self.data.validation)
         with self.clock("record"):
-            orthogonality = self._orthogonality(spectrum=False)
+            measured = orthogonality(self.evaluated, spectrum=False)
         row: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": self.step,
@@ -266,7 +263,7 @@ class Training:
             "validation": validation,
             "penalty": penalty / images,
             "strength": self.ortho.strength if self.ortho else 0.0,
-            "orthogonality": {part: {key: total[key] for key in SHOWN if key in total} for part, total in orthogonality.items()},
+            "orthogonality": {part: {key: total[key] for key in SHOWN if key in total} for part, total in measured.items()},
             "images_per_second": images / self.elapsed,
             "seconds": self._seconds(),
         }
@@ -288,16 +285,6 @@ class Training:
                 found[part] *= self.steps / math.ceil(self.steps / SAMPLED)
         return {part: round(seconds, 4) for part, seconds in found.items()} | {"training": round(self.elapsed, 4)}
 
-    def _orthogonality(self, spectrum: bool) -> dict[str, Any]:
-        """The totals of ``ok.report`` for ``under``- and ``over``-determined layers, and for ``all`` if there are both.
-
-        Of the convolutions; of every layer with a kernel where there are none.
-        """
-        if self.measured is None:
-            return {}
-        totals = ok.report(self.evaluated, where=self.measured, spectrum=spectrum).totals
-        return {re.split("[- ]", name)[0]: total for name, total in totals.items()}
-
     def finish(self) -> dict[str, Any]:
         """Test the trained network, once; write weights and summary."""
         row = self.history[-1]
@@ -309,7 +296,7 @@ class Training:
             "validation": row["validation"],
             "best": self.best,
             "train": row["train"],
-            "orthogonality": self._orthogonality(spectrum=True),
+            "orthogonality": orthogonality(self.evaluated),
             "ranks": self.ortho.ranks if self.ortho else {},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "flops": flops(self.model, self.data.test.pixels.shape[1:]),

@@ -1,0 +1,45 @@
+"""What the commands share."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+
+from orthokit.tables import Table
+
+if TYPE_CHECKING:
+    from orthokit.lab.data import ImageSet
+
+Format = Literal["table", "json", "csv"]
+
+
+class UsageError(Exception):
+    """Something the caller can put right; printed without a traceback."""
+
+
+@contextlib.contextmanager
+def needing(what: str) -> Iterator[None]:
+    """Names the extra where a library of the lab is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{what} {error.name}: pip install 'orthokit[lab]'") from None
+
+
+def show(table: Table, form: Format, console: Console) -> None:
+    if form == "table":
+        console.print(table)
+    else:
+        print(table.to_json() if form == "json" else table.to_csv(), end="")
+
+
+def demo_images(root: Path | None) -> "Callable[[], ImageSet]":
+    """Loads what the demo trains on: the digits, or some of the CIFAR-10 in ``root``. Can be pickled."""
+    from orthokit.lab.data import load
+
+    return (
+        functools.partial(load, "digits") if root is None else functools.partial(load, "cifar10", root=root, train=5000, size=16)
+    )

@@ -1,0 +1,295 @@
+"""Commands that tell what training did: ``evaluate``, ``compare``, ``power``, ``study``."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+from orthokit.cli.base import Format, UsageError, needing, show
+from orthokit.cli.lab import Machine
+from orthokit.tables import Column, Table
+
+if TYPE_CHECKING:
+    from orthokit.lab.evaluate import Subject
+
+Part = Literal["attacks", "corruptions", "noise", "features", "accuracy", "orthogonality"]
+PARTS: tuple[Part, ...] = ("attacks", "corruptions", "noise", "features", "accuracy", "orthogonality")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure trained networks: calibration, near-orthogonality, robustness, features.
+
+    What is found goes to evaluation.json in a run's folder, or NAME.evaluation.json beside another checkpoint; parts that are
+    there are not measured again. Exit status 4 where something could not be measured; the rest is done all the same.
+    """
+
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT...")]
+    """Runs, folders of runs, or weights (.safetensors, .pt, .pth; nothing in them is executed)."""
+    recipe: Path | None = None
+    """Of checkpoints that orthokit did not save: the recipe with their [network] and [data]."""
+    parts: tuple[Part, ...] = PARTS
+    """What to measure."""
+    images: int = 1000
+    """Test images, of every class alike, for attacks, noise and corruptions; all of them if there are no more."""
+    root: Path = Path("data")
+    """Folder of the images; corrupted ones are kept there."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """What to compute on."""
+    jobs: int | None = None
+    """Parts measured at a time; by default one a core, or one on a GPU."""
+    threads: int = 1
+    """Threads of each on the CPU."""
+    format: Format = "table"
+    """What to print."""
+
+    def run(self, console: Console) -> int:
+        if not self.paths:
+            raise UsageError("name a run's folder or a checkpoint, such as runs/nano_cifar10_strict")
+        for name in ("images", "jobs", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"--{name} must be at least 1; got {value}")
+        with needing("evaluating needs"):
+            from orthokit.lab import evaluate, recipe
+        given = None if self.recipe is None else recipe.load(self.recipe)
+        wanted = [subject for path in self.paths for subject in evaluate.subjects(path, given)]
+        unique = list({subject.record.resolve(): subject for subject in wanted}.values())
+        quiet = Console(stderr=True) if self.format != "table" else console
+        failed = measured(unique, quiet, self.parts, self.images, self.root, self.device, self.jobs, self.threads)
+        show(_measured_table(unique), self.format, console)
+        if len(unique) == 1 and self.format == "table":
+            console.print(_curves(evaluate.known(unique[0])[1]))
+        return 4 if failed else 0
+
+
+def measured(
+    subjects: "Sequence[Subject]",
+    console: Console,
+    parts: Sequence[str],
+    images: int,
+    root: Path,
+    device: str,
+    jobs: int | None,
+    threads: int,
+) -> int:
+    """Evaluate what is left, with a bar; how many parts failed."""
+    from orthokit.lab.evaluate import evaluate
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        bar: list[TaskID] = []
+
+        def start(left: int, total: int) -> None:
+            bar.append(bars.add_task("evaluating", total=left))
+            if left < total and left:
+                bars.console.print(f"{total - left} of {total} parts were measured before", style="dim", highlight=False)
+
+        def tick(subject: "Subject", part: str, error: str | None) -> None:
+            bars.advance(bar[0])
+            if error is not None:
+                bars.console.print(
+                    f"[bold red]{escape(subject.name)}[/]  {part}: {escape(error)}", highlight=False, soft_wrap=True
+                )
+            elif not console.is_terminal:
+                console.print(f"{subject.name}  {part}", markup=False, highlight=False, soft_wrap=True)
+
+        options: dict[str, Any] = {"parts": parts, "images": images, "root": root, "device": device, "jobs": jobs}
+        return evaluate(subjects, **options, threads=threads, tick=tick, start=start)
+
+
+def _measured_table(subjects: "Sequence[Subject]") -> Table:
+    from orthokit.lab.evaluate import result
+    from orthokit.lab.results import METRICS
+
+    metrics = [metric for metric in METRICS if metric.group != "cost"]
+    rows = []
+    for subject in subjects:
+        found = result(subject)
+        rows.append({"network": subject.name} | {metric.key: metric.read(found) for metric in metrics})
+    columns = [Column("network", "network", "s"), *(Column(m.key, m.heading, m.format) for m in metrics)]
+    return Table("evaluation", tuple(columns), tuple(rows), {}, ("robustness: accuracy, mean over the strengths",))
+
+
+def _curves(parts: dict[str, Any]) -> RichTable:
+    """Accuracy by strength, where measured."""
+    attacks, noise = parts.get("attacks", {}), parts.get("noise", {})
+    kinds = {
+        "FGSM, radius/255": (attacks.get("linf"), attacks.get("fgsm")),
+        "PGD L∞, radius/255": (attacks.get("linf"), attacks.get("pgd")),
+        "PGD L2, radius": (attacks.get("l2"), attacks.get("pgd_l2")),
+        "noise, sd": (noise.get("sigma"), noise.get("accuracy")),
+    }
+    kinds |= {f"{n}, severity": ([1, 2, 3, 4, 5], each) for n, each in parts.get("corruptions", {}).get("accuracy", {}).items()}
+    table = RichTable(
+        title="accuracy by strength, %", title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False
+    )
+    for name, (strengths, values) in kinds.items():
+        if strengths and values:
+            table.add_row(name, *(f"{strength:g}" for strength in strengths), style="dim")
+            table.add_row("", *(f"{100 * value:.1f}" for value in values))
+    return table
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare arms with a baseline: means, intervals, tests, and a verdict in words.
+
+    Arms are runs that differ in --factor; they are compared among runs of equal --by. What differs besides is refused. Results
+    are of the last epoch, never of the best one.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS...")]
+    """Folders of runs; all finished runs below them count."""
+    baseline: str | None = None
+    """Name of the arm that the others are compared with; by default the one without a penalty."""
+    factor: tuple[str, ...] = ("regularizer",)
+    """Keys or sections of the recipe in which arms differ."""
+    by: tuple[str, ...] = ("network", "data.name")
+    """Keys or sections that tell apart what is compared separately."""
+    metric: str = "accuracy"
+    """What verdicts go by: accuracy, nll, ece, fgsm, pgd, pgd_l2, noise, corruptions, under_cos, ..."""
+    anyway: bool = False
+    """Compare what is refused, with a flag."""
+    title: str = "comparison"
+    """Of tables and the page."""
+    html: Path | None = None
+    """Also write one self-contained page with figures into this file."""
+    markdown: Path | None = None
+    """Also write Markdown."""
+    latex: Path | None = None
+    """Also write LaTeX tables."""
+    csv: Path | None = None
+    """Also write all numbers as CSV."""
+
+    def run(self, console: Console) -> None:
+        if not self.runs:
+            raise UsageError("name folders of runs, such as runs")
+        with needing("comparing needs"):
+            from orthokit.lab import formats, page, results
+            from orthokit.lab.compare import compare
+            from orthokit.lab.files import write
+        found, flagged = results.read(self.runs)
+        comparison = compare(
+            found,
+            title=self.title,
+            factor=self.factor,
+            by=self.by,
+            baseline=self.baseline,
+            metric=self.metric,
+            anyway=self.anyway,
+            flagged=flagged,
+        )
+        console.print(formats.Shown(comparison))
+        wanted = (
+            (self.markdown, formats.markdown),
+            (self.latex, formats.latex),
+            (self.csv, formats.to_csv),
+            (self.html, page.page),
+        )
+        for path, writer in wanted:
+            if path is not None:
+                write(path, writer(comparison))
+                console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Power:
+    """How many seeds resolve a gain, or which gain some seeds resolve.
+
+    Of Welch's t between two arms, two-sided; with several comparisons, of the strictest step of Holm's adjustment.
+    """
+
+    sd: float
+    """Standard deviation of an arm's results from seed to seed, in the unit of the effect."""
+    effect: float | None = None
+    """Gain to be resolved, such as 0.3 (points of accuracy)."""
+    seeds: int | None = None
+    """Seeds an arm; with --effect: the chance that they resolve it."""
+    comparisons: int = 1
+    """Arms that are compared with the baseline, times panels."""
+    chance: float = 0.8
+    """Probability with which a real gain is to be resolved."""
+    alpha: float = 0.05
+    """Risk of a wrong verdict among all comparisons."""
+
+    def run(self, console: Console) -> None:
+        with needing("this needs"):
+            from orthokit.lab.statistics import detectable, power, seeds_needed
+        family: dict[str, Any] = {"comparisons": self.comparisons, "alpha": self.alpha}
+
+        def say(text: str) -> None:
+            console.print(text, highlight=False, soft_wrap=True)
+
+        if self.effect is None and self.seeds is None:
+            raise UsageError("give --effect, --seeds, or both")
+        if self.seeds is not None and self.effect is not None:
+            chance = power(self.seeds, self.effect, self.sd, **family)
+            say(f"[bold]{chance:.0%}[/] is the chance that {self.seeds} seeds an arm resolve a difference of {self.effect:g}")
+        elif self.seeds is not None:
+            least = detectable(self.seeds, self.sd, chance=self.chance, **family)
+            say(
+                f"[bold]{least:.3g}[/] is the least difference that {self.seeds} seeds an arm resolve, {self.chance:.0%} of the time"
+            )
+        if self.effect is None:
+            return
+        needed = seeds_needed(self.effect, self.sd, chance=self.chance, **family)
+        say(f"[bold]{needed:,} seeds an arm[/] resolve a difference of {self.effect:g} with probability {self.chance:.0%}")
+        table = RichTable(box=box.SIMPLE_HEAD)
+        for header in ("seeds an arm", f"chance to resolve {self.effect:g}", f"resolved with {self.chance:.0%}"):
+            table.add_column(header, justify="right")
+        for n in sorted({2, 3, 5, 10, 20, max(2, needed), *({self.seeds} if self.seeds else ())}):
+            least = detectable(n, self.sd, chance=self.chance, **family)
+            style = "bold" if n == needed else ""
+            table.add_row(f"{n:,}", f"{power(n, self.effect, self.sd, **family):.0%}", f"{least:.3g}", style=style)
+        console.print(table)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Train what is missing of a study, evaluate it, compare, and draw tables, figures and a page.
+
+    Everything small goes to RESULTS/STUDY; started again it goes on, and with nothing left to do it only draws. Exit status 4
+    where a run or an evaluation failed; the others are done and compared all the same.
+    """
+
+    file: tyro.conf.Positional[Path]
+    """A TOML file: arms, networks, seeds and what to evaluate (see the guide)."""
+    results: Path = Path("results")
+    """Folder of the results of studies."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
+
+    def run(self, console: Console) -> int:
+        with needing("studies need"):
+            from orthokit.lab import evaluate, formats, study
+        machine = self.machine
+        plan = study.plan(self.file, out=machine.out, results=self.results)
+        left, status = plan.left(), 0
+        said = f"{len(plan.tasks)} runs, {len(left)} of them left to do" if left else f"all {len(plan.tasks)} runs are done"
+        console.print(f"[bold]{escape(plan.said.title)}[/]: {said}", highlight=False, soft_wrap=True)
+        if untrained := [task.run for task in left if task.run.summary() is None]:
+            status = machine.run_all(untrained, console)
+        if trained := [task for task in left if task.run.summary() is not None]:
+            wanted = [subject for task in trained for subject in evaluate.subjects(task.run.folder)]
+            asked = plan.said.evaluate
+            failed = measured(
+                wanted, console, asked.parts, asked.images, machine.root, machine.device, machine.jobs, machine.threads or 1
+            )
+            status = 4 if failed else status
+            for task in trained:
+                plan.keep(task)
+        comparison = plan.comparison()
+        console.print(formats.Shown(comparison, secondary=False))
+        if strangers := plan.strangers():
+            shown = ", ".join(os.fspath(path.parent) for path in strangers[:3])
+            console.print(f"of no part in this study any more: {len(strangers)} results, such as {shown}", style="yellow")
+        plan.draw(comparison)
+        console.print(f"page: {plan.folder / 'report.html'}", f"tables: {plan.folder / 'README.md'}", sep="\n", soft_wrap=True)
+        return status

@@ -1,0 +1,191 @@
+"""Commands that train: ``demo``, ``train``, ``sweep``."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from orthokit.cli.base import UsageError, demo_images, needing
+
+if TYPE_CHECKING:
+    from orthokit.lab.record import Run
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train a small residual network without, with strict and with relaxed orthogonality; compare what it learned.
+
+    Under two minutes on two cores. Nothing is downloaded: the digits come with scikit-learn.
+    """
+
+    data: Literal["digits", "cifar10"] = "digits"
+    """Handwritten digits (300 training images, 8x8), or CIFAR-10 (5,000 training images, 16x16) from --root."""
+    root: Path | None = None
+    """The folder cifar-10-batches-py of CIFAR-10's python version, or the one that holds it."""
+    seeds: int = 4
+    """Runs of each arm."""
+    epochs: int | None = None
+    """Passes over the training images; 40 of digits, 8 of cifar10."""
+    workers: int | None = None
+    """Processes, one core each; all cores by default."""
+    out: Path = Path("orthokit-demo")
+    """Folder for the picture and the trained weights."""
+
+    def run(self, console: Console) -> None:
+        for name in ("seeds", "epochs", "workers"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"--{name} must be at least 1; got {value}")
+        if (self.data == "cifar10") != (self.root is not None):
+            raise UsageError("--data cifar10 and --root DIR go together")
+        with needing("the demo needs"):
+            from orthokit.lab import demo
+
+            demo.run(
+                demo_images(self.root),
+                seeds=self.seeds,
+                epochs=self.epochs or (40 if self.root is None else 8),
+                batch=50 if self.root is None else 125,
+                workers=min(self.workers or os.cpu_count() or 1, self.seeds),
+                out=self.out,
+                console=console,
+            )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where images and runs are, and what computes."""
+
+    root: Path = Path("data")
+    """Folder of the images: CIFAR as published, archive or unpacked, python or binary version."""
+    download: bool = False
+    """Fetch the official archive into --root if it is not there."""
+    out: Path = Path("runs")
+    """Folder of the runs: OUT/NAME/SEED."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """What to compute on."""
+    jobs: int | None = None
+    """Runs at a time; by default one a core, or --jobs-per-device on each GPU."""
+    jobs_per_device: int = 1
+    """Runs at a time on each GPU."""
+    threads: int | None = None
+    """Threads of each run on the CPU; by default 1 where there are several runs, else all cores."""
+    backend: Literal["local", "ray"] = "local"
+    """Where several runs go: this machine, or a Ray cluster (extra 'ray') that shares the folders."""
+    address: str | None = None
+    """With --backend ray: the cluster, e.g. auto; a local one is started by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("jobs", "jobs_per_device", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        if self.address is not None and self.backend == "local":
+            raise UsageError("--address does nothing without --backend ray")
+
+    def run_all(self, runs: "Sequence[Run]", console: Console, *, test: bool = True) -> int:
+        """Do what is left of ``runs``, each in a process of its own; exit status 4 if any failed. ``test``: show test results."""
+        from orthokit.lab.data import load
+        from orthokit.lab.display import Display
+        from orthokit.lab.runner import Pool, run_all
+
+        for name in dict.fromkeys(run.recipe.data.name for run in runs if run.summary() is None):
+            load(name, root=self.root, download=self.download)  # decoded once, for all; fails here rather than in each
+        pool = Pool(
+            jobs=self.jobs,
+            per_device=self.jobs_per_device,
+            backend=self.backend,
+            address=self.address,
+            root=self.root,
+            device=self.device,
+            threads=self.threads or 1,
+        )
+        with Display(console, test=test) as display:
+            failed = sum(status != 0 for status in run_all(runs, pool, display))
+            display.say(f"{len(runs) - failed} of {len(runs)} runs finished, in {escape(str(self.out))}")
+        return 4 if failed else 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train what recipes say, for each of the seeds.
+
+    A run that was interrupted goes on where it was; a finished one is not repeated. Under torchrun one run after another, on all
+    its processes; else several runs share the machine. Exit status: 3 where a run diverged, 4 where one of several failed, 130
+    after Ctrl-C.
+    """
+
+    recipes: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE...")]
+    """TOML files, such as recipes/nano_cifar10_strict.toml."""
+    seeds: Annotated[tuple[tuple[int, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="SEED...")] = ()
+    """A run for each; 0 by default."""
+    set: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE...")] = ()
+    """Keys of the recipe to set, such as train.epochs=10 regularizer.strength=0.03."""
+    name: str | None = None
+    """Folder of the runs below --out, for a single recipe; by default the file's name and what --set says."""
+    devices: int = 1
+    """Processes that share a run, one a device."""
+    strategy: str = "auto"
+    """How they share it, a name of Lightning Fabric's."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
+
+    def run(self, console: Console) -> int:
+        if not self.recipes:
+            raise UsageError("name a recipe, such as recipes/nano_cifar10_strict.toml")
+        if self.name is not None and len(self.recipes) > 1:
+            raise UsageError("--name is for a single recipe")
+        seeds = [seed for given in self.seeds for seed in given] if self.seeds else [0]
+        with needing("training needs"):
+            from orthokit.lab.display import Display
+            from orthokit.lab.hardware import Hardware
+            from orthokit.lab.recipe import label, load
+            from orthokit.lab.record import SEEDS, Run
+            from orthokit.lab.train import train
+        if not seeds or not all(0 <= seed < SEEDS for seed in seeds) or len({*seeds}) < len(seeds):
+            raise UsageError(f"--seeds must be different numbers from 0 to 2^32; got {' '.join(map(str, seeds)) or 'none'}")
+        machine, settings = self.machine, [setting for given in self.set for setting in given]
+        loaded = {self.name or path.stem + label(settings): load(path, settings) for path in self.recipes}
+        if len(loaded) < len(self.recipes):
+            raise UsageError("two recipes of one name would share a folder; train them apart, with --name")
+        runs = [Run(recipe, seed, machine.out / name / str(seed)) for name, recipe in loaded.items() for seed in seeds]
+        if len(runs) > 1 and "WORLD_SIZE" not in os.environ:
+            if self.devices > 1:
+                raise UsageError("--devices shares one run among processes; several runs in turn on all of them: use torchrun")
+            return machine.run_all(runs, console)
+        hardware = Hardware(device=machine.device, devices=self.devices, strategy=self.strategy, threads=machine.threads)
+        with Display(console) as display:
+            for run in runs:
+                before = run.summary() is not None
+                summary = train(run, root=machine.root, download=machine.download, hardware=hardware, watch=display)
+                if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+                    display.done(run, summary, before=before)
+        return 0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Try settings of recipes, a grid or a search, and tell the best of each recipe by validation accuracy.
+
+    Started again it repeats nothing. Exit status 4 where a run failed; the others are done all the same.
+    """
+
+    file: tyro.conf.Positional[Path]
+    """A TOML file: recipes, seeds, and [grid] or [search] (see the guide)."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
+
+    def run(self, console: Console) -> int:
+        with needing("training needs"):
+            from orthokit.lab import sweep
+        out = self.machine.out
+        points, status = sweep.run(self.file, out, lambda runs: self.machine.run_all(runs, console, test=False))
+        sweep.save(points, out / self.file.stem / "sweep.json")
+        console.print(sweep.table(points))
+        said = sweep.read(self.file)
+        for point in sweep.best(points).values():
+            console.print(f"best: {point.command}", markup=False, highlight=False, soft_wrap=True)
+            if edges := sweep.edges(said, point):
+                console.print(f"  at the edge of the grid in {', '.join(edges)}: widen it", markup=False, highlight=False)
+        return status

@@ -1,0 +1,226 @@
+"""A comparison in print: on a terminal, as Markdown, LaTeX and CSV."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from orthokit.lab.compare import Cell, Comparison
+from orthokit.lab.results import METRICS, Metric
+
+Line = list[str]
+GROUPS = {
+    "result": "Accuracy and calibration",
+    "orthogonality": "Near-orthogonality of under- and over-determined layers",
+    "robustness": "Robustness: accuracy, mean over the strengths",
+    "features": "Penultimate features",
+    "cost": "Cost",
+}
+STYLES = {"better": "bold green", "worse": "bold red", "not resolved": "dim"}
+MARKS = {"better": "+", "worse": "-", "higher": "↑", "lower": "↓"}
+"""Beside a mean that differs from the baseline's; only where that is resolved."""
+MARKED = "+ better, - worse, ↑ higher, ↓ lower than the baseline, where resolved"
+
+
+def p(value: float | None) -> str:
+    """A p-value."""
+    return "–" if value is None else "<.0001" if value < 1e-4 else f"{value:.4f}".lstrip("0")
+
+
+def interval(metric: Metric, ends: tuple[float, float] | None, sign: bool = False) -> str:
+    """``[low, high]``."""
+    return "–" if ends is None else f"[{metric.show(ends[0], sign)}, {metric.show(ends[1], sign)}]"
+
+
+def mean(metric: Metric, cell: Cell | None) -> str:
+    """``mean ± sd``."""
+    if cell is None:
+        return "–"
+    spread = "" if cell.sample.sd is None else f" ± {metric.show(cell.sample.sd)}"
+    return f"{metric.show(cell.sample.mean)}{spread}"
+
+
+def primary(comparison: Comparison) -> tuple[Line, dict[str, list[Line]]]:
+    """Headers, and the lines of each panel, of the table that verdicts are read from."""
+    metric = comparison.primary
+    headers = ["arm", "n", "mean ± sd", "95% interval", "difference", "95% interval", "Welch p", "Holm p", "Dunnett p", "verdict"]
+    lines = {}
+    for panel, arms in comparison.cells(metric).items():
+        lines[panel] = [[arm, str(cell.sample.n), mean(metric, cell), *_tested(metric, cell)] for arm, cell in arms.items()]
+    return headers, lines
+
+
+def _tested(metric: Metric, cell: Cell) -> Line:
+    own, found = interval(metric, cell.sample.interval), cell.difference
+    if found is None:
+        return [own, *["–"] * 5, "–"]
+    ps = [p(found.welch), p(found.holm), p(found.dunnett)]
+    return [own, metric.show(found.mean, sign=True), interval(metric, found.interval, sign=True), *ps, cell.verdict]
+
+
+def secondary(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, list[Line]]]]:
+    """Title, headers and lines of each panel, for each group of metrics there are numbers of."""
+    for group, title in GROUPS.items():
+        metrics = [metric for metric in comparison.metrics if metric.group == group and metric != comparison.primary]
+        if not metrics:
+            continue
+        lines = {
+            panel.name: [
+                [arm, *(_marked(metric, comparison.cell(metric, panel.name, arm)) for metric in metrics)] for arm in panel.arms
+            ]
+            for panel in comparison.panels
+        }
+        yield title, ["arm", *(metric.heading for metric in metrics)], lines
+
+
+def _marked(metric: Metric, cell: Cell | None) -> str:
+    mark = MARKS.get(cell.verdict, "") if cell else ""
+    return f"{mean(metric, cell)} {mark}".rstrip()
+
+
+class Shown:
+    """The comparison on a terminal; where that is too narrow columns that matter less are left out."""
+
+    def __init__(self, comparison: Comparison, *, secondary: bool = True) -> None:
+        self.comparison, self.more = comparison, secondary
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        comparison = self.comparison
+        for flag in comparison.flags:
+            yield Text.assemble(("! ", "bold red"), (flag, "red"))
+        headers, lines = primary(comparison)
+        drop = [6, 8, 3, 5, 7, 1]  # Welch's p, Dunnett's p, intervals, Holm's p, n: least needed first
+        kept = list(range(len(headers)))
+        for panel, rows in lines.items():
+            while (table := _drawn(f"{comparison.primary.heading}: {panel}", headers, rows, kept)) and drop:
+                if console.measure(table, options=options.update(width=1000)).maximum <= options.max_width:
+                    break
+                kept = [place for place in kept if place != drop[0]]
+                drop = drop[1:]
+            yield table
+        yield from (Text(each) for each in comparison.verdicts())
+        yield Text()
+        if self.more:
+            for title, names, parts in secondary(comparison):
+                for panel, rows in parts.items():
+                    yield from _split(f"{title}: {panel}", names, rows, console, options)
+            yield Text(MARKED, style="dim")
+        yield Group(*(Text(f"power: {each}") for each in comparison.power()))
+        yield Padding(Text("\n".join([comparison.explanation, *comparison.notes]), style="dim"), (1, 0, 0, 0))
+
+
+def _drawn(title: str, headers: Sequence[str], rows: Sequence[Line], kept: Sequence[int]) -> Table:
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for place in kept:
+        left = place == 0 or headers[place] == "verdict"
+        table.add_column(headers[place], justify="left" if left else "right", no_wrap=place > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(row[place], style=STYLES.get(row[place], "")) for place in kept))
+    return table
+
+
+def _split(title: str, headers: Line, rows: list[Line], console: Console, options: ConsoleOptions) -> Iterator[Table]:
+    """One table, or several below each other where it is wider than the terminal."""
+    kept = [0]
+    for place in range(1, len(headers)):
+        wider = _drawn(title, headers, rows, [*kept, place])
+        if len(kept) > 1 and console.measure(wider, options=options.update(width=1000)).maximum > options.max_width:
+            yield _drawn(title, headers, rows, kept)
+            kept = [0]
+        kept.append(place)
+    yield _drawn(title, headers, rows, kept)
+
+
+def markdown(comparison: Comparison, *, figures: Sequence[tuple[str, str]] = (), command: str | None = None) -> str:
+    """As GitHub's Markdown.
+
+    Args:
+        comparison: what to write.
+        figures: file and description of pictures to show.
+        command: what made it.
+    """
+    parts = [f"# {comparison.title}"]
+    parts += [f"Made by `{command}`."] if command else []
+    parts += [f"> **Caution.** {flag}" for flag in comparison.flags]
+    headers, lines = primary(comparison)
+    parts += [f"## {comparison.primary.heading[0].upper()}{comparison.primary.heading[1:]}"]
+    parts += [f"{f'**{panel}**' + chr(10) * 2}{_pipes(headers, rows)}" for panel, rows in lines.items()]
+    parts += ["\n".join(f"* {each}" for each in comparison.verdicts())]
+    parts += ["\n".join(f"* {each}" for each in comparison.power()), comparison.explanation]
+    parts += [f"![{words}]({file})" for file, words in figures]
+    for title, names, each in secondary(comparison):
+        parts += [f"## {title}", *(f"**{panel}**\n\n{_pipes(names, rows)}" for panel, rows in each.items())]
+    parts += [f"Mean ± sd; {MARKED}.", *comparison.notes]
+    return "\n\n".join(parts) + "\n"
+
+
+def _pipes(headers: Line, rows: Sequence[Line]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(headers), "|---" + "|---:" * (len(headers) - 1) + "|", *map(line, rows)])
+
+
+SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "∞": r"$\infty$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "|": r"$|$",
+    "<": "$<$",
+    ">": "$>$",
+}
+
+
+def latex(comparison: Comparison) -> str:
+    r"""As LaTeX tables, which need ``\usepackage{booktabs}``: the primary metric, then every group of the others."""
+    headers, lines = primary(comparison)
+    tables = [(comparison.primary.heading, headers, lines), *secondary(comparison)]
+    cautions = "".join(f"% CAUTION: {flag}\n" for flag in comparison.flags)
+    return cautions + "\n".join(_tabular(comparison.title, *table) for table in tables)
+
+
+def _tabular(title: str, caption: str, headers: Line, panels: dict[str, list[Line]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join("".join(SPECIAL.get(c, c) for c in cell) for cell in cells) + r" \\"
+
+    body = []
+    for panel, rows in panels.items():
+        body += [r"\midrule", rf"\multicolumn{{{len(headers)}}}{{l}}{{{line([panel])[:-3]}}} \\", *map(line, rows)]
+    words = line([f"{title}: {caption}"])[:-3]
+    top = [r"\begin{table}", r"\centering", rf"\caption{{{words}}}", rf"\begin{{tabular}}{{l{'r' * (len(headers) - 1)}}}"]
+    return "\n".join([*top, r"\toprule", line(headers), *body, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+
+
+def to_csv(comparison: Comparison) -> str:
+    """A line for each metric, panel and arm, with unrounded numbers."""
+    text = io.StringIO()
+    keys = ["metric", "panel", "arm", "n", "mean", "sd", "low", "high", "difference", "difference_low", "difference_high"]
+    writer = csv.DictWriter(text, [*keys, "p_welch", "p_holm", "p_dunnett", "verdict", "values"], lineterminator="\n")
+    writer.writeheader()
+    for metric in METRICS:
+        for panel, arms in comparison.cells(metric).items():
+            for arm, cell in arms.items():
+                writer.writerow({"metric": metric.key, "panel": panel, "arm": arm} | _raw(cell))
+    return text.getvalue()
+
+
+def _raw(cell: Cell) -> dict[str, Any]:
+    sample, found = cell.sample, cell.difference
+    row: dict[str, Any] = {"n": sample.n, "mean": sample.mean, "sd": sample.sd, "verdict": cell.verdict}
+    row |= dict(zip(("low", "high"), sample.interval or (None, None), strict=True))
+    row["values"] = " ".join(f"{value:g}" for value in sample.values)
+    if found is not None:
+        row |= {"difference": found.mean, "p_welch": found.welch, "p_holm": found.holm, "p_dunnett": found.dunnett}
+        row |= dict(zip(("difference_low", "difference_high"), found.interval or (None, None), strict=True))
+    return row
