@@ -128,9 +128,7 @@ def _curves(parts: dict[str, Any]) -> RichTable:
         "noise, sd": (noise.get("sigma"), noise.get("accuracy")),
     }
     kinds |= {f"{n}, severity": ([1, 2, 3, 4, 5], each) for n, each in parts.get("corruptions", {}).get("accuracy", {}).items()}
-    table = RichTable(
-        title="accuracy by strength, %", title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False
-    )
+    table = RichTable(title="accuracy by strength, %", title_justify="left", box=box.SIMPLE, show_header=False)
     for name, (strengths, values) in kinds.items():
         if strengths and values:
             table.add_row(name, *(f"{strength:g}" for strength in strengths), style="dim")
@@ -188,13 +186,8 @@ class Compare:
             flagged=flagged,
         )
         console.print(formats.Shown(comparison))
-        wanted = (
-            (self.markdown, formats.markdown),
-            (self.latex, formats.latex),
-            (self.csv, formats.to_csv),
-            (self.html, page.page),
-        )
-        for path, writer in wanted:
+        tables = (self.markdown, formats.markdown), (self.latex, formats.latex), (self.csv, formats.to_csv)
+        for path, writer in (*tables, (self.html, page.page)):
             if path is not None:
                 write(path, writer(comparison))
                 console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
@@ -235,9 +228,7 @@ class Power:
             say(f"[bold]{chance:.0%}[/] is the chance that {self.seeds} seeds an arm resolve a difference of {self.effect:g}")
         elif self.seeds is not None:
             least = detectable(self.seeds, self.sd, chance=self.chance, **family)
-            say(
-                f"[bold]{least:.3g}[/] is the least difference that {self.seeds} seeds an arm resolve, {self.chance:.0%} of the time"
-            )
+            say(f"[bold]{least:.3g}[/] is what {self.seeds} seeds an arm resolve with probability {self.chance:.0%}")
         if self.effect is None:
             return
         needed = seeds_needed(self.effect, self.sd, chance=self.chance, **family)

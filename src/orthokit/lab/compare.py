@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from string import Template
 from typing import Any
 
 from orthokit.config import penalty_of
@@ -138,7 +139,7 @@ class Comparison:
         shown = dict.fromkeys(metric.part for metric in self.metrics if metric.part is not None)
         results = [result for panel in self.panels for result in panel.results]
         first = {part: next(result.parts[part] for result in results if part in result.parts) for part in shown}
-        return [MEASURED[part].format(**found["settings"]) for part, found in first.items() if part in MEASURED]
+        return [Template(MEASURED[part]).safe_substitute(found["settings"]) for part, found in first.items() if part in MEASURED]
 
     @property
     def explanation(self) -> str:

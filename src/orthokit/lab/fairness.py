@@ -122,11 +122,11 @@ def _environment(result: Result, keys: Iterable[str]) -> Any:
 def _equal(panel: Panel) -> list[str]:
     """Arms that are one arm: equal plans, or the very same results."""
     found = []
+    plans = {arm: _plan(results[0]) for arm, results in panel.arms.items()}
     for (one, a), (two, b) in itertools.combinations(panel.arms.items(), 2):
-        plan = _plan(a[0])
         first, second = ({r.seed: (r.summary["test"], r.summary.get("train")) for r in arm} for arm in (a, b))
         shared = first.keys() & second.keys()
-        if plan is not None and plan == _plan(b[0]):
+        if plans[one] is not None and plans[one] == plans[two]:
             found.append(f"{one} and {two} have equal plans (orthokit plan): they are the same arm, and what differs is chance")
         elif shared and all(first[seed] == second[seed] for seed in shared):
             found.append(f"{one} and {two} have the very same results in every shared seed: they are the same arm")
@@ -144,12 +144,12 @@ def _plan(result: Result) -> Any:
     if penalty.relax is None:
         return rest, "strict"
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=()):
             network = result.recipe.network.build(channels=3, classes=10)
-        if all(layer.kernel.o == ranks.get(layer.name) for layer in select(network, where_of(said.where))):
-            return rest, "strict"
     except Exception:  # somebody's own network, which need not be here
         return None
+    if all(layer.kernel.o == ranks.get(layer.name) for layer in select(network, where_of(said.where))):
+        return rest, "strict"
     return rest, penalty.form, penalty.count if penalty.form == "pairs" else None, ranks
 
 

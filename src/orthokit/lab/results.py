@@ -75,6 +75,8 @@ def read_one(path: Path) -> Result:
     if parts is None:
         file = path.with_name("evaluation.json")
         parts = read_json(file, parts=dict)["parts"] if file.is_file() else {}
+    if not all(isinstance(part, dict) and isinstance(part.get("settings"), dict) for part in parts.values()):
+        raise ValueError(f"{path.parent} holds an evaluation that is not what orthokit evaluate writes; remove it")
     if history is None:
         file = path.with_name("metrics.jsonl")
         history = thinned(file) if file.is_file() else []
@@ -172,14 +174,14 @@ METRICS = (
 
 
 MEASURED = {
-    "accuracy": "NLL and ECE ({bins} bins of confidence, l1) are of all test images, in float32.",
+    "accuracy": "NLL and ECE ($bins bins of confidence, l1) are of all test images, in float32.",
     "attacks": (
-        "Attacks act on the pixels of {images:,} test images, the normalisation inside the network, in float32. PGD: {steps} "
+        "Attacks act on the pixels of $images test images, the normalisation inside the network, in float32. PGD: $steps "
         "steps from one random start; what a smaller radius, the start or any step fools counts as fooled."
     ),
-    "noise": "Gaussian noise on the same {images:,} images, one draw scaled to each standard deviation.",
+    "noise": "Gaussian noise on the same $images images, one draw scaled to each standard deviation.",
     "corruptions": (
-        "Corruptions of the same {images:,} images, severities 1 to 5 with the parameters of CIFAR-10-C, whose own they are only "
+        "Corruptions of the same $images images, severities 1 to 5 with the parameters of CIFAR-10-C, whose own they are only "
         "at 32x32, and but for its random draws."
     ),
     "features": (
