@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,14 @@ from orthokit.checks import did_you_mean
 from orthokit.lab import attacks, corruptions, features
 from orthokit.lab.data import Images, ImageSet, choose, load
 from orthokit.lab.files import to_json, write
-from orthokit.lab.hardware import device_of
 from orthokit.lab.models import orthogonality
 from orthokit.lab.recipe import DataSection, Recipe
 from orthokit.lab.record import read_json
 from orthokit.lab.results import Result
 from orthokit.select import state_of
 
-STEPS = 20
+STEPS, PATH = 20, 5.0
+"""Of projected gradient descent: steps, and the length of all of them in radii."""
 BINS = 15
 """Of confidence, in the expected calibration error."""
 BATCH = 500
@@ -102,7 +102,7 @@ class Bench:
     some: Images
     cache: Path
 
-    @functools.cached_property
+    @property
     def pixels(self) -> nn.Module:
         """The network of pixels from 0 to 1."""
         return attacks.Pixels(self.model, self.data.mean, self.data.std)
@@ -137,8 +137,8 @@ def _attacks(bench: Bench) -> dict[str, Any]:
     linf = [radius / 255 for radius in attacks.LINF]
     found = {
         "fgsm": attacks.fgsm(bench.pixels, images, labels, linf),
-        "pgd": attacks.pgd(bench.pixels, images, labels, linf, norm="linf", steps=STEPS),
-        "pgd_l2": attacks.pgd(bench.pixels, images, labels, attacks.L2, norm="l2", steps=STEPS),
+        "pgd": attacks.pgd(bench.pixels, images, labels, linf, norm="linf", steps=STEPS, path=PATH),
+        "pgd_l2": attacks.pgd(bench.pixels, images, labels, attacks.L2, norm="l2", steps=STEPS, path=PATH),
     }
     return {"linf": list(attacks.LINF), "l2": list(attacks.L2)} | {
         name: [round(float(each.float().mean()), 6) for each in right] for name, right in found.items()
@@ -159,15 +159,35 @@ def _corruptions(bench: Bench) -> dict[str, Any]:
     return {"accuracy": found}
 
 
+def _features(bench: Bench) -> dict[str, Any]:
+    found = features.collect(bench.model, bench.batches(bench.data.test), classes=bench.data.classes)
+    figures = {name: asdict(each) for name, each in found.items()}
+    return {"penultimate": figures.pop("penultimate"), "stages": figures}
+
+
 PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], dict[str, Any]]] = {
-    "attacks": (_attacks, {"images": None, "steps": STEPS}),
+    "attacks": (_attacks, {"images": None, "steps": STEPS, "path": PATH}),
     "corruptions": (_corruptions, {"images": None, "version": corruptions.VERSION}),
     "noise": (_noise, {"images": None}),
-    "features": (lambda bench: features.measure(bench.model, bench.batches(bench.data.test)), {}),
+    "features": (_features, {}),
     "accuracy": (_accuracy, {"bins": BINS}),
     "orthogonality": (lambda bench: dict(orthogonality(bench.model)), {}),
 }
 """What measures each part, with which settings: who asks for ``images`` uses some of the test images. Slow ones first."""
+
+
+def device_of(name: str) -> torch.device:
+    """The device that ``name`` means here: ``"auto"`` is a GPU if there is one.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, found in there.items() if found)
+    if not there.get(name, True):
+        raise ValueError(f"--device {name} cannot be used here")
+    return torch.device(name)
 
 
 def settings(part: str, images: int) -> dict[str, Any]:
@@ -205,7 +225,7 @@ def evaluate(
         parts: keys of ``PARTS``.
         images: how many test images, of every class alike, serve attacks, noise and corruptions; all where there are no more.
         root: where the images are.
-        device: see :func:`orthokit.lab.hardware.device_of`.
+        device: see :func:`device_of`.
         jobs: parts measured at a time; by default one for each ``threads`` cores on the CPU, one on a GPU.
         threads: of each on the CPU.
         tick: told of each part that is done, with what went wrong if anything did.
@@ -233,7 +253,7 @@ def evaluate(
     with joblib.parallel_config("loky", inner_max_num_threads=threads):
         pool = joblib.Parallel(min(jobs, max(1, len(left))), return_as="generator_unordered")
         tasks = (
-            joblib.delayed(_measured)(index, part, subject.weights, subject.recipe.to_toml(), images, root, place, threads)
+            joblib.delayed(_measured)(index, part, subject, recorded[subject][0], images, root, place, threads)
             for index, (subject, part) in enumerate(left)
         )
         for index, value, error in pool(tasks):
@@ -248,12 +268,12 @@ def evaluate(
 
 
 def _measured(
-    index: int, part: str, weights: Path, recipe: str, images: int, root: Path, device: torch.device, threads: int
+    index: int, part: str, subject: Subject, digest: str, images: int, root: Path, device: torch.device, threads: int
 ) -> tuple[int, dict[str, Any], str | None]:
     """A part of a subject, or what went wrong."""
     torch.set_num_threads(threads)
     try:
-        return index, PARTS[part][0](_bench(weights, recipe, images, root, device)), None
+        return index, PARTS[part][0](_bench(subject.weights, digest, subject.recipe.to_toml(), images, root, device)), None
     except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
         return index, {}, " ".join(str(error).split())[:300]
 
@@ -265,7 +285,7 @@ def _images(section: str, root: Path) -> ImageSet:
 
 
 @functools.lru_cache(maxsize=2)
-def _bench(weights: Path, recipe: str, images: int, root: Path, device: torch.device) -> Bench:
+def _bench(weights: Path, digest: str, recipe: str, images: int, root: Path, device: torch.device) -> Bench:
     said = Recipe.of(tomllib.loads(recipe))
     data = _images(said.data.model_dump_json(), root).to(device)
     some = data.test

@@ -58,20 +58,6 @@ class Hardware:
         return fabric
 
 
-def device_of(name: str) -> torch.device:
-    """The device that ``name`` means here: ``"auto"`` is a GPU if there is one.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, found in there.items() if found)
-    if not there.get(name, True):
-        raise ValueError(f"--device {name} cannot be used here")
-    return torch.device(name)
-
-
 def fast_bfloat16(device: str) -> bool:
     """Whether the hardware multiplies bfloat16 faster than float32, rather than emulating it."""
     if device in ("auto", "cuda") and torch.cuda.is_available():

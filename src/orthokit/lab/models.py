@@ -406,5 +406,5 @@ def orthogonality(model: nn.Module, *, spectrum: bool = True) -> dict[str, Row]:
     """
     modules = list(model.named_modules())
     where = next((where for where in (convs, layers) if any(where(*module) for module in modules)), None)
-    totals = report(model, where=where, spectrum=spectrum).totals if where else {}
+    totals = {} if where is None else report(model, where=where, spectrum=spectrum).totals
     return {re.split("[- ]", name)[0]: total for name, total in totals.items()}

@@ -176,8 +176,8 @@ METRICS = (
 MEASURED = {
     "accuracy": "NLL and ECE ($bins bins of confidence, l1) are of all test images, in float32.",
     "attacks": (
-        "Attacks act on the pixels of $images test images, the normalisation inside the network, in float32. PGD: $steps "
-        "steps from one random start; what a smaller radius, the start or any step fools counts as fooled."
+        "Attacks act on the pixels of $images test images, the normalisation inside the network, in float32. PGD: $steps steps, "
+        "$path radii long together, from one random start; what a smaller radius, the start or any step fools counts as fooled."
     ),
     "noise": "Gaussian noise on the same $images images, one draw scaled to each standard deviation.",
     "corruptions": (

@@ -5,10 +5,11 @@ SciPy's. A verdict goes by Welch's p, adjusted over all comparisons of one metri
 multiple test procedure" (1979).
 """
 
+import contextlib
 import math
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,20 +91,28 @@ def differences(arms: Mapping[str, Sample], baseline: str) -> dict[str, Differen
     return found
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """SciPy warns where values hardly spread, as seeds may in small tests of few images."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
 def _welch(sample: Sample, control: Sample) -> tuple[tuple[float, float], float]:
     if not sample.sd and not control.sd:  # no spread at all: SciPy has no p
         difference = sample.mean - control.mean
         return (difference, difference), float(difference == 0)
-    test = stats.ttest_ind(sample.values, control.values, equal_var=False)
-    interval = test.confidence_interval(1 - ALPHA)
+    with _quiet():
+        test = stats.ttest_ind(sample.values, control.values, equal_var=False)
+        interval = test.confidence_interval(1 - ALPHA)
     return (float(interval.low), float(interval.high)), float(test.pvalue)
 
 
 def _dunnett(samples: Sequence[Sample], control: Sample) -> list[float]:
     if not samples or not any(sample.sd for sample in (*samples, control)):
         return [float(sample.mean == control.mean) for sample in samples]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         test = stats.dunnett(*(sample.values for sample in samples), control=control.values, rng=np.random.default_rng(0))
     return [float(p) for p in test.pvalue]
 

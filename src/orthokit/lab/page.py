@@ -1,0 +1,149 @@
+"""A comparison as one HTML file that opens without network and runs no script."""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import jinja2
+import tomli_w
+from markupsafe import Markup
+
+from orthokit import __version__
+from orthokit.lab.compare import Cell, Comparison
+from orthokit.lab.fairness import Panel, plain, under
+from orthokit.lab.figures import Drawing, few, figures
+from orthokit.lab.recipe import flattened
+from orthokit.lab.results import Group, Metric
+from orthokit.plots import COLOURS
+
+TITLES: dict[Group, str] = {
+    "result": "Result",
+    "orthogonality": "Orthogonality",
+    "robustness": "Robustness",
+    "features": "Features",
+    "cost": "Cost",
+}
+
+
+class Shown(NamedTuple):
+    """A figure as the page embeds it."""
+
+    caption: str
+    alt: str
+    data: str
+    width: int
+    height: int
+
+
+def page(comparison: Comparison, *, command: str | None = None) -> str:
+    """The page.
+
+    Args:
+        comparison: what it shows.
+        command: by which it can be made again.
+    """
+    source = files("orthokit.lab").joinpath("page.html.jinja").read_text("utf-8")
+    sheet = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    drawn = figures(comparison)
+    return sheet.from_string(source).render(
+        c=comparison,
+        command=command,
+        version=__version__,
+        counts=_counts(comparison),
+        colours={arm: COLOURS[place % len(COLOURS)] for place, arm in enumerate(comparison.arms)},
+        verdicts=_verdicts(comparison),
+        tables=_tables(comparison),
+        figures={title: [_shown(d) for name, d in drawn.items() if name.startswith(f"{g}-")] for g, title in TITLES.items()},
+        values={panel.name: ", ".join(f"{key} = {value}" for key, value in panel.values.items()) for panel in comparison.panels},
+        recipe=comparison.panels[0].results[0].recipe.to_toml(),
+        factors={arm: _factors(comparison, arm) for arm in comparison.arms},
+        environment=_environment(comparison.panels),
+        interval=_interval,
+        p=_p,
+        spread=_spread,
+        joints=_joints,
+        left_out=len(comparison.panels) - len(few(comparison.panels)),
+    )
+
+
+def _counts(comparison: Comparison) -> str:
+    runs = [len(results) for panel in comparison.panels for results in panel.arms.values()]
+    seeds = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
+    counts = {"run": sum(runs), "panel": len(comparison.panels), "arm": len(comparison.arms)}
+    words = [f"{count} {word}{'s' * (count != 1)}" for word, count in counts.items()]
+    return f"{', '.join(words)}, {seeds} seed{'s' * (seeds != '1')} an arm"
+
+
+def _verdicts(comparison: Comparison) -> dict[str, list[tuple[str, str]]]:
+    """Panel -> verdicts and sentences."""
+    cells = comparison.cells(comparison.primary)
+    told = [(name, cell.verdict) for name, arms in cells.items() for cell in arms.values() if cell.difference is not None]
+    found: dict[str, list[tuple[str, str]]] = {}
+    for (name, verdict), sentence in zip(told, comparison.verdicts(), strict=True):
+        found.setdefault(name, []).append((verdict, sentence.removeprefix(f"{name}: ")))
+    return found
+
+
+def _tables(comparison: Comparison) -> list[tuple[str, list[Metric], dict[str, list[tuple[str, list[Cell | None]]]]]]:
+    """Title, metrics, and panel -> arm and cells, of each group that there are numbers of."""
+    found = []
+    for group, title in TITLES.items():
+        if metrics := [metric for metric in comparison.metrics if metric.group == group]:
+            rows = {
+                panel.name: [(arm, [comparison.cell(metric, panel.name, arm) for metric in metrics]) for arm in panel.arms]
+                for panel in comparison.panels
+            }
+            found.append((title, metrics, rows))
+    return found
+
+
+def _shown(drawing: Drawing) -> Shown:
+    return Shown(drawing.caption, drawing.alt, base64.b64encode(drawing.svg.encode()).decode(), *drawing.size)
+
+
+def _factors(comparison: Comparison, arm: str) -> dict[str, list[str]]:
+    """The arm's part of the recipe as TOML, and the panels that it is from."""
+    found: dict[str, list[str]] = {}
+    for panel in comparison.panels:
+        for result in panel.arms.get(arm, ())[:1]:
+            found.setdefault(tomli_w.dumps(_only(result.recipe.to_dict(), comparison.factor)), []).append(panel.name)
+    return found
+
+
+def _only(raw: Mapping[str, Any], sections: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in raw.items():
+        if under(prefix + key, sections):
+            found[key] = value
+        elif isinstance(value, Mapping) and (inner := _only(value, sections, f"{prefix}{key}.")):
+            found[key] = inner
+    return found
+
+
+def _environment(panels: Sequence[Panel]) -> dict[str, list[str]]:
+    """Of all runs, the values of each key."""
+    found: dict[str, dict[str, None]] = {}
+    for result in (result for panel in panels for result in panel.results):
+        for key, value in flattened(result.summary.get("environment") or {}).items():
+            found.setdefault(key.removeprefix("versions."), {})[plain(value)] = None
+    return {key: list(values) for key, values in found.items()}
+
+
+def _interval(metric: Metric, ends: tuple[float, float] | None, sign: bool = False) -> str:
+    return "–" if ends is None else f"[{metric.show(ends[0], sign)}, {metric.show(ends[1], sign)}]"
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _spread(metric: Metric, cell: Cell) -> str:
+    mean, sd = metric.show(cell.sample.mean), cell.sample.sd
+    return mean if sd is None else f"{mean} ± {metric.show(sd)}"
+
+
+def _joints(name: str) -> Markup:
+    """A name that may break where it has a joint."""
+    return Markup("<wbr>").join(re.split(r"(?<=[=_,])|(?=\()", name))

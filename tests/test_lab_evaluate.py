@@ -1,0 +1,204 @@
+"""Evaluation: every part against a slow twin, once and not again, of runs and of anybody's checkpoints."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+import orthokit as ok
+from orthokit.cli import main
+from orthokit.lab import attacks, evaluate
+from orthokit.lab.data import load
+from orthokit.lab.hardware import Hardware
+from orthokit.lab.recipe import Recipe
+from orthokit.lab.record import Run
+from orthokit.lab.train import train
+
+RAW = {
+    "data": {"name": "synthetic", "train": 200, "validation": 100, "size": 8, "pad": 1},
+    "network": {"kind": "resnet", "depth": 8},
+    "train": {"epochs": 2, "batch": 50},
+    "regularizer": {"strength": 0.1, "penalty": "so"},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        train(Run(Recipe.of(RAW), seed, folder / "so" / str(seed)), hardware=Hardware(device="cpu", threads=1))
+    return folder
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+def network(run):
+    data = load("synthetic", train=200, validation=100, size=8)
+    model = Recipe.of(RAW).build(data)
+    model.load_state_dict(load_file(run / "last.safetensors"))
+    return model.eval(), data
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+def test_parts_equal_slow_twins(runs, capsys):
+    assert main(["evaluate", str(runs / "so/0"), "--images", "60", "--jobs", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "accuracy by strength" in said
+    assert "PGD L2, radius" in said
+    found = json.loads((runs / "so/0/evaluation.json").read_text())["parts"]
+    assert list(found) == list(evaluate.PARTS)
+    model, data = network(runs / "so/0")
+
+    with torch.no_grad():
+        logits = model(data.normalise(data.test.pixels))
+    labels = data.test.labels
+    assert found["accuracy"]["accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item(), abs=1e-6)
+    assert found["accuracy"]["nll"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    confidence, guess = logits.double().softmax(1).max(1)
+    bins = (confidence * 15).long().clamp(max=14)
+    gaps = [
+        (bins == k).double().mean() * ((guess == labels).double()[bins == k].mean() - confidence[bins == k].mean()).abs()
+        for k in bins.unique()
+    ]
+    assert found["accuracy"]["ece"] == pytest.approx(float(sum(gaps)), abs=1e-4)
+
+    report = ok.report(model, where=ok.convs).totals
+    assert found["orthogonality"]["under"]["mean_cos"] == pytest.approx(next(iter(report.values()))["mean_cos"])
+    assert set(found["orthogonality"]) == {"settings", "under", "over", "all"}
+
+    clean = found["attacks"]
+    assert [len(clean[key]) for key in ("linf", "fgsm", "pgd", "l2", "pgd_l2")] == [6, 6, 6, 5, 5]
+    assert all(a >= b for key in ("pgd", "pgd_l2") for a, b in zip(clean[key], clean[key][1:], strict=False))
+    assert clean["pgd"][-1] <= clean["fgsm"][-1] + 1e-6
+    assert len(found["noise"]["accuracy"]) == len(found["noise"]["sigma"])
+    assert {len(each) for each in found["corruptions"]["accuracy"].values()} == {5}
+
+    seen = []
+    model.fc.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    with torch.no_grad():
+        model(data.normalise(data.test.pixels))
+    covariance = torch.cov(seen[0].double().T)
+    eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
+    share = eigenvalues.sqrt() / eigenvalues.sqrt().sum()
+    rank = float((-(share * share.clamp(min=1e-300).log()).sum()).exp())
+    assert found["features"]["penultimate"]["effective_rank"] == pytest.approx(rank, rel=1e-3)
+    assert list(found["features"]["stages"]) == ["stage 1 (8x8)", "stage 2 (4x4)", "stage 3 (2x2)"]
+
+
+def test_attacks_are_on_a_fixed_part_of_the_test_images_of_every_class_alike(runs):
+    (subject,) = evaluate.subjects(runs / "so/0")
+    bench = evaluate._bench(subject.weights, "", subject.recipe.to_toml(), 60, runs, torch.device("cpu"))
+    assert torch.bincount(bench.some.labels).tolist() == [6] * 10
+    right = attacks.fgsm(bench.pixels, bench.some.pixels / 255, bench.some.labels, [0.0])
+    assert float(right.float().mean()) == pytest.approx(bench.right(bench.some))
+    everything = evaluate._bench(subject.weights, "", subject.recipe.to_toml(), 10**6, runs, torch.device("cpu"))
+    assert len(everything.some) == len(everything.data.test)
+
+
+def test_parts_are_not_measured_again(runs, capsys, monkeypatch):
+    command = ["evaluate", str(runs), "--images", "20", "--jobs", "1"]
+    assert main([*command, "--parts", "accuracy", "orthogonality"]) == 0
+    assert len(re.findall("accuracy$", capsys.readouterr().out, re.M)) == 2  # a line for each run
+    measured = []
+    monkeypatch.setattr(evaluate, "_measured", lambda *task: measured.append(task[1]) or (task[0], {"x": 1}, None))
+    assert main([*command, "--parts", "accuracy", "orthogonality"]) == 0
+    assert measured == []
+    assert main([*command, "--parts", "accuracy", "noise"]) == 0
+    assert measured == ["noise", "noise"]
+    assert main([*command[:2], "--images", "30", "--jobs", "1", "--parts", "accuracy", "noise"]) == 0
+    assert measured == ["noise"] * 4  # with other settings; accuracy is of all images
+    other = load_file(runs / "so/1/last.safetensors")
+    with torch.no_grad():
+        other["fc.bias"] += 1
+    save_file(other, runs / "so/1/last.safetensors", {"recipe": json.dumps(Recipe.of(RAW).to_dict())})
+    assert main([*command, "--parts", "accuracy"]) == 0
+    assert measured[4:] == ["accuracy"]  # the other weights'
+    assert list(json.loads((runs / "so/1/evaluation.json").read_text())["parts"]) == ["accuracy"]
+
+
+def test_several_processes_give_the_same(runs, capsys):
+    command = ["evaluate", str(runs / "so/0"), "--images", "20", "--parts", "noise", "accuracy", "attacks"]
+    assert main([*command, "--jobs", "2"]) == 0
+    first = json.loads((runs / "so/0/evaluation.json").read_text())
+    (runs / "so/0/evaluation.json").unlink()
+    assert main([*command, "--jobs", "1"]) == 0
+    assert json.loads((runs / "so/0/evaluation.json").read_text()) == first
+
+
+def test_formats(runs, capsys):
+    for form, check in (("json", json.loads), ("csv", lambda text: text.startswith("network,"))):
+        assert main(["evaluate", str(runs), "--parts", "accuracy", "--jobs", "1", "--format", form]) == 0
+        assert check(capsys.readouterr().out)
+
+
+class Plain(nn.Module):
+    """Somebody's own network."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def test_any_checkpoint_with_a_recipe(tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save({"epoch": 3, "model": {f"module.{k}": v for k, v in Plain(1, 10).state_dict().items()}}, tmp_path / "own.pt")
+    (tmp_path / "own.toml").write_text(
+        '[data]\nname = "digits"\nvalidation = 0\n[network]\nkind = "test_lab_evaluate:Plain"\n[train]\nepochs = 1\n'
+    )
+    assert main(["evaluate", str(tmp_path / "own.pt"), "--jobs", "1"]) == 2
+    assert "--recipe" in capsys.readouterr().err
+    command = ["evaluate", str(tmp_path / "own.pt"), "--recipe", str(tmp_path / "own.toml"), "--jobs", "1", "--images", "30"]
+    assert main(command) == 0
+    found = json.loads((tmp_path / "own.evaluation.json").read_text())["parts"]
+    assert set(found) == set(evaluate.PARTS)
+    assert not any(isinstance(value, float) and math.isnan(value) for value in found["accuracy"].values())
+
+
+def test_what_goes_wrong_is_told_and_the_rest_is_done(runs, tmp_path, capsys):
+    weights = load_file(runs / "so/0/last.safetensors")
+    weights["fc.weight"] = weights["fc.weight"][:5].clone()
+    save_file(weights, runs / "so/0/last.safetensors", {"recipe": json.dumps(Recipe.of(RAW).to_dict())})
+    assert main(["evaluate", str(runs), "--parts", "accuracy", "--jobs", "1"]) == 4
+    said = words(capsys.readouterr().out)
+    assert "so/0 accuracy:" in said
+    assert "does not fit the network of its recipe" in said
+    assert (runs / "so/1/evaluation.json").is_file()
+    weights = load_file(runs / "so/1/last.safetensors")
+    weights["fc.bias"][0] = math.nan
+    save_file(weights, runs / "so/1/last.safetensors", {"recipe": json.dumps(Recipe.of(RAW).to_dict())})
+    assert main(["evaluate", str(runs / "so/1"), "--parts", "accuracy", "--jobs", "1"]) == 4
+    assert "not finite" in capsys.readouterr().out
+    (runs / "so/1/evaluation.json").write_text("{")
+    assert main(["evaluate", str(runs / "so/1"), "--jobs", "1"]) == 2
+    assert "evaluation.json is damaged" in words(capsys.readouterr().err)
+    (runs / "so/1/last.safetensors").unlink()
+    for path, message in (
+        (runs / "so/1", "last.safetensors is not there"),
+        (tmp_path / "nothing", "is not there; give a run's folder"),
+        (tmp_path, "last.safetensors is not there"),
+    ):
+        assert main(["evaluate", str(path)]) == 2
+        assert message in words(capsys.readouterr().err)
+    (tmp_path / "empty").mkdir()
+    assert main(["evaluate", str(tmp_path / "empty")]) == 2
+    assert "no finished run" in capsys.readouterr().err
+    for wrong in ([], ["x", "--images", "0"], ["x", "--jobs", "0"]):
+        assert main(["evaluate", *wrong]) == 2
+    with pytest.raises(ValueError, match="no part 'acuracy'; did you mean 'accuracy'"):
+        evaluate.evaluate([], parts=["acuracy"])
