@@ -58,14 +58,20 @@ class Evaluate:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"--{name} must be at least 1; got {value}")
         with needing("evaluating needs"):
-            from orthokit.lab import evaluate, recipe
+            from orthokit.lab import evaluate, formats, recipe
         given = None if self.recipe is None else recipe.load(self.recipe)
         wanted = [subject for path in self.paths for subject in evaluate.subjects(path, given)]
         unique = list({subject.record.resolve(): subject for subject in wanted}.values())
         quiet = Console(stderr=True) if self.format != "table" else console
         failed = measured(unique, quiet, self.parts, self.images, self.root, self.device, self.jobs, self.threads)
-        show(_measured_table(unique), self.format, console)
-        if len(unique) == 1 and self.format == "table":
+        table = _table(unique)
+        if self.format != "table":
+            show(table, self.format, console)
+            return 4 if failed else 0
+        columns = [c for c in table.columns if any(row[c.key] is not None for row in table.rows)]
+        cells = [[column.show(row[column.key]) for column in columns] for row in table.rows]
+        console.print(formats.Wide(table.title, [column.header for column in columns], cells))
+        if len(unique) == 1:
             console.print(_curves(evaluate.known(unique[0])[1]))
         return 4 if failed else 0
 
@@ -105,17 +111,15 @@ def measured(
         return evaluate(subjects, **options, threads=threads, tick=tick, start=start)
 
 
-def _measured_table(subjects: "Sequence[Subject]") -> Table:
+def _table(subjects: "Sequence[Subject]") -> Table:
     from orthokit.lab.evaluate import result
     from orthokit.lab.results import METRICS
 
     metrics = [metric for metric in METRICS if metric.group != "cost"]
-    rows = []
-    for subject in subjects:
-        found = result(subject)
-        rows.append({"network": subject.name} | {metric.key: metric.read(found) for metric in metrics})
+    found = {subject.name: result(subject) for subject in subjects}
+    rows = tuple({"network": name} | {metric.key: metric.read(each) for metric in metrics} for name, each in found.items())
     columns = [Column("network", "network", "s"), *(Column(m.key, m.heading, m.format) for m in metrics)]
-    return Table("evaluation", tuple(columns), tuple(rows), {}, ("robustness: accuracy, mean over the strengths",))
+    return Table("evaluation (robustness: accuracy, mean over the strengths)", tuple(columns), rows, {})
 
 
 def _curves(parts: dict[str, Any]) -> RichTable:

@@ -128,7 +128,7 @@ def pgd(
         norm: ``"linf"`` or ``"l2"``, of the ball.
         steps: gradients for each epsilon.
         path: length of all steps together, in radii: 5 of them in 20 steps are a quarter of the radius each, as is usual. Madry
-            et al.'s 2.5 fools fewer in ``"l2"``: a start across the gradient ends 1.4 % short even where the gradient is constant.
+            et al.'s 2.5 fools fewer in ``"l2"``: a start across the gradient ends 1.4 % short even if the gradient is constant.
         batch: images at a time.
         seed: of the random starts.
     """

@@ -15,7 +15,7 @@ from typing import Any
 from orthokit.config import penalty_of
 from orthokit.lab.fairness import Panel, flags, incomparable, plain, refusals, under
 from orthokit.lab.recipe import Recipe, flattened
-from orthokit.lab.results import MEASURED, METRICS, Metric, Result, metric_of
+from orthokit.lab.results import COST, MEASURED, METRICS, Metric, Result, metric_of
 from orthokit.lab.statistics import ALPHA, POWER, Difference, Sample, detectable, differences, holm, pooled_sd, seeds_needed
 
 FACTOR = ("regularizer",)
@@ -78,7 +78,7 @@ class Comparison:
             }
             if samples:
                 cells[panel.name] = {arm: Cell(sample) for arm, sample in samples.items()}
-            if self.baseline in samples:
+            if self.baseline in samples and metric.group != "cost":  # of runs that had a machine to themselves or not
                 found |= {(panel.name, arm): each for arm, each in differences(samples, self.baseline).items()}
         raw = {key: each.welch for key, each in found.items() if each.welch is not None}
         adjusted = dict(zip(raw, holm(list(raw.values())), strict=True))
@@ -139,7 +139,10 @@ class Comparison:
         shown = dict.fromkeys(metric.part for metric in self.metrics if metric.part is not None)
         results = [result for panel in self.panels for result in panel.results]
         first = {part: next(result.parts[part] for result in results if part in result.parts) for part in shown}
-        return [Template(MEASURED[part]).safe_substitute(found["settings"]) for part, found in first.items() if part in MEASURED]
+        cost = [COST] if any(metric.group == "cost" for metric in self.metrics) else []
+        return cost + [
+            Template(MEASURED[part]).safe_substitute(found["settings"]) for part, found in first.items() if part in MEASURED
+        ]
 
     @property
     def explanation(self) -> str:

@@ -126,9 +126,9 @@ def _accuracy(bench: Bench) -> dict[str, Any]:
         raise FloatingPointError("the network's outputs are not finite")
     error = multiclass_calibration_error(logits.softmax(-1), labels, classes, n_bins=BINS, norm="l1")
     return {
-        "accuracy": float(multiclass_accuracy(logits, labels, classes, average="micro")),
+        "accuracy": round(float(multiclass_accuracy(logits, labels, classes, average="micro")), 6),
         "nll": float(F.cross_entropy(logits, labels)),
-        "ece": float(error),
+        "ece": round(float(error), 6),
     }
 
 

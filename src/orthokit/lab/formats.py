@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -109,14 +110,20 @@ class Shown:
         if self.more:
             for title, names, parts in secondary(comparison):
                 for panel, rows in parts.items():
-                    yield from _split(f"{title}: {panel}", names, rows, console, options)
+                    yield Wide(f"{title}: {panel}", names, rows)
             yield Text(MARKED, style="dim")
         yield Group(*(Text(f"power: {each}") for each in comparison.power()))
         yield Padding(Text("\n".join([comparison.explanation, *comparison.notes]), style="dim"), (1, 0, 0, 0))
 
 
-def _drawn(title: str, headers: Sequence[str], rows: Sequence[Line], kept: Sequence[int]) -> Table:
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _drawn(title: str | None, headers: Sequence[str], rows: Sequence[Line], kept: Sequence[int]) -> Table:
+    table = Table(
+        title=None if title is None else Text(title),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for place in kept:
         left = place == 0 or headers[place] == "verdict"
         table.add_column(headers[place], justify="left" if left else "right", no_wrap=place > 0, overflow="fold")
@@ -125,16 +132,23 @@ def _drawn(title: str, headers: Sequence[str], rows: Sequence[Line], kept: Seque
     return table
 
 
-def _split(title: str, headers: Line, rows: list[Line], console: Console, options: ConsoleOptions) -> Iterator[Table]:
-    """One table, or several below each other where it is wider than the terminal."""
-    kept = [0]
-    for place in range(1, len(headers)):
-        wider = _drawn(title, headers, rows, [*kept, place])
-        if len(kept) > 1 and console.measure(wider, options=options.update(width=1000)).maximum > options.max_width:
-            yield _drawn(title, headers, rows, kept)
-            kept = [0]
-        kept.append(place)
-    yield _drawn(title, headers, rows, kept)
+@dataclass(frozen=True)
+class Wide:
+    """A table on a terminal; several below each other where it is wider."""
+
+    title: str
+    headers: Line
+    rows: list[Line]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        kept, title = [0], self.title or None
+        for place in range(1, len(self.headers)):
+            wider = _drawn(title, self.headers, self.rows, [*kept, place])
+            if len(kept) > 1 and console.measure(wider, options=options.update(width=1000)).maximum > options.max_width:
+                yield _drawn(title, self.headers, self.rows, kept)
+                kept, title = [0], None
+            kept.append(place)
+        yield _drawn(title, self.headers, self.rows, kept)
 
 
 def markdown(comparison: Comparison, *, figures: Sequence[tuple[str, str]] = (), command: str | None = None) -> str:

@@ -191,6 +191,8 @@ MEASURED = {
 }
 """By part of the evaluation: how it was measured, with which settings."""
 
+COST = "Cost is of runs one after another, beside whatever else the machine did; it is shown, not tested."
+
 
 def metric_of(key: str) -> Metric:
     """The metric of a key.
