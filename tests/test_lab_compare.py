@@ -199,6 +199,13 @@ def test_adjusted_over_all_panels():
     assert len(cells) == 6
 
 
+def test_what_is_not_finite_is_missing():
+    runs = made_up({"none": 0, "so": 9}, depths=[8])
+    broken = dataclasses.replace(runs[0], parts=runs[0].parts | {"accuracy": runs[0].parts["accuracy"] | {"nll": math.nan}})
+    cells = compare([broken, *runs[1:]]).cells(results.metric_of("nll"))["ResNet-8"]
+    assert list(cells) == ["so"]
+
+
 def test_single_runs_resolve_nothing():
     comparison = compare(made_up({"none": 0, "so": 9}, depths=[8], seeds=1))
     cell = comparison.cells(comparison.primary)["ResNet-8"]["so"]
@@ -310,11 +317,11 @@ def test_other_flags():
         runs[0], parts=runs[0].parts | {"attacks": runs[0].parts["attacks"] | {"settings": {"images": 50, "steps": 20}}}
     )
     comparison = compare([less, *runs[1:]])
-    assert "attacks is left out, as runs were evaluated with different settings" in comparison.flags[0]
+    assert comparison.flags[0].startswith("evaluated with different settings, hence left out: attacks; ")
     assert not {"fgsm", "pgd", "pgd_l2"} & {metric.key for metric in comparison.metrics}
     lacking = dataclasses.replace(runs[0], parts={k: v for k, v in runs[0].parts.items() if k != "noise"})
     comparison = compare([lacking, *runs[1:]])
-    assert comparison.flags == ("noise was not evaluated in 1 of 12 runs; their arms are left out of it",)
+    assert comparison.flags == ("not evaluated in 1 of 12 runs, whose arms are left out there: noise",)
     assert comparison.cell(results.metric_of("noise"), "ResNet-8", "none") is None
     assert comparison.cell(results.metric_of("noise"), "ResNet-8", "so").difference is None
 

@@ -185,13 +185,18 @@ def _of_a_sweep(result: Result) -> bool:
 
 def incomparable(panels: Sequence[Panel]) -> tuple[list[str], list[str]]:
     """Parts of evaluations made with different settings, and what to say of them and of parts that some runs lack."""
-    excluded, said = [], []
     results = [result for panel in panels for result in panel.results]
+    differing, lacking = [], dict[int, list[str]]()
     for part in dict.fromkeys(part for result in results for part in result.parts):
-        found = [result.parts.get(part) for result in results]
-        if len({json.dumps(each.get("settings"), sort_keys=True) for each in found if each is not None}) > 1:
-            excluded.append(part)
-            said.append(f"{part} is left out, as runs were evaluated with different settings; orthokit evaluate them alike")
-        elif lacking := sum(each is None for each in found):
-            said.append(f"{part} was not evaluated in {lacking} of {len(found)} runs; their arms are left out of it")
-    return excluded, said
+        found = [json.dumps(result.parts[part].get("settings"), sort_keys=True) for result in results if part in result.parts]
+        if len(set(found)) > 1:
+            differing.append(part)
+        elif len(found) < len(results):
+            lacking.setdefault(len(results) - len(found), []).append(part)
+    said = [
+        f"not evaluated in {count} of {len(results)} runs, whose arms are left out there: {', '.join(parts)}"
+        for count, parts in lacking.items()
+    ]
+    if differing:
+        said.append(f"evaluated with different settings, hence left out: {', '.join(differing)}; orthokit evaluate them alike")
+    return differing, said

@@ -5,7 +5,7 @@ An arm keeps its colour, marker and line in all of them; the baseline is grey. D
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -159,7 +159,7 @@ def _by_panel(comparison: Comparison, metric: Metric) -> Drawing:
         for panel in panels
         for arm, cell in cells[panel.name].items()
     }
-    return _drawn(figure, f"{what}: mean with 95% interval, seeds faint.", means)
+    return _drawn(figure, f"{what}: {_spread(cell for panel in panels for cell in cells[panel.name].values())}.", means)
 
 
 def _rows(comparison: Comparison, panels: Sequence[Panel]) -> int:
@@ -178,7 +178,7 @@ def _differences(comparison: Comparison, panels: Sequence[Panel]) -> Drawing | N
     for name in (panel.name for panel in panels):
         found = {arm: cell for arm, cell in cells.get(name, {}).items() if cell.difference is not None}
         rows += [(_wrapped(name, 22, 2), name, "", None)] if len(comparison.panels) > 1 and found else []
-        rows += [(_wrapped(arm, 22, 3), name, arm, cell) for arm, cell in found.items()]
+        rows += [(_wrapped(arm, 22, 4), name, arm, cell) for arm, cell in found.items()]
     lines = sum(label.count("\n") + 1 for label, *_ in rows)
     figure = Figure(figsize=(WIDTH, max(2.4, 0.9 + 0.16 * lines + 0.05 * len(rows))), layout="constrained")
     axis = figure.subplots()
@@ -196,7 +196,7 @@ def _differences(comparison: Comparison, panels: Sequence[Panel]) -> Drawing | N
         axis.plot(each.interval or [each.mean] * 2, [places[-1]] * 2, color=style["color"], linewidth=1.5)
         axis.plot([each.mean], [places[-1]], **style | {"markersize": 6})
         said[f"{panel}, {arm}" if len(panels) > 1 else arm] = f"{metric.show(each.mean, sign=True)} ({cell.verdict})"
-    ends = [end for each in every for end in (each.interval or (each.mean, each.mean))] + [0.0]
+    ends = [0.0, *(end for each in every for end in (each.interval or [each.mean]) if np.isfinite(end))]
     room = 0.06 * (max(ends) - min(ends)) or 1.0
     axis.set(xlim=(min(ends) - room, max(ends) + room), ylim=(y, 0))
     axis.set_yticks(places, [label for label, *_ in rows], fontsize=8)
@@ -224,13 +224,13 @@ def _training(comparison: Comparison, panel: Panel) -> Drawing | None:
     if not arms:
         return None
     figure, look = _sheet(comparison, arms)
-    axes = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(sides), squeeze=False)[0]
     for axis, (name, curves) in zip(axes, sides.items(), strict=True):
         _lines(axis, curves, look, markers=False)
         axis.set_title(name, fontweight="normal")
         axis.set_xlabel("epoch")
+        _log(axis.yaxis, [values for _, values in curves.values()])
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _log(axes[0].yaxis, [values for curves in sides.values() for _, values in curves.values()])
     axes[0].set_ylabel("mean |c|")
     _title(figure, comparison, panel)
     last = {
@@ -264,7 +264,7 @@ def _trade(comparison: Comparison, panel: Panel) -> Drawing | None:
     axis.set(xlabel="mean |c| of under-determined layers", ylabel=up.heading)
     _title(figure, comparison, panel)
     points = {arm: f"{across.show(xs[arm].sample.mean)} and {up.show(ys[arm].sample.mean)}" for arm in arms}
-    caption = f"{_capital(up.label)} against near-orthogonality{_of(comparison, panel)}: means with 95% intervals, seeds faint."
+    caption = f"{_capital(up.label)} against near-orthogonality{_of(comparison, panel)}: {_spread(ys[arm] for arm in arms)}."
     return _drawn(figure, caption, points)
 
 
@@ -450,6 +450,10 @@ def _of(comparison: Comparison, panel: Panel) -> str:
 def few(panels: Sequence[Panel]) -> Sequence[Panel]:
     """Those that curves are drawn of."""
     return panels if len(panels) <= CURVES else (panels[0], panels[len(panels) // 2], panels[-1])
+
+
+def _spread(cells: Iterable[Cell]) -> str:
+    return "mean with 95% interval, seeds faint" if any(cell.sample.n > 1 for cell in cells) else "single runs"
 
 
 def _capital(text: str) -> str:

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from orthokit.lab.compare import Cell, Comparison
-from orthokit.lab.results import METRICS, Metric
+from orthokit.lab.results import METRICS, Group, Metric
 
 Line = list[str]
-GROUPS = {
+GROUPS: dict[Group, str] = {
     "result": "Accuracy and calibration",
     "orthogonality": "Near-orthogonality of under- and over-determined layers",
     "robustness": "Robustness: accuracy, mean over the strengths",
@@ -112,7 +112,7 @@ class Shown:
                 for panel, rows in parts.items():
                     yield Wide(f"{title}: {panel}", names, rows)
             yield Text(MARKED, style="dim")
-        yield Group(*(Text(f"power: {each}") for each in comparison.power()))
+        yield from (Text(f"power: {each}") for each in comparison.power())
         yield Padding(Text("\n".join([comparison.explanation, *comparison.notes]), style="dim"), (1, 0, 0, 0))
 
 

@@ -11,20 +11,13 @@ import tomli_w
 from markupsafe import Markup
 
 from orthokit import __version__
+from orthokit.lab import formats
 from orthokit.lab.compare import Cell, Comparison
 from orthokit.lab.fairness import Panel, plain, under
 from orthokit.lab.figures import Drawing, few, figures
 from orthokit.lab.recipe import flattened
-from orthokit.lab.results import Group, Metric
+from orthokit.lab.results import Metric
 from orthokit.plots import COLOURS
-
-TITLES: dict[Group, str] = {
-    "result": "Result",
-    "orthogonality": "Orthogonality",
-    "robustness": "Robustness",
-    "features": "Features",
-    "cost": "Cost",
-}
 
 
 class Shown(NamedTuple):
@@ -55,14 +48,16 @@ def page(comparison: Comparison, *, command: str | None = None) -> str:
         colours={arm: COLOURS[place % len(COLOURS)] for place, arm in enumerate(comparison.arms)},
         verdicts=_verdicts(comparison),
         tables=_tables(comparison),
-        figures={title: [_shown(d) for name, d in drawn.items() if name.startswith(f"{g}-")] for g, title in TITLES.items()},
+        figures={
+            title: [_shown(d) for name, d in drawn.items() if name.startswith(f"{g}-")] for g, title in formats.GROUPS.items()
+        },
         values={panel.name: ", ".join(f"{key} = {value}" for key, value in panel.values.items()) for panel in comparison.panels},
         recipe=comparison.panels[0].results[0].recipe.to_toml(),
         factors={arm: _factors(comparison, arm) for arm in comparison.arms},
         environment=_environment(comparison.panels),
-        interval=_interval,
-        p=_p,
-        spread=_spread,
+        interval=formats.interval,
+        p=formats.p,
+        spread=formats.mean,
         joints=_joints,
         left_out=len(comparison.panels) - len(few(comparison.panels)),
     )
@@ -89,7 +84,7 @@ def _verdicts(comparison: Comparison) -> dict[str, list[tuple[str, str]]]:
 def _tables(comparison: Comparison) -> list[tuple[str, list[Metric], dict[str, list[tuple[str, list[Cell | None]]]]]]:
     """Title, metrics, and panel -> arm and cells, of each group that there are numbers of."""
     found = []
-    for group, title in TITLES.items():
+    for group, title in formats.GROUPS.items():
         if metrics := [metric for metric in comparison.metrics if metric.group == group]:
             rows = {
                 panel.name: [(arm, [comparison.cell(metric, panel.name, arm) for metric in metrics]) for arm in panel.arms]
@@ -131,19 +126,6 @@ def _environment(panels: Sequence[Panel]) -> dict[str, list[str]]:
     return {key: list(values) for key, values in found.items()}
 
 
-def _interval(metric: Metric, ends: tuple[float, float] | None, sign: bool = False) -> str:
-    return "–" if ends is None else f"[{metric.show(ends[0], sign)}, {metric.show(ends[1], sign)}]"
-
-
-def _p(value: float | None) -> str:
-    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _spread(metric: Metric, cell: Cell) -> str:
-    mean, sd = metric.show(cell.sample.mean), cell.sample.sd
-    return mean if sd is None else f"{mean} ± {metric.show(sd)}"
-
-
 def _joints(name: str) -> Markup:
     """A name that may break where it has a joint."""
-    return Markup("<wbr>").join(re.split(r"(?<=[=_,])|(?=\()", name))
+    return Markup("<wbr>").join(re.split(r"(?<=[_,])|(?=\([^)])", name))

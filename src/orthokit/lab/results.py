@@ -1,6 +1,7 @@
 """What finished runs left, and the numbers that can be read off it."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,12 +129,14 @@ class Metric:
         return second if first == "evaluation" else None
 
     def read(self, result: Result) -> float | None:
-        """Its value; fractions become percent where that is the unit."""
+        """Its value, None where it is missing or not finite; fractions become percent where that is the unit."""
         value: Any = result.summary | {"evaluation": result.parts}
         for key in self.path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         numbers = list(_numbers(value))
-        return statistics.fmean(numbers) * (100 if self.unit == "%" else 1) if numbers else None
+        if not numbers or not all(map(math.isfinite, numbers)):
+            return None
+        return statistics.fmean(numbers) * (100 if self.unit == "%" else 1)
 
     def show(self, value: float | None, sign: bool = False) -> str:
         """``value`` as text; a dash where there is none."""
