@@ -17,16 +17,19 @@ from orthokit.lab.results import METRICS, Group, Metric
 
 Line = list[str]
 GROUPS: dict[Group, str] = {
-    "result": "Accuracy and calibration",
-    "orthogonality": "Near-orthogonality of under- and over-determined layers",
-    "robustness": "Robustness: accuracy, mean over the strengths",
-    "features": "Penultimate features",
+    "result": "Result",
+    "orthogonality": "Near-orthogonality",
+    "robustness": "Robustness",
+    "features": "Features",
     "cost": "Cost",
 }
 STYLES = {"better": "bold green", "worse": "bold red", "not resolved": "dim"}
 MARKS = {"better": "+", "worse": "-", "higher": "↑", "lower": "↓"}
 """Beside a mean that differs from the baseline's; only where that is resolved."""
-MARKED = "+ better, - worse, ↑ higher, ↓ lower than the baseline, where resolved"
+LEGEND = (
+    "Mean ± sd; + better, - worse, ↑ higher, ↓ lower than the baseline, where resolved. Under and over: layers that can be orthogonal, "
+    "and those with more filters than weights per filter. Robustness: accuracy, the mean over all strengths. Features: penultimate."
+)
 
 
 def p(value: float | None) -> str:
@@ -111,7 +114,7 @@ class Shown:
             for title, names, parts in secondary(comparison):
                 for panel, rows in parts.items():
                     yield Wide(f"{title}: {panel}", names, rows)
-            yield Text(MARKED, style="dim")
+            yield Text(LEGEND, style="dim")
         yield from (Text(f"power: {each}") for each in comparison.power())
         yield Padding(Text("\n".join([comparison.explanation, *comparison.notes]), style="dim"), (1, 0, 0, 0))
 
@@ -170,7 +173,7 @@ def markdown(comparison: Comparison, *, figures: Sequence[tuple[str, str]] = (),
     parts += [f"![{words}]({file})" for file, words in figures]
     for title, names, each in secondary(comparison):
         parts += [f"## {title}", *(f"**{panel}**\n\n{_pipes(names, rows)}" for panel, rows in each.items())]
-    parts += [f"Mean ± sd; {MARKED}.", *comparison.notes]
+    parts += [LEGEND, *comparison.notes]
     return "\n\n".join(parts) + "\n"
 
 
