@@ -27,8 +27,9 @@ STYLES = {"better": "bold green", "worse": "bold red", "not resolved": "dim"}
 MARKS = {"better": "+", "worse": "-", "higher": "↑", "lower": "↓"}
 """Beside a mean that differs from the baseline's; only where that is resolved."""
 LEGEND = (
-    "Mean ± sd; + better, - worse, ↑ higher, ↓ lower than the baseline, where resolved. Under and over: layers that can be orthogonal, "
-    "and those with more filters than weights per filter. Robustness: accuracy, the mean over all strengths. Features: penultimate."
+    "Mean ± sd; + better, - worse, ↑ higher, ↓ lower than the baseline, where resolved. Under and over: layers that can be "
+    "orthogonal, and those with more filters than weights per filter. Robustness: accuracy, the mean over all strengths. "
+    "Features: penultimate."
 )
 
 
