@@ -249,7 +249,7 @@ def test_what_differs_besides_the_factor_is_refused():
     assert any("runs differ in train.epochs" in flag for flag in flagged.flags)
     assert not compare(longer, factor=["regularizer", "train.epochs"]).flags
     other = [changed(run, fingerprint="another") if run.seed == 2 else run for run in runs]
-    with pytest.raises(ValueError, match="runs differ in the images"):
+    with pytest.raises(ValueError, match="runs are of different images"):
         compare(other)
     with pytest.raises(ValueError, match="so holds seed 1 more than once"):
         compare([*runs, next(run for run in runs if run.summary["study"]["arm"] == "so" and run.seed == 1)])

@@ -168,8 +168,14 @@ def test_what_is_missing_is_flagged(folder, in_process, capsys, monkeypatch):
         ("none = {}", "none = { train.epoch = 3 }", "none: unknown key train.epoch"),
         ("none = {}\n", "", "arms"),
         ('"so.toml"', "3", "extends must be a file"),
-        ("none = {}", '"s/o" = {}\n"s o" = {}', "would share the folder s-o"),
+        ("none = {}", '"s/o" = {}\n"s o" = { regularizer = { strength = 1, penalty = "dso" } }', "would share the folder s-o"),
         ("title", "title = [", "is no TOML"),
+        (
+            "none = {}",
+            "none = { train.epochs = 3 }",
+            "runs differ in train.epochs, which is not the declared factor",
+        ),
+        ("none = {}", "none = {}\nzero = {}", "the arms none and zero have the same recipe"),
     ],
 )
 def test_mistakes_are_told(folder, capsys, old, new, message):

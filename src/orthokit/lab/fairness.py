@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from orthokit.config import penalty_of, where_of
-from orthokit.lab.recipe import flattened
+from orthokit.lab.recipe import Recipe, flattened
 from orthokit.lab.results import Result
 from orthokit.penalties import Disentangled
 from orthokit.select import select
@@ -64,29 +64,33 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _shown(values: dict[Any, list[str]]) -> str:
-    return "; ".join(f"{value} in {listed(arms)}" for value, arms in values.items())
+def _shown(values: Mapping[Any, Iterable[str]]) -> str:
+    return "; ".join(f"{value} in {listed(list(arms))}" for value, arms in values.items())
+
+
+def undeclared(recipes: Iterable[tuple[str, Recipe]], factor: Sequence[str]) -> list[str]:
+    """In what the recipes of arms differ besides the factor: a sentence for each key."""
+    flat = [(arm, flattened(recipe.to_dict())) for arm, recipe in recipes]
+    said = []
+    for key in dict.fromkeys(key for _, each in flat for key in each if not under(key, factor)):
+        values: dict[str, dict[str, None]] = {}
+        for arm, each in flat:
+            values.setdefault(plain(each.get(key)), {})[arm] = None
+        if len(values) > 1:
+            said.append(f"runs differ in {key}, which is not the declared factor ({', '.join(factor)}): {_shown(values)}")
+    return said
 
 
 def refusals(panel: Panel, factor: Sequence[str]) -> list[str]:
     """What makes the comparison in a panel meaningless."""
-    flat = {id(result): flattened(result.recipe.to_dict()) for result in panel.results}
-    keys = dict.fromkeys(key for each in flat.values() for key in each if not under(key, factor))
-    looks: dict[str, Callable[[Result], Any]] = {
-        key: lambda result, key=key: plain(flat[id(result)].get(key))  # type: ignore[misc]
-        for key in keys
-    }
-    looks["the images (fingerprint)"] = lambda result: result.summary["fingerprint"][:12]
-    found = [
-        f"{panel.name}: runs differ in {key}, which is not the declared factor ({', '.join(factor)}): {_shown(values)}. Declare "
-        "it with --factor, keep such runs apart with --by, or see it flagged with --anyway"
-        for key, look in looks.items()
-        if len(values := panel.by(look)) > 1
-    ]
+    advice = "declare it with --factor, keep such runs apart with --by, or see it flagged with --anyway"
+    found = [f"{each}; {advice}" for each in undeclared(((arm, result.recipe) for arm, result in panel), factor)]
+    if len(values := panel.by(lambda result: result.summary["fingerprint"][:12])) > 1:
+        found.append(f"runs are of different images (fingerprint): {_shown(values)}")
     for arm, results in panel.arms.items():
         if twice := [seed for seed, count in Counter(result.seed for result in results).items() if count > 1]:
-            found.append(f"{panel.name}: {arm} holds seed {twice[0]} more than once; runs of one recipe and seed are no two runs")
-    return found
+            found.append(f"{arm} holds seed {twice[0]} more than once; runs of one recipe and seed are no two runs")
+    return [f"{panel.name}: {each}" for each in found]
 
 
 def flags(panel: Panel, baseline: str) -> list[str]:

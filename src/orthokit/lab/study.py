@@ -26,6 +26,7 @@ evaluated, nothing is left to do for that run, whether or not its weights are th
 
 import itertools
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,7 @@ from orthokit.checks import did_you_mean
 from orthokit.lab import figures, formats, page
 from orthokit.lab.compare import FACTOR, Comparison, compare
 from orthokit.lab.evaluate import PARTS, settings
+from orthokit.lab.fairness import undeclared
 from orthokit.lab.files import to_json, write
 from orthokit.lab.recipe import Recipe, Section, explained, extended, inline, label, merged, parsed, read_toml
 from orthokit.lab.record import SEEDS, Run
@@ -194,7 +196,8 @@ def plan(file: Path, *, out: Path, results: Path) -> Plan:
 
     Raises:
         FileNotFoundError: no such file, or one that it extends.
-        ValueError: it is no TOML, no study, or its recipes are none; two arms or networks would share a folder.
+        ValueError: it is no TOML, no study, or its recipes are none; arms are equal, differ in more than the factor, or would
+            share a folder.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no study {file} is there")
@@ -212,13 +215,25 @@ def plan(file: Path, *, out: Path, results: Path) -> Plan:
         raw = merged(base, extended(part, file))
         for setting in chosen:
             raw = merged(raw, parsed(setting))
-        for arm, over in said.arms.items():
-            where = f"{file}: {arm}" + f" of {panel}" * bool(panel)
-            recipe = Recipe.of(merged(raw, extended(over, file)), where)
+        recipes = {
+            arm: Recipe.of(merged(raw, extended(over, file)), f"{file}: {arm}" + f" of {panel}" * bool(panel))
+            for arm, over in said.arms.items()
+        }
+        _check(file, recipes, said.factor)
+        for arm, recipe in recipes.items():
             name = "-".join(filter(None, [re.sub(r"[^\w.=+]+", "-", each).strip("-") for each in (network, arm)])) + label(chosen)
             if folders.setdefault(name, (panel, arm)) != (panel, arm):
-                raise ValueError(f"{where} would share the folder {name} with {folders[name]}; choose other names")
+                raise ValueError(f"{file}: {arm} and {folders[name][1]} would share the folder {name}; choose other names")
             for seed in said.seeds:
                 run = Run(recipe, seed, out / file.stem / name / str(seed))
                 tasks.append(Task(arm, panel, run, results / file.stem / "runs" / name / str(seed) / "summary.json"))
     return Plan(file, said, results / file.stem, tuple(tasks))
+
+
+def _check(file: Path, recipes: Mapping[str, Recipe], factor: Sequence[str]) -> None:
+    """Before anything is trained: whether it could be compared."""
+    if told := undeclared(recipes.items(), factor):
+        raise ValueError(f"{file}: {told[0]}; declare it among factor = [...]")
+    for (one, a), (two, b) in itertools.combinations(recipes.items(), 2):
+        if a == b:
+            raise ValueError(f"{file}: the arms {one} and {two} have the same recipe")
