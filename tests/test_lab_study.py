@@ -75,7 +75,7 @@ def test_a_study_from_one_file(folder, in_process, capsys):
     command = ["study", "tiny.toml", "--jobs", "1"]
     assert main(command) == 0
     said = words(capsys.readouterr().out)
-    assert "Tiny: 4 runs, 4 of them left to do" in said
+    assert "Tiny: 4 of 4 runs to train, 4 to evaluate" in said
     assert "so against none is" in said
     assert "power: 2 seeds an arm" in said
     assert in_process == ["none/0", "none/1", "so/0", "so/1"]
@@ -99,7 +99,7 @@ def test_a_study_from_one_file(folder, in_process, capsys):
     pictures[0].unlink()
     (kept / "figures/old.svg").touch()
     assert main(command) == 0
-    assert "all 4 runs are done" in words(capsys.readouterr().out)
+    assert "Tiny: all is done" in words(capsys.readouterr().out)
     assert in_process == ["none/0", "none/1", "so/0", "so/1"]
     assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
     assert len(read([kept])[0]) == 4

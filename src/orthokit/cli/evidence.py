@@ -267,9 +267,10 @@ class Study:
         machine = self.machine
         plan = study.plan(self.file, out=machine.out, results=self.results)
         left, status = plan.left(), 0
-        said = f"{len(plan.tasks)} runs, {len(left)} of them left to do" if left else f"all {len(plan.tasks)} runs are done"
+        untrained = [task.run for task in left if task.run.summary() is None]
+        said = f"{len(untrained)} of {len(plan.tasks)} runs to train, {len(left)} to evaluate" if left else "all is done"
         console.print(f"[bold]{escape(plan.said.title)}[/]: {said}", highlight=False, soft_wrap=True)
-        if untrained := [task.run for task in left if task.run.summary() is None]:
+        if untrained:
             status = machine.run_all(untrained, console)
         if trained := [task for task in left if task.run.summary() is not None]:
             wanted = [subject for task in trained for subject in evaluate.subjects(task.run.folder)]
