@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 from rich.console import Console
-from scipy import stats
+from scipy import integrate, stats
 
 from made_up import made_up
 from orthokit.cli import main
@@ -82,8 +82,10 @@ def test_dunnett_of_the_textbook():
 
 def test_no_spread_and_single_runs():
     same = differences({"none": Sample((1.0, 1.0)), "a": Sample((1.0, 1.0)), "b": Sample((2.0, 2.0))}, "none")
-    assert [same[name].welch for name in "ab"] == [1.0, 0.0]
-    assert [same[name].dunnett for name in "ab"] == [1.0, 0.0]
+    assert [(same[name].mean, same[name].welch, same[name].dunnett, same[name].interval) for name in "ab"] == [
+        (0.0, None, None, None),
+        (1.0, None, None, None),
+    ]
     hardly = differences({"none": Sample((19.7, 19.7)), "a": Sample((19.7, 19.7 + 1e-14)), "b": Sample((19.6, 19.8))}, "none")
     assert all(0 <= hardly[name].welch <= 1 and 0 <= hardly[name].dunnett <= 1 for name in "ab")
     single = differences({"none": Sample((1.0, 1.1)), "a": Sample((3.0,)), "b": Sample((1.0, 1.3))}, "none")
@@ -117,6 +119,19 @@ def test_power_by_simulation_and_back():
     assert power(5, 0.0, 1.0) == ALPHA
     assert power(2, 1e6, 1e-3) == 1.0
     assert (seeds_needed(1.0, 0.0), detectable(2, 0.0)) == (2, 0.0)
+    # Against the integral over the distribution of the standard deviation, where SciPy's noncentral t is not a number.
+    for n, comparisons in ((2, 3), (3, 10), (3, 20), (3, 40), (4, 40), (6, 100)):
+        least, freedom = detectable(n, 1.0, comparisons=comparisons), 2 * n - 2
+        critical = stats.t.isf(ALPHA / comparisons / 2, freedom)
+
+        def density(s, n=n, least=least, freedom=freedom, critical=critical):
+            return stats.norm.sf(critical * s - least * math.sqrt(n / 2)) * stats.chi.pdf(s * math.sqrt(freedom), freedom)
+
+        chance = integrate.quad(density, 0, 10, limit=500)[0] * math.sqrt(freedom)
+        assert chance == pytest.approx(0.8, abs=1e-3)
+    for wrong in ({"n": 1, "sd": 1.0}, {"n": 3, "sd": -1.0}, {"n": 3, "sd": math.nan}, {"n": 10**400, "sd": 1.0}):
+        with pytest.raises(ValueError, match="must be"):
+            detectable(**wrong)
     for bad in (
         {"effect": 0.0, "sd": 1.0},
         {"effect": -1.0, "sd": 1.0},
@@ -204,14 +219,16 @@ def test_what_is_not_finite_is_missing():
     broken = dataclasses.replace(runs[0], parts=runs[0].parts | {"accuracy": runs[0].parts["accuracy"] | {"nll": math.nan}})
     cells = compare([broken, *runs[1:]]).cells(results.metric_of("nll"))["ResNet-8"]
     assert list(cells) == ["so"]
+    (flag,) = compare([broken, *runs[1:]]).flags
+    assert flag == "ResNet-8: no NLL, or no finite one, of none (seed 0); these arms are left out of it"
 
 
 def test_single_runs_resolve_nothing():
     comparison = compare(made_up({"none": 0, "so": 9}, depths=[8], seeds=1))
     cell = comparison.cells(comparison.primary)["ResNet-8"]["so"]
     assert (cell.verdict, cell.sample.sd, cell.difference.holm) == ("not resolved", None, None)
-    assert "single runs have no spread" in comparison.power()[0]
-    assert "no p of a single run" in comparison.verdicts()[0]
+    assert "no spread between seeds" in comparison.power()[0]
+    assert "no p without spread" in comparison.verdicts()[0]
     assert "–" in shown(comparison)
 
 
@@ -251,8 +268,25 @@ def test_what_differs_besides_the_factor_is_refused():
     other = [changed(run, fingerprint="another") if run.seed == 2 else run for run in runs]
     with pytest.raises(ValueError, match="runs are of different images"):
         compare(other)
-    with pytest.raises(ValueError, match="so holds seed 1 more than once"):
+    with pytest.raises(ValueError, match="the same run counts 2 times: runs/ResNet-8-1/1, runs/ResNet-8-1/1"):
         compare([*runs, next(run for run in runs if run.summary["study"]["arm"] == "so" and run.seed == 1)])
+
+
+def test_what_is_not_one_arm_is_refused():
+    runs = made_up({"none": 0, "so": 0}, depths=[8])
+    stronger = [with_recipe(run, "regularizer", strength=0.3) for run in runs if run.recipe.regularizer]
+    others = [changed(run, seed=run.seed + 3) for run in stronger]
+    with pytest.raises(ValueError, match=r"so is the name of more than one arm: regularizer.strength is 0.1 and 0.3"):
+        compare([*runs, *others])
+    twins = [changed(run, study={}) for run in runs]
+    with pytest.raises(ValueError, match="the same run counts 2 times"):
+        compare([*runs, *twins])
+
+
+def test_curves_of_other_lengths_do_not_compare():
+    runs = made_up({"none": 0, "so": 0}, depths=[8])
+    short = dataclasses.replace(runs[0], parts=runs[0].parts | {"attacks": runs[0].parts["attacks"] | {"pgd": [0.9]}})
+    assert "pgd" not in {metric.key for metric in compare([short, *runs[1:]]).metrics}
 
 
 def test_arms_that_are_one_arm_are_flagged():
@@ -332,6 +366,8 @@ def test_other_flags():
         ({"factor": ["regulariser"]}, "regulariser is no key of a recipe"),
         ({"baseline": "nothing"}, "no arm 'nothing' to be the baseline; there are 'none', 'so'"),
         ({"metric": "acc"}, "metric must be one of"),
+        ({"metric": "speed"}, "no metric for verdicts"),
+        ({"factor": ["train.lrr"]}, "no run has the key train.lrr"),
     ],
 )
 def test_mistakes_are_told(options, message):
@@ -395,10 +431,19 @@ def test_unfinished_and_broken_runs_are_told(tmp_path, capsys):
     assert said[1] == "not finished, hence left out: ResNet-8-1/1"
     assert main(["compare", str(folder)]) == 0
     assert "failed, hence left out" in " ".join(capsys.readouterr().out.split())
-    for content in ("{", "[]", "{}", '{"recipe": {}, "seed": 0, "test": {}, "orthogonality": {}, "fingerprint": ""}'):
+    ok = json.loads((folder / "ResNet-8-1/2/summary.json").read_text())
+    odd = [
+        json.dumps(ok | each) for each in ({"study": 3}, {"environment": []}, {"test": {"accuracy": 1e308}}, {"evaluation": [1]})
+    ]
+    for content in (*odd, "{", "[]", "{}", '{"recipe": {}, "seed": 0, "test": {}, "orthogonality": {}, "fingerprint": ""}'):
         (folder / "ResNet-8-1/2/summary.json").write_text(content)
         assert main(["compare", str(folder)]) == 2
         assert "ResNet-8-1/2/summary.json" in capsys.readouterr().err.replace("\n", "")
+    (folder / "ResNet-8-1/2/summary.json").write_text(json.dumps(ok))
+    for content in ("{", '{"epoch": 1}', '{"epoch": 1, "validation": null, "orthogonality": {"under": null}}'):
+        (folder / "ResNet-8-1/2/metrics.jsonl").write_text(content)
+        assert main(["compare", str(folder)]) == 2
+        assert "metrics.jsonl is damaged" in " ".join(capsys.readouterr().err.split())
     assert main(["compare", str(tmp_path / "nothing")]) == 2
 
 
@@ -410,6 +455,7 @@ def test_on_a_terminal():
     text = shown(comparison, 160)
     for part in ("! beware", "Holm p", "not resolved", "better", "PGD L∞, %", "effective rank", "power:", "adjusted after Holm"):
         assert part in text
+    assert f"{comparison.cells(comparison.primary)['ResNet-8']['so'].sample.mean:.2f}" in shown(comparison, 40)
     narrow = shown(comparison, 60)
     assert max(map(len, narrow.splitlines())) <= 60
     for part in ("difference", "verdict", "not resolved", "PGD L2, %", "NC1"):

@@ -18,6 +18,7 @@ from orthokit.lab.data import load
 from orthokit.lab.hardware import Hardware
 from orthokit.lab.recipe import Recipe
 from orthokit.lab.record import Run
+from orthokit.lab.results import read_one
 from orthokit.lab.train import train
 
 RAW = {
@@ -165,36 +166,96 @@ def test_any_checkpoint_with_a_recipe(tmp_path, capsys):
     assert "--recipe" in capsys.readouterr().err
     command = ["evaluate", str(tmp_path / "own.pt"), "--recipe", str(tmp_path / "own.toml"), "--jobs", "1", "--images", "30"]
     assert main(command) == 0
-    found = json.loads((tmp_path / "own.evaluation.json").read_text())["parts"]
+    found = json.loads((tmp_path / "own.pt.evaluation.json").read_text())["parts"]
     assert set(found) == set(evaluate.PARTS)
     assert not any(isinstance(value, float) and math.isnan(value) for value in found["accuracy"].values())
 
 
-def test_what_goes_wrong_is_told_and_the_rest_is_done(runs, tmp_path, capsys):
+def test_measurements_are_of_a_network_and_its_images(tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(Plain(3, 10).state_dict(), tmp_path / "own.pt")
+    for size in (8, 16):
+        (tmp_path / f"{size}.toml").write_text(
+            f'[data]\nname = "synthetic"\nvalidation = 0\nsize = {size}\n[network]\nkind = "test_lab_evaluate:Plain"\n[train]\nepochs = 1\n'
+        )
+    found = []
+    for size in (8, 16, 8):
+        command = ["evaluate", str(tmp_path / "own.pt"), "--recipe", str(tmp_path / f"{size}.toml"), "--jobs", "1"]
+        assert main([*command, "--parts", "accuracy"]) == 0
+        found.append(json.loads((tmp_path / "own.pt.evaluation.json").read_text())["parts"]["accuracy"]["nll"])
+    assert found[0] == found[2] != found[1]
+
+
+def test_another_recipe_is_refused(runs, tmp_path, capsys):
+    (tmp_path / "other.toml").write_text(
+        '[data]\nname = "digits"\nvalidation = 0\n[network]\nkind = "resnet"\n[train]\nepochs = 1\n'
+    )
+    for path in (runs / "so/0", runs / "so/0/last.safetensors"):
+        assert main(["evaluate", str(path), "--recipe", str(tmp_path / "other.toml")]) == 2
+        assert "is of another recipe than --recipe: data.name:" in words(capsys.readouterr().err)
+
+
+def test_evaluations_of_other_weights_do_not_count(runs):
+    assert main(["evaluate", str(runs / "so/0"), "--parts", "accuracy", "--jobs", "1"]) == 0
+    assert set(read_one(runs / "so/0/summary.json").parts) == {"accuracy"}
+    shutil.copy(runs / "so/1/last.safetensors", runs / "so/0/last.safetensors")
+    assert read_one(runs / "so/0/summary.json").parts == {}
+
+
+def test_how_many_images(runs, capsys):
+    data = load("synthetic", train=200, validation=100, size=8)
+    assert [len(evaluate.some(data, images)) for images in (10, 990, 991, 1000, 10**6)] == [10, 990, 1000, 1000, 1000]
+    assert main(["evaluate", str(runs / "so/0"), "--images", "9", "--jobs", "1"]) == 2
+    assert "images must be from 10 to 990" in words(capsys.readouterr().err)
+    assert main(["evaluate", str(runs / "so/0"), "--images", "9", "--parts", "accuracy", "--jobs", "1"]) == 0
+
+
+def test_two_networks_of_one_name(tmp_path, capsys):
+    torch.manual_seed(0)
+    (tmp_path / "own.toml").write_text(
+        '[data]\nname = "digits"\nvalidation = 0\n[network]\nkind = "test_lab_evaluate:Plain"\n[train]\nepochs = 1\n'
+    )
+    paths = [tmp_path / name for name in ("a/net.pt", "b/net.pt", "a/net.pth")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        torch.save(Plain(1, 10).double().state_dict(), path)
+    command = ["evaluate", *map(str, paths), "--recipe", str(tmp_path / "own.toml"), "--jobs", "1", "--parts", "accuracy"]
+    assert main([*command, "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["network"] for row in rows] == list(map(str, paths))
+    assert len({row["nll"] for row in rows}) == 3
+
+
+def test_what_goes_wrong_is_told_and_the_rest_is_done(trained, runs, tmp_path, capsys):
     weights = load_file(runs / "so/0/last.safetensors")
     weights["fc.weight"] = weights["fc.weight"][:5].clone()
     save_file(weights, runs / "so/0/last.safetensors", {"recipe": json.dumps(Recipe.of(RAW).to_dict())})
     assert main(["evaluate", str(runs), "--parts", "accuracy", "--jobs", "1"]) == 4
     said = words(capsys.readouterr().out)
-    assert "so/0 accuracy:" in said
+    assert "so/0 accuracy: ValueError:" in said
     assert "does not fit the network of its recipe" in said
     assert (runs / "so/1/evaluation.json").is_file()
     weights = load_file(runs / "so/1/last.safetensors")
     weights["fc.bias"][0] = math.nan
     save_file(weights, runs / "so/1/last.safetensors", {"recipe": json.dumps(Recipe.of(RAW).to_dict())})
-    assert main(["evaluate", str(runs / "so/1"), "--parts", "accuracy", "--jobs", "1"]) == 4
-    assert "not finite" in capsys.readouterr().out
+    for part in ("accuracy", "attacks", "noise", "corruptions", "features"):  # NaN is no class, and no robustness
+        assert main(["evaluate", str(runs / "so/1"), "--parts", part, "--jobs", "1", "--images", "20"]) == 4
+        assert "not finite" in words(capsys.readouterr().out)
     (runs / "so/1/evaluation.json").write_text("{")
     assert main(["evaluate", str(runs / "so/1"), "--jobs", "1"]) == 2
     assert "evaluation.json is damaged" in words(capsys.readouterr().err)
     (runs / "so/1/last.safetensors").unlink()
     for path, message in (
-        (runs / "so/1", "last.safetensors is not there"),
+        (runs / "so/1/last.safetensors", "last.safetensors is not there"),
         (tmp_path / "nothing", "is not there; give a run's folder"),
-        (tmp_path, "last.safetensors is not there"),
     ):
         assert main(["evaluate", str(path)]) == 2
         assert message in words(capsys.readouterr().err)
+    (runs / "so/1/evaluation.json").unlink()
+    shutil.copy(trained / "so/0/last.safetensors", runs / "so/0")
+    assert main(["evaluate", str(runs), "--parts", "orthogonality", "--jobs", "1"]) == 4
+    assert "last.safetensors is not there" in words(capsys.readouterr().out)
+    assert "orthogonality" in json.loads((runs / "so/0/evaluation.json").read_text())["parts"]
     (tmp_path / "empty").mkdir()
     assert main(["evaluate", str(tmp_path / "empty")]) == 2
     assert "no finished run" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_a_study_from_one_file(folder, in_process, capsys):
         assert (kept / name).stat().st_size > 500
     pictures = sorted((kept / "figures").glob("*.svg"))
     assert pictures
-    assert "orthokit study tiny.toml" in (kept / "README.md").read_text()
+    assert f"orthokit study {folder.name}/tiny.toml" in (kept / "README.md").read_text()
     before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
 
     # Nothing to do: it only draws, the same, with or without the weights.
@@ -144,7 +144,7 @@ def test_panels_and_factors(folder):
     assert last.run.folder == folder / "runs/tiny/ResNet-14-so+train.epochs=2/1"
     assert last.kept == folder / "results/tiny/runs/ResNet-14-so+train.epochs=2/1/summary.json"
     assert last.run.recipe.regularizer is not None
-    assert plan.command == f"orthokit study {folder / 'tiny.toml'}"
+    assert plan.command == f"orthokit study {folder.name}/tiny.toml"
 
 
 def test_what_is_missing_is_flagged(folder, in_process, capsys, monkeypatch):
@@ -176,13 +176,26 @@ def test_what_is_missing_is_flagged(folder, in_process, capsys, monkeypatch):
             "runs differ in train.epochs, which is not the declared factor",
         ),
         ("none = {}", "none = {}\nzero = {}", "the arms none and zero have the same recipe"),
+        ("none = {}", '".." = {}', "'..' is no name for an arm"),
+        ("title", 'metric = "pgd"\ntitle', "metric = 'pgd' needs 'attacks' among evaluate.parts"),
+        ("[evaluate]", '[factors]\n"train.epochs" = [1, 1]\n[evaluate]', "factors.train.epochs must differ"),
+        ("[evaluate]", '[factors]\n"train.epochs" = [1, 2]\n[evaluate]', "overrides what its panel is to have in common"),
+        ("[evaluate]", "[networks]\na = {}\nb = {}\n[evaluate]", "none has the same recipe in the panels a and b"),
     ],
 )
 def test_mistakes_are_told(folder, capsys, old, new, message):
+    if "overrides" in message:
+        (folder / "so.toml").write_text('[train]\nepochs = 1\n[regularizer]\nstrength = 0.1\npenalty = "so"\n')
     (folder / "tiny.toml").write_text(STUDY.replace(old, new, 1))
     assert main(["study", "tiny.toml"]) == 2
     assert message in words(capsys.readouterr().err)
     assert not (folder / "runs").exists()
+
+
+def test_a_baseline_that_failed(folder, monkeypatch, capsys):
+    monkeypatch.setattr(Machine, "run_all", lambda *arguments, **options: 4)
+    assert main(["study", "tiny.toml", "--jobs", "1"]) == 4
+    assert "nothing to compare yet" in words(capsys.readouterr().out)
 
 
 def test_no_such_study(capsys):

@@ -1,6 +1,8 @@
 """Commands that tell what training did: ``evaluate``, ``compare``, ``power``, ``study``."""
 
+import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from orthokit.cli.base import Format, UsageError, needing, show
+from orthokit.cli.base import Format, UsageError, needing
 from orthokit.cli.lab import Machine
 from orthokit.tables import Column, Table
 
@@ -28,7 +30,7 @@ PARTS: tuple[Part, ...] = ("attacks", "corruptions", "noise", "features", "accur
 class Evaluate:
     """Measure trained networks: calibration, near-orthogonality, robustness, features.
 
-    What is found goes to evaluation.json in a run's folder, or NAME.evaluation.json beside another checkpoint; parts that are
+    What is found goes to evaluation.json in a run's folder, or FILE.evaluation.json beside another checkpoint; parts that are
     there are not measured again. Exit status 4 where something could not be measured; the rest is done all the same.
     """
 
@@ -64,15 +66,17 @@ class Evaluate:
         unique = list({subject.record.resolve(): subject for subject in wanted}.values())
         quiet = Console(stderr=True) if self.format != "table" else console
         failed = measured(unique, quiet, self.parts, self.images, self.root, self.device, self.jobs, self.threads)
-        table = _table(unique)
-        if self.format != "table":
-            show(table, self.format, console)
-            return 4 if failed else 0
-        columns = [c for c in table.columns if any(row[c.key] is not None for row in table.rows)]
-        cells = [[column.show(row[column.key]) for column in columns] for row in table.rows]
-        console.print(formats.Wide(table.title, [column.header for column in columns], cells))
-        if len(unique) == 1:
-            console.print(_curves(evaluate.known(unique[0])[1]))
+        headers, rows = _table(unique)
+        if self.format == "table":
+            shown = [column for column in headers if any(row[column.key] is not None for row in rows)]
+            title = "evaluation (robustness: accuracy, mean over the strengths)"
+            cells = [[column.show(row[column.key]) for column in shown] for row in rows]
+            console.print(formats.Wide(title, [column.header for column in shown], cells))
+            if len(unique) == 1:
+                console.print(_curves(evaluate.result(unique[0]).parts))
+        else:
+            table = Table("evaluation", headers, tuple(rows), {})
+            print(json.dumps(rows, indent=2) if self.format == "json" else table.to_csv(), end="\n" * (self.format == "json"))
         return 4 if failed else 0
 
 
@@ -111,15 +115,17 @@ def measured(
         return evaluate(subjects, **options, threads=threads, tick=tick, start=start)
 
 
-def _table(subjects: "Sequence[Subject]") -> Table:
+def _table(subjects: "Sequence[Subject]") -> tuple[tuple[Column, ...], list[dict[str, Any]]]:
     from orthokit.lab.evaluate import result
     from orthokit.lab.results import METRICS
 
     metrics = [metric for metric in METRICS if metric.group != "cost"]
-    found = {subject.name: result(subject) for subject in subjects}
-    rows = tuple({"network": name} | {metric.key: metric.read(each) for metric in metrics} for name, each in found.items())
-    columns = [Column("network", "network", "s"), *(Column(m.key, m.heading, m.format) for m in metrics)]
-    return Table("evaluation (robustness: accuracy, mean over the strengths)", tuple(columns), rows, {})
+    twice = {name for name, count in Counter(subject.name for subject in subjects).items() if count > 1}
+    rows = []
+    for subject in subjects:
+        found, name = result(subject), subject.name
+        rows.append({"network": str(subject.weights) if name in twice else name} | {m.key: m.read(found) for m in metrics})
+    return (Column("network", "network", "s"), *(Column(m.key, m.heading, m.format) for m in metrics)), rows
 
 
 def _curves(parts: dict[str, Any]) -> RichTable:
@@ -178,6 +184,9 @@ class Compare:
             from orthokit.lab import formats, page, results
             from orthokit.lab.compare import compare
             from orthokit.lab.files import write
+        files = [path for path in (self.markdown, self.latex, self.csv, self.html) if path is not None]
+        if len({path.resolve() for path in files}) < len(files):
+            raise UsageError("--html, --markdown, --latex and --csv need different files")
         found, flagged = results.read(self.runs)
         comparison = compare(
             found,
@@ -189,12 +198,13 @@ class Compare:
             anyway=self.anyway,
             flagged=flagged,
         )
-        console.print(formats.Shown(comparison))
         tables = (self.markdown, formats.markdown), (self.latex, formats.latex), (self.csv, formats.to_csv)
         for path, writer in (*tables, (self.html, page.page)):
             if path is not None:
                 write(path, writer(comparison))
-                console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(formats.Shown(comparison))
+        for path in files:
+            console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -232,13 +242,13 @@ class Power:
             say(f"[bold]{chance:.0%}[/] is the chance that {self.seeds} seeds an arm resolve a difference of {self.effect:g}")
         elif self.seeds is not None:
             least = detectable(self.seeds, self.sd, chance=self.chance, **family)
-            say(f"[bold]{least:.3g}[/] is what {self.seeds} seeds an arm resolve with probability {self.chance:.0%}")
+            say(f"[bold]{least:.3g}[/] is what {self.seeds} seeds an arm resolve with probability {100 * self.chance:g}%")
         if self.effect is None:
             return
         needed = seeds_needed(self.effect, self.sd, chance=self.chance, **family)
-        say(f"[bold]{needed:,} seeds an arm[/] resolve a difference of {self.effect:g} with probability {self.chance:.0%}")
+        say(f"[bold]{needed:,} seeds an arm[/] resolve a difference of {self.effect:g} with probability {100 * self.chance:g}%")
         table = RichTable(box=box.SIMPLE_HEAD)
-        for header in ("seeds an arm", f"chance to resolve {self.effect:g}", f"resolved with {self.chance:.0%}"):
+        for header in ("seeds an arm", f"chance to resolve {self.effect:g}", f"resolved with {100 * self.chance:g}%"):
             table.add_column(header, justify="right")
         for n in sorted({2, 3, 5, 10, 20, max(2, needed), *({self.seeds} if self.seeds else ())}):
             least = detectable(n, self.sd, chance=self.chance, **family)
@@ -281,11 +291,19 @@ class Study:
             status = 4 if failed else status
             for task in trained:
                 plan.keep(task)
-        comparison = plan.comparison()
+        try:
+            comparison = plan.comparison()
+        except ValueError as error:
+            if not status:
+                raise
+            console.print(f"nothing to compare yet: {error}", markup=False, highlight=False, soft_wrap=True)
+            return status
+        plan.draw(comparison)
         console.print(formats.Shown(comparison, secondary=False))
         if strangers := plan.strangers():
             shown = ", ".join(os.fspath(path.parent) for path in strangers[:3])
-            console.print(f"of no part in this study any more: {len(strangers)} results, such as {shown}", style="yellow")
-        plan.draw(comparison)
-        console.print(f"page: {plan.folder / 'report.html'}", f"tables: {plan.folder / 'README.md'}", sep="\n", soft_wrap=True)
+            told = f"of no part in this study any more: {len(strangers)} results, such as {shown}"
+            console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        for what, name in (("page", "report.html"), ("tables", "README.md")):
+            console.print(f"{what}: {plan.folder / name}", markup=False, highlight=False, soft_wrap=True)
         return status

@@ -143,7 +143,7 @@ def pgd(
         epsilon = float(epsilons[row])
         starts = _in_ball(images.shape, norm, generator) * epsilon
         with _attacking(model, images):
-            for rows in standing.nonzero().squeeze(1).split(batch):
+            for rows in standing.nonzero().squeeze(1).split(batch) if standing.any() else ():
                 start = starts[rows.cpu()].to(images.device)
                 standing[rows] = _descend(model, images[rows].float(), labels[rows], start, epsilon, norm, steps, path)
         right[row] = standing

@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 
 from orthokit.config import penalty_of
-from orthokit.lab.fairness import Panel, flags, incomparable, plain, refusals, under
+from orthokit.lab.fairness import Panel, flags, incomparable, plain, refusals, repeated, under
 from orthokit.lab.recipe import Recipe, flattened
 from orthokit.lab.results import COST, MEASURED, METRICS, Metric, Result, metric_of
 from orthokit.lab.statistics import ALPHA, POWER, Difference, Sample, detectable, differences, holm, pooled_sd, seeds_needed
@@ -93,7 +93,8 @@ class Comparison:
 
     def comparisons(self, metric: Metric) -> int:
         """How many tests the adjustment of a metric is over."""
-        return sum(c.difference is not None for arms in self.cells(metric).values() for c in arms.values())
+        every = [cell.difference for arms in self.cells(metric).values() for cell in arms.values()]
+        return sum(each is not None and each.welch is not None for each in every)
 
     def _titled(self, panel: str) -> str:
         return f"{panel}: " if len(self.panels) > 1 else ""
@@ -107,7 +108,7 @@ class Comparison:
                     continue
                 told = f"is {cell.verdict} than {self.baseline}" if each.resolved else f"against {self.baseline} is not resolved"
                 between = "" if each.interval is None else f" [{', '.join(show(end, sign=True) for end in each.interval)}]"
-                p = "no p of a single run" if each.holm is None else f"adjusted p = {each.holm:.2g}"
+                p = "no p without spread" if each.holm is None else f"adjusted p = {each.holm:.2g}"
                 said.append(
                     f"{self._titled(panel)}{arm} {told}: {show(each.mean, sign=True)}{between} "
                     f"{'points of ' * bool(self.primary.unit)}{self.primary.label}, {p}, n = {cell.sample.n}"
@@ -120,29 +121,26 @@ class Comparison:
         for panel, arms in self.cells(self.primary).items():
             samples = [cell.sample for cell in arms.values()]
             sd, n = pooled_sd(samples), min(sample.n for sample in samples)
-            if sd is None or n < 2 or not count:
-                said.append(f"{self._titled(panel)}single runs have no spread, so nothing can be resolved; take 3 seeds or more")
+            if not sd or n < 2 or not count:
+                said.append(f"{self._titled(panel)}no spread between seeds, so nothing can be resolved; take 3 seeds or more")
                 continue
             least = detectable(n, sd, comparisons=count)
-            more = [
-                f"{show(part)} needs {seeds_needed(part, sd, comparisons=count):,}" for part in (least / 2, least / 4) if part
-            ]
+            more = [f"{show(part)} needs {seeds_needed(part, sd, comparisons=count):,}" for part in (least / 2, least / 4)]
             said.append(
                 f"{self._titled(panel)}{n} seeds an arm, whose sd is {show(sd)}, resolve a difference of {show(least)} with "
-                f"probability {POWER:.0%}; seeds an arm for less: {', '.join(more) or 'these'}"
+                f"probability {POWER:.0%}; seeds an arm for less: {', '.join(more)}"
             )
         return said
 
     @property
     def notes(self) -> list[str]:
         """How what is not accuracy alone was measured."""
-        shown = dict.fromkeys(metric.part for metric in self.metrics if metric.part is not None)
+        shown = dict.fromkeys(metric.part for metric in self.metrics if metric.part in MEASURED)
         results = [result for panel in self.panels for result in panel.results]
         first = {part: next(result.parts[part] for result in results if part in result.parts) for part in shown}
         cost = [COST] if any(metric.group == "cost" for metric in self.metrics) else []
-        return cost + [
-            Template(MEASURED[part]).safe_substitute(found["settings"]) for part, found in first.items() if part in MEASURED
-        ]
+        said = {part: Template(MEASURED[part]).safe_substitute(each | each["settings"]) for part, each in first.items()}
+        return [*cost, *said.values()]
 
     @property
     def explanation(self) -> str:
@@ -191,9 +189,13 @@ def compare(
             baseline or metric, or nothing to compare.
     """
     primary = metric_of(metric)
+    if primary.group == "cost":
+        raise ValueError(f"{metric} is no metric for verdicts: {COST}")
     if unknown := [key for key in (*factor, *by) if key.split(".")[0] not in Recipe.model_fields]:
         raise ValueError(f"{unknown[0]} is no key of a recipe; factors and panels are, such as regularizer or train.epochs")
     flat = [flattened(result.recipe.to_dict()) for result in results]
+    if unknown := [key for key in (*factor, *by) if "." in key and not any(under(each, [key]) for one in flat for each in one)]:
+        raise ValueError(f"no run has the key {unknown[0]}")
     arms = _arms(results, flat, factor)
     names = _panels(results, flat, [key for each in flat for key in each if under(key, by) and not under(key, factor)])
     baseline = _baseline(baseline, arms, results)
@@ -207,7 +209,7 @@ def compare(
     )
     if len(order) < 2:
         raise ValueError(f"there is only one arm, {baseline}; give runs that differ in {' or '.join(factor)}")
-    refused = [each for panel in panels for each in refusals(panel, factor)]
+    refused = [*repeated(results), *(each for panel in panels for each in refusals(panel, factor))]
     if refused and not anyway:
         raise ValueError("; ".join(refused))
     excluded, left_out = incomparable(panels)
@@ -237,7 +239,7 @@ def _arms(results: Sequence[Result], flat: Sequence[dict[str, str]], factor: Seq
     penalties = any(key.split(".")[0] == "regularizer" for key in factor)
     keys = _varying(flat, [key for each in flat for key in each if under(key, factor) and not under(key, ["regularizer"])])
     return [
-        result.summary.get("study", {}).get("arm")
+        result.summary["study"].get("arm")
         or ", ".join([*([_penalty(result.recipe)] if penalties else []), *(_short(key, part) for key in keys)])
         for result, part in zip(results, flat, strict=True)
     ]
@@ -246,7 +248,7 @@ def _arms(results: Sequence[Result], flat: Sequence[dict[str, str]], factor: Seq
 def _penalty(recipe: Recipe) -> str:
     if (said := recipe.regularizer) is None:
         return "none"
-    strength = said.strength if isinstance(said.strength, dict) else f"{said.strength:g}"
+    strength = said.strength if isinstance(said.strength, dict) else repr(said.strength)
     shown = ", ".join(f"{key}={value}" for key, value in strength.items()) if isinstance(strength, dict) else strength
     more = {key: getattr(said, key) for key in ("where", "scale", "decay")}
     default = {"where": "convs", "scale": None, "decay": True}
@@ -259,7 +261,7 @@ def _panels(results: Sequence[Result], flat: Sequence[dict[str, str]], keys: Seq
     found = []
     for result, part in zip(results, flat, strict=True):
         words = [_short(key, part) for key in varying] or [plain(part["network.kind"]), "on", plain(part["data.name"])]
-        name = result.summary.get("study", {}).get("panel") or (", " if varying else " ").join(words)
+        name = result.summary["study"].get("panel") or (", " if varying else " ").join(words)
         found.append((name, {key: json.loads(part[key]) if key in part else None for key in varying}))
     return found
 

@@ -5,12 +5,12 @@ weights, part by part; a part that is there, of the same weights and settings, i
 """
 
 import functools
-import hashlib
 import json
 import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ from orthokit.lab import attacks, corruptions, features
 from orthokit.lab.data import Images, ImageSet, choose, load
 from orthokit.lab.files import to_json, write
 from orthokit.lab.models import orthogonality
-from orthokit.lab.recipe import DataSection, Recipe
-from orthokit.lab.record import read_json
-from orthokit.lab.results import Result
+from orthokit.lab.recipe import DataSection, Recipe, differences
+from orthokit.lab.results import Result, digest, read_one, read_parts
 from orthokit.select import state_of
 
+RECORD = "evaluation.json"
 STEPS, PATH = 20, 5.0
 """Of projected gradient descent: steps, and the length of all of them in radii."""
 BINS = 15
@@ -53,7 +53,12 @@ class Subject:
     @property
     def name(self) -> str:
         """To be shown."""
-        return "/".join(self.weights.parts[-3:-1] if self.record.name == "evaluation.json" else self.weights.parts[-1:])
+        return "/".join(self.weights.resolve().parts[-3:-1]) if self.record.name == RECORD else str(self.weights)
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The sections of the recipe that say what is evaluated, and on which images."""
+        return self.recipe.model_dump(mode="json", include={"data", "network"})
 
 
 def subjects(path: Path, recipe: Recipe | None = None) -> list[Subject]:
@@ -64,22 +69,29 @@ def subjects(path: Path, recipe: Recipe | None = None) -> list[Subject]:
         recipe: of a checkpoint that does not carry its own.
 
     Raises:
-        FileNotFoundError: nothing is there, or a run without its weights.
-        ValueError: a checkpoint whose recipe is not known.
+        FileNotFoundError: nothing is there, or no finished run.
+        ValueError: a checkpoint whose recipe is not known, or known to be another.
     """
     if path.is_dir():
-        runs = [file.parent for file in sorted(path.rglob("summary.json"))]
+        runs = [read_one(file) for file in sorted(path.rglob("summary.json"))]
         if not runs:
             raise FileNotFoundError(f"no finished run (summary.json) in {path}")
-        return [subject for run in runs for subject in subjects(run / "last.safetensors")]
+        return [_subject(run.source.with_name("last.safetensors"), run.recipe, recipe) for run in runs]
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; give a run's folder, or a .pt, .pth or .safetensors file")
-    finished = path.name == "last.safetensors" and (path.parent / "summary.json").is_file()
-    record = path.with_name("evaluation.json") if finished else path.with_suffix(".evaluation.json")
     carried = _carried(path)
     if carried is None and recipe is None:
         raise ValueError(f"{path} does not say what network it is, and of which images; give its recipe with --recipe FILE")
-    return [Subject(path, recipe or Recipe.of(json.loads(carried or ""), str(path)), record)]
+    return [_subject(path, Recipe.of(json.loads(carried), str(path)) if carried else None, recipe)]
+
+
+def _subject(weights: Path, carried: Recipe | None, given: Recipe | None) -> Subject:
+    own = carried or given
+    assert own is not None
+    if given is not None and given != own:
+        raise ValueError(f"{weights} is of another recipe than --recipe: {differences(own, given)}; leave --recipe out")
+    run = weights.name == "last.safetensors" and weights.with_name("summary.json").is_file()
+    return Subject(weights, own, weights.with_name(RECORD if run else f"{weights.name}.{RECORD}"))
 
 
 def _carried(path: Path) -> str | None:
@@ -93,14 +105,33 @@ def _carried(path: Path) -> str | None:
         raise ValueError(f"{path} is no safetensors file, or a damaged one ({error})") from None
 
 
+def some(data: ImageSet, images: int) -> Images:
+    """``images`` test images, of every class alike and always the same; all of them where hardly any would be left.
+
+    Raises:
+        ValueError: fewer than classes.
+    """
+    test = data.test
+    if images > len(test) - data.classes:
+        return test
+    labels = test.labels.cpu().numpy()
+    rows = torch.from_numpy(choose("images", images, np.arange(len(labels)), labels)[0])
+    return Images(test.pixels[rows], test.labels[rows])
+
+
 @dataclass(frozen=True)
 class Bench:
     """A network in evaluation mode, its test images, and some of them for what is slow."""
 
     model: nn.Module
     data: ImageSet
-    some: Images
+    images: int
     cache: Path
+
+    @functools.cached_property
+    def some(self) -> Images:
+        """At most ``images`` test images, of every class alike."""
+        return some(self.data, self.images)
 
     @property
     def pixels(self) -> nn.Module:
@@ -122,8 +153,6 @@ def _accuracy(bench: Bench) -> dict[str, Any]:
     with torch.no_grad():
         logits = torch.cat([bench.model(x) for x, _ in bench.batches(bench.data.test)])
     labels, classes = bench.data.test.labels, bench.data.classes
-    if not logits.isfinite().all():
-        raise FloatingPointError("the network's outputs are not finite")
     error = multiclass_calibration_error(logits.softmax(-1), labels, classes, n_bins=BINS, norm="l1")
     return {
         "accuracy": round(float(multiclass_accuracy(logits, labels, classes, average="micro")), 6),
@@ -140,14 +169,15 @@ def _attacks(bench: Bench) -> dict[str, Any]:
         "pgd": attacks.pgd(bench.pixels, images, labels, linf, norm="linf", steps=STEPS, path=PATH),
         "pgd_l2": attacks.pgd(bench.pixels, images, labels, attacks.L2, norm="l2", steps=STEPS, path=PATH),
     }
-    return {"linf": list(attacks.LINF), "l2": list(attacks.L2)} | {
+    return {"count": len(labels), "linf": list(attacks.LINF), "l2": list(attacks.L2)} | {
         name: [round(float(each.float().mean()), 6) for each in right] for name, right in found.items()
     }
 
 
 def _noise(bench: Bench) -> dict[str, Any]:
     right = attacks.noisy(bench.pixels, bench.some.pixels.float() / 255, bench.some.labels)
-    return {"sigma": list(attacks.SIGMAS), "accuracy": [round(float(each.float().mean()), 6) for each in right]}
+    found = [round(float(each.float().mean()), 6) for each in right]
+    return {"count": len(bench.some), "sigma": list(attacks.SIGMAS), "accuracy": found}
 
 
 def _corruptions(bench: Bench) -> dict[str, Any]:
@@ -156,7 +186,7 @@ def _corruptions(bench: Bench) -> dict[str, Any]:
     for name in corruptions.CORRUPTIONS:
         changed = corruptions.corrupted(pixels, name, folder=bench.cache).to(bench.some.pixels.device)
         found[name] = [round(bench.right(Images(each, bench.some.labels)), 6) for each in changed]
-    return {"accuracy": found}
+    return {"count": len(pixels), "accuracy": found}
 
 
 def _features(bench: Bench) -> dict[str, Any]:
@@ -196,14 +226,12 @@ def settings(part: str, images: int) -> dict[str, Any]:
     return fixed | ({"images": images} if "images" in fixed else {})
 
 
-def known(subject: Subject) -> tuple[str, dict[str, Any]]:
-    """SHA-256 of the weights, and the parts that have been measured of them."""
-    with subject.weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def known(subject: Subject, weights: str) -> dict[str, Any]:
+    """The parts that have been measured of the weights with this digest, as this network on these images."""
     if not subject.record.is_file():
-        return digest, {}
-    found = read_json(subject.record, weights=str, parts=dict)
-    return digest, found["parts"] if found["weights"] == digest else {}
+        return {}
+    found = read_parts(subject.record)
+    return found["parts"] if (found["weights"], found.get("of")) == (weights, subject.network) else {}
 
 
 def evaluate(
@@ -238,33 +266,46 @@ def evaluate(
         if part not in PARTS:
             raise ValueError(f"no part {part!r}{did_you_mean(part, PARTS)}")
     place = device_of(device)
-    recorded = {subject: known(subject) for subject in wanted}
+    gone = [subject for subject in wanted if not subject.weights.is_file()]
+    digests = {subject: digest(subject.weights) for subject in wanted if subject not in gone}
+    recorded = {subject: known(subject, weights) for subject, weights in digests.items()}
     left = [
         (subject, part)
         for part in PARTS
-        for subject in wanted
-        if part in parts and recorded[subject][1].get(part, {}).get("settings") != settings(part, images)
+        for subject in digests
+        if part in parts and recorded[subject].get(part, {}).get("settings") != settings(part, images)
     ]
     for section in dict.fromkeys(subject.recipe.data.model_dump_json() for subject, _ in left):
-        _images(section, root)  # decoded once, for all; fails here rather than in each
+        data = _images(section, root)  # decoded once, for all; fails here rather than in each
+        if any("images" in settings(part, images) for _, part in left):
+            some(data, images)
     start(len(left), len(wanted) * len(parts))
     jobs = jobs or (max(1, (os.cpu_count() or 1) // threads) if place.type == "cpu" else 1)
-    failed = 0
+    for subject in gone:
+        tick(subject, "all", f"{subject.weights} is not there")
+    failed = len(gone)
     with joblib.parallel_config("loky", inner_max_num_threads=threads):
         pool = joblib.Parallel(min(jobs, max(1, len(left))), return_as="generator_unordered")
         tasks = (
-            joblib.delayed(_measured)(index, part, subject, recorded[subject][0], images, root, place, threads)
+            joblib.delayed(_measured)(index, part, subject, digests[subject], images, root, place, threads)
             for index, (subject, part) in enumerate(left)
         )
-        for index, value, error in pool(tasks):
-            subject, part = left[index]
-            if error is None:
-                digest, measured = recorded[subject]
-                measured[part] = {"settings": settings(part, images)} | value
-                write(subject.record, to_json({"weights": digest, "parts": {p: measured[p] for p in PARTS if p in measured}}))
-            failed += error is not None
-            tick(subject, part, error)
+        try:
+            for index, value, error in pool(tasks):
+                subject, part = left[index]
+                if error is None:
+                    _add(subject, digests[subject], part, {"settings": settings(part, images)} | value)
+                failed += error is not None
+                tick(subject, part, error)
+        except BrokenProcessPool:
+            raise OSError("a process was killed (out of memory?); the same command goes on, perhaps with fewer --jobs") from None
     return failed
+
+
+def _add(subject: Subject, weights: str, part: str, value: dict[str, Any]) -> None:
+    parts = known(subject, weights) | {part: value}  # another command may have added to it meanwhile
+    ordered = {part: parts[part] for part in PARTS if part in parts}
+    write(subject.record, to_json({"weights": weights, "of": subject.network, "parts": ordered}))
 
 
 def _measured(
@@ -274,8 +315,8 @@ def _measured(
     torch.set_num_threads(threads)
     try:
         return index, PARTS[part][0](_bench(subject.weights, digest, subject.recipe.to_toml(), images, root, device)), None
-    except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
-        return index, {}, " ".join(str(error).split())[:300]
+    except Exception as error:  # of anybody's network
+        return index, {}, " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 @functools.lru_cache(maxsize=2)
@@ -288,11 +329,6 @@ def _images(section: str, root: Path) -> ImageSet:
 def _bench(weights: Path, digest: str, recipe: str, images: int, root: Path, device: torch.device) -> Bench:
     said = Recipe.of(tomllib.loads(recipe))
     data = _images(said.data.model_dump_json(), root).to(device)
-    some = data.test
-    if images < len(some):
-        labels = some.labels.cpu().numpy()
-        rows = torch.from_numpy(choose("images", images, np.arange(len(labels)), labels)[0])
-        some = Images(some.pixels[rows], some.labels[rows])
     model = said.build(data)
     state = state_of(checkpoint.load(weights))
     plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in state.items()}
@@ -300,13 +336,19 @@ def _bench(weights: Path, digest: str, recipe: str, images: int, root: Path, dev
         model.load_state_dict(plain)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{weights} does not fit the network of its recipe: {error}") from None
-    model.to(device)
-    return Bench(model.to(memory_format=torch.channels_last).eval(), data, some, root)  # type: ignore[call-overload]
+    model.to(device, torch.float32).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    model.register_forward_hook(_finite)
+    return Bench(model, data, images, root)
+
+
+def _finite(module: nn.Module, given: Any, output: Tensor) -> None:
+    if not output.isfinite().all():  # whose largest, of NaN, is the first class
+        raise FloatingPointError("the network's outputs are not finite")
 
 
 def result(subject: Subject) -> Result:
     """What has been measured, in the form of a run's result."""
-    parts = known(subject)[1]
+    parts = known(subject, digest(subject.weights)) if subject.weights.is_file() else {}
     accuracy: Mapping[str, Any] = parts.get("accuracy", {})
     summary = {"test": accuracy, "orthogonality": parts.get("orthogonality", {}), "seed": 0, "fingerprint": ""}
     return Result(subject.record, summary, subject.recipe, parts, ())

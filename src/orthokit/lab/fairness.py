@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +11,7 @@ import torch
 
 from orthokit.config import penalty_of, where_of
 from orthokit.lab.recipe import Recipe, flattened
-from orthokit.lab.results import Result
+from orthokit.lab.results import METRICS, Metric, Result
 from orthokit.penalties import Disentangled
 from orthokit.select import select
 
@@ -88,9 +87,19 @@ def refusals(panel: Panel, factor: Sequence[str]) -> list[str]:
     if len(values := panel.by(lambda result: result.summary["fingerprint"][:12])) > 1:
         found.append(f"runs are of different images (fingerprint): {_shown(values)}")
     for arm, results in panel.arms.items():
-        if twice := [seed for seed, count in Counter(result.seed for result in results).items() if count > 1]:
-            found.append(f"{arm} holds seed {twice[0]} more than once; runs of one recipe and seed are no two runs")
+        own = [{key: value for key, value in flattened(r.recipe.to_dict()).items() if under(key, factor)} for r in results]
+        if differing := [key for key in dict.fromkeys(key for each in own for key in each) if len({e.get(key) for e in own}) > 1]:
+            several = list(dict.fromkeys(plain(each.get(differing[0])) for each in own))
+            found.append(f"{arm} is the name of more than one arm: {differing[0]} is {' and '.join(several)}")
     return [f"{panel.name}: {each}" for each in found]
+
+
+def repeated(results: Iterable[Result]) -> list[str]:
+    """Runs of one recipe and seed, which are one run."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for result in results:
+        found.setdefault((result.recipe.to_toml(), result.seed), []).append(str(result.source.parent))
+    return [f"the same run counts {len(names)} times: {listed(names)}" for names in found.values() if len(names) > 1]
 
 
 def flags(panel: Panel, baseline: str) -> list[str]:
@@ -110,17 +119,18 @@ def flags(panel: Panel, baseline: str) -> list[str]:
 NUMERICS = {
     "precision": ("precision",),
     "devices": ("device",),
+    "numbers of processes": ("ranks",),
     "versions of torch": ("versions", "torch"),
     "versions of orthokit": ("versions", "orthokit"),
 }
 """In words, and where in ``environment.json``."""
 
 
-def _environment(result: Result, keys: Iterable[str]) -> Any:
-    value: Any = result.summary.get("environment")
+def _environment(result: Result, keys: Iterable[str]) -> str:
+    value: Any = result.summary["environment"]
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
-    return value
+    return str(value)
 
 
 def _equal(panel: Panel) -> list[str]:
@@ -192,7 +202,7 @@ def incomparable(panels: Sequence[Panel]) -> tuple[list[str], list[str]]:
     results = [result for panel in panels for result in panel.results]
     differing, lacking = [], dict[int, list[str]]()
     for part in dict.fromkeys(part for result in results for part in result.parts):
-        found = [json.dumps(result.parts[part].get("settings"), sort_keys=True) for result in results if part in result.parts]
+        found = [_form(result.parts[part]) for result in results if part in result.parts]
         if len(set(found)) > 1:
             differing.append(part)
         elif len(found) < len(results):
@@ -203,4 +213,29 @@ def incomparable(panels: Sequence[Panel]) -> tuple[list[str], list[str]]:
     ]
     if differing:
         said.append(f"evaluated with different settings, hence left out: {', '.join(differing)}; orthokit evaluate them alike")
+    for metric in METRICS:
+        for panel in panels:
+            none = [(arm, result.seed) for arm, result in panel if metric.read(result) is None and _measured(metric, result)]
+            if 0 < len(none) < len(panel.results):
+                shown = listed([f"{arm} (seed {seed})" for arm, seed in none])
+                said.append(f"{panel.name}: no {metric.label}, or no finite one, of {shown}; these arms are left out of it")
     return differing, said
+
+
+def _measured(metric: Metric, result: Result) -> bool:
+    return metric.part is None or metric.part in result.parts
+
+
+def _form(part: dict[str, Any]) -> str:
+    """The settings of a part and the lengths of its lists: what must be equal for its numbers to compare."""
+    lengths = {key: len(value) for key, value in _lists(part)}
+    return json.dumps([part["settings"], lengths], sort_keys=True)
+
+
+def _lists(value: Any, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """Dotted keys of the lists in a nested dictionary."""
+    if isinstance(value, list):
+        yield prefix, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _lists(item, f"{prefix}.{key}")

@@ -126,7 +126,7 @@ def _by_panel(comparison: Comparison, metric: Metric) -> Drawing:
     cells = comparison.cells(metric)
     panels = [panel for panel in comparison.panels if panel.name in cells]
     depths = [panel.depth for panel in panels]
-    by_depth = len(panels) > 1 and None not in depths and len(set(depths)) == len(depths)
+    by_depth = len(panels) > 1 and len(set(depths)) == len(depths) and all(set(p.values) == {"network.depth"} for p in panels)
     arms = [arm for arm in comparison.arms if any(arm in cells[panel.name] for panel in panels)]
     figure, look = _sheet(comparison, arms)
     axis = figure.subplots()

@@ -10,7 +10,11 @@ from typing import Any
 
 
 def write(path: Path, content: str) -> None:
-    """Put ``content`` under ``path`` at once and whole; where that fails what was there stays."""
+    """Put ``content`` under ``path`` at once and whole; where that fails what was there stays. Links and devices stay too."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_bytes(content.encode())
+        return
     with replacing(path) as part:
         part.write_bytes(content.encode())
 

@@ -103,11 +103,12 @@ class Shown:
         drop = [6, 8, 3, 5, 7, 1]  # Welch's p, Dunnett's p, intervals, Holm's p, n: least needed first
         kept = list(range(len(headers)))
         for panel, rows in lines.items():
-            while (table := _drawn(f"{comparison.primary.heading}: {panel}", headers, rows, kept)) and drop:
-                if console.measure(table, options=options.update(width=1000)).maximum <= options.max_width:
-                    break
-                kept = [place for place in kept if place != drop[0]]
-                drop = drop[1:]
+            title, less = f"{comparison.primary.heading}: {panel}", list(drop)
+            while _wide(table := _drawn(title, headers, rows, kept), console, options) and less:
+                kept = [place for place in kept if place != less[0]]
+                less = less[1:]
+            if _wide(table, console, options):
+                table = _drawn(title, headers, rows, kept, fold=True)
             yield table
         yield from (Text(each) for each in comparison.verdicts())
         yield Text()
@@ -120,17 +121,16 @@ class Shown:
         yield Padding(Text("\n".join([comparison.explanation, *comparison.notes]), style="dim"), (1, 0, 0, 0))
 
 
-def _drawn(title: str | None, headers: Sequence[str], rows: Sequence[Line], kept: Sequence[int]) -> Table:
-    table = Table(
-        title=None if title is None else Text(title),
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+def _wide(table: Table, console: Console, options: ConsoleOptions) -> bool:
+    return console.measure(table, options=options.update(width=1000)).maximum > options.max_width
+
+
+def _drawn(title: str | None, headers: Sequence[str], rows: Sequence[Line], kept: Sequence[int], *, fold: bool = False) -> Table:
+    words = None if title is None else Text(title)
+    table = Table(title=words, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for place in kept:
         left = place == 0 or headers[place] == "verdict"
-        table.add_column(headers[place], justify="left" if left else "right", no_wrap=place > 0, overflow="fold")
+        table.add_column(headers[place], justify="left" if left else "right", no_wrap=place > 0 and not fold, overflow="fold")
     for row in rows:
         table.add_row(*(Text(row[place], style=STYLES.get(row[place], "")) for place in kept))
     return table
@@ -148,7 +148,7 @@ class Wide:
         kept, title = [0], self.title or None
         for place in range(1, len(self.headers)):
             wider = _drawn(title, self.headers, self.rows, [*kept, place])
-            if len(kept) > 1 and console.measure(wider, options=options.update(width=1000)).maximum > options.max_width:
+            if len(kept) > 1 and _wide(wider, console, options):
                 yield _drawn(title, self.headers, self.rows, kept)
                 kept, title = [0], None
             kept.append(place)
@@ -163,13 +163,13 @@ def markdown(comparison: Comparison, *, figures: Sequence[tuple[str, str]] = (),
         figures: file and description of pictures to show.
         command: what made it.
     """
-    parts = [f"# {comparison.title}"]
+    parts = [f"# {_plain(comparison.title)}"]
     parts += [f"Made by `{command}`."] if command else []
-    parts += [f"> **Caution.** {flag}" for flag in comparison.flags]
+    parts += [f"> **Caution.** {_plain(flag)}" for flag in comparison.flags]
     headers, lines = primary(comparison)
     parts += [f"## {comparison.primary.heading[0].upper()}{comparison.primary.heading[1:]}"]
     parts += [f"{f'**{panel}**' + chr(10) * 2}{_pipes(headers, rows)}" for panel, rows in lines.items()]
-    parts += ["\n".join(f"* {each}" for each in comparison.verdicts())]
+    parts += ["\n".join(f"* {_plain(each)}" for each in comparison.verdicts())]
     parts += ["\n".join(f"* {each}" for each in comparison.power()), comparison.explanation]
     parts += [f"![{words}]({file})" for file, words in figures]
     for title, names, each in secondary(comparison):
@@ -178,9 +178,14 @@ def markdown(comparison: Comparison, *, figures: Sequence[tuple[str, str]] = (),
     return "\n\n".join(parts) + "\n"
 
 
+def _plain(text: str) -> str:
+    """On one line, and no HTML."""
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
 def _pipes(headers: Line, rows: Sequence[Line]) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
 
     return "\n".join([line(headers), "|---" + "|---:" * (len(headers) - 1) + "|", *map(line, rows)])
 
@@ -196,6 +201,8 @@ SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "↓": r"$\downarrow$",
     "|": r"$|$",
     "<": "$<$",
+    "[": "{[}",
+    "\n": " ",
     ">": "$>$",
 }
 
@@ -204,7 +211,7 @@ def latex(comparison: Comparison) -> str:
     r"""As LaTeX tables, which need ``\usepackage{booktabs}``: the primary metric, then every group of the others."""
     headers, lines = primary(comparison)
     tables = [(comparison.primary.heading, headers, lines), *secondary(comparison)]
-    cautions = "".join(f"% CAUTION: {flag}\n" for flag in comparison.flags)
+    cautions = "".join(f"% CAUTION: {' '.join(flag.split())}\n" for flag in comparison.flags)
     return cautions + "\n".join(_tabular(comparison.title, *table) for table in tables)
 
 

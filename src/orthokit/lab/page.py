@@ -30,16 +30,17 @@ class Shown(NamedTuple):
     height: int
 
 
-def page(comparison: Comparison, *, command: str | None = None) -> str:
+def page(comparison: Comparison, *, command: str | None = None, drawn: Mapping[str, Drawing] | None = None) -> str:
     """The page.
 
     Args:
         comparison: what it shows.
         command: by which it can be made again.
+        drawn: its figures, if they are there already.
     """
     source = files("orthokit.lab").joinpath("page.html.jinja").read_text("utf-8")
     sheet = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    drawn = figures(comparison)
+    drawn = figures(comparison) if drawn is None else drawn
     return sheet.from_string(source).render(
         c=comparison,
         command=command,

@@ -1,7 +1,7 @@
 """What finished runs left, and the numbers that can be read off it."""
 
+import hashlib
 import json
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from orthokit.checks import check_choice
 from orthokit.lab.recipe import Recipe
 from orthokit.lab.record import read_json
 
+HUGE = 1e30
+"""What is larger, infinite or NaN is no measurement."""
 Group = Literal["result", "orthogonality", "robustness", "features", "cost"]
 
 
@@ -47,12 +49,14 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path} is not there; give folders of runs, such as runs/nano_cifar10_strict")
+        if path.is_file() and path.name != "summary.json":
+            raise ValueError(f"{path} is no run; give folders of runs, such as runs/nano_cifar10_strict")
         top = path.parent if path.is_file() else path
         for file in sorted(top.rglob("summary.json")):
             found.setdefault(file.resolve(), read_one(file))
         for file in sorted(top.rglob("recipe.toml")):
             if not (file.parent / "summary.json").is_file():
-                unfinished[file.parent] = "failed" if (file.parent / "failed.txt").is_file() else "not finished"
+                unfinished[file.parent.resolve()] = "failed" if (file.parent / "failed.txt").is_file() else "not finished"
     if not found:
         raise FileNotFoundError(f"no finished run (summary.json) in {', '.join(map(str, paths))}")
     said = []
@@ -64,43 +68,72 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
 
 
 def read_one(path: Path) -> Result:
-    """The run whose ``summary.json`` this is.
+    """The run whose ``summary.json`` this is. An evaluation of other weights than are there now does not count.
 
     Raises:
-        ValueError: the file is damaged or not what a run writes.
+        ValueError: a file is damaged or not what a run writes.
     """
     summary = read_json(path, recipe=dict, seed=int, test=dict, orthogonality=dict, fingerprint=str)
-    if not isinstance(summary["test"].get("accuracy"), float):
-        raise ValueError(f"{path} is not what a run writes (no accuracy in test)")
+    accuracy = summary["test"].get("accuracy")
+    if not isinstance(accuracy, float) or not 0 <= accuracy <= 1:
+        raise ValueError(f"{path} is not what a run writes (its test has no accuracy from 0 to 1)")
+    for key in ("study", "environment"):
+        if not isinstance(summary.setdefault(key, {}), dict | None):
+            raise ValueError(f"{path} is not what a run writes ({key} = {summary[key]!r:.80})")
+        summary[key] = summary[key] or {}
     parts, history = summary.pop("evaluation", None), summary.pop("history", None)
     if parts is None:
-        file = path.with_name("evaluation.json")
-        parts = read_json(file, parts=dict)["parts"] if file.is_file() else {}
-    if not all(isinstance(part, dict) and isinstance(part.get("settings"), dict) for part in parts.values()):
-        raise ValueError(f"{path.parent} holds an evaluation that is not what orthokit evaluate writes; remove it")
+        file, weights = path.with_name("evaluation.json"), path.with_name("last.safetensors")
+        found = read_parts(file) if file.is_file() else {"parts": {}}
+        stale = file.is_file() and weights.is_file() and found["weights"] != digest(weights)
+        parts = {} if stale else found["parts"]
     if history is None:
         file = path.with_name("metrics.jsonl")
         history = thinned(file) if file.is_file() else []
+    _check_parts(parts, path)
     return Result(path, summary, Recipe.of(summary["recipe"], str(path)), parts, tuple(history))
+
+
+def digest(weights: Path) -> str:
+    """SHA-256 of a file."""
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_parts(path: Path) -> dict[str, Any]:
+    """An ``evaluation.json``.
+
+    Raises:
+        ValueError: it is damaged or not what ``orthokit evaluate`` writes.
+    """
+    found = read_json(path, weights=str, parts=dict)
+    _check_parts(found["parts"], path)
+    return found
+
+
+def _check_parts(parts: Any, path: Path) -> None:
+    each = list(parts.values()) if isinstance(parts, dict) else [None]
+    if not all(isinstance(part, dict) and isinstance(part.get("settings"), dict) for part in each):
+        raise ValueError(f"{path} holds an evaluation that is not what orthokit evaluate writes; remove it")
 
 
 def thinned(path: Path, rows: int = 25) -> list[dict[str, Any]]:
     """Near-orthogonality and validation accuracy of at most ``rows`` epochs of ``metrics.jsonl``, the last included."""
     lines = path.read_text("utf-8").splitlines()
-    step = -(-len(lines) // rows)
-    chosen = [json.loads(line) for line in lines[::-1][:: max(1, step)][::-1]]
-    return [
-        {
-            "epoch": row["epoch"],
-            "validation": row["validation"] and round(row["validation"]["accuracy"], 4),
-            **{
-                part: float(f"{row['orthogonality'][part]['mean_cos']:.3g}")
-                for part in ("under", "over")
-                if row["orthogonality"].get(part, {}).get("mean_cos") is not None
-            },
-        }
-        for row in chosen
-    ]
+    step = max(1, -(-len(lines) // rows))
+    try:
+        return [_thin(json.loads(line)) for line in lines[::-1][::step][::-1]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged, or not what a run writes ({type(error).__name__}: {error})") from None
+
+
+def _thin(row: dict[str, Any]) -> dict[str, Any]:
+    found = {part: row["orthogonality"].get(part, {}).get("mean_cos") for part in ("under", "over")}
+    return {
+        "epoch": row["epoch"],
+        "validation": row["validation"] and round(row["validation"]["accuracy"], 4),
+        **{part: float(f"{value:.3g}") for part, value in found.items() if value is not None},
+    }
 
 
 @dataclass(frozen=True)
@@ -134,7 +167,7 @@ class Metric:
         for key in self.path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         numbers = list(_numbers(value))
-        if not numbers or not all(map(math.isfinite, numbers)):
+        if not numbers or not all(abs(number) < HUGE for number in numbers):
             return None
         return statistics.fmean(numbers) * (100 if self.unit == "%" else 1)
 
@@ -179,12 +212,12 @@ METRICS = (
 MEASURED = {
     "accuracy": "NLL and ECE ($bins bins of confidence, l1) are of all test images, in float32.",
     "attacks": (
-        "Attacks act on the pixels of $images test images, the normalisation inside the network, in float32. PGD: $steps steps, "
+        "Attacks act on the pixels of $count test images, the normalisation inside the network, in float32. PGD: $steps steps, "
         "$path radii long together, from one random start; what a smaller radius, the start or any step fools counts as fooled."
     ),
-    "noise": "Gaussian noise on the same $images images, one draw scaled to each standard deviation.",
+    "noise": "Gaussian noise on $count test images, one draw scaled to each standard deviation.",
     "corruptions": (
-        "Corruptions of the same $images images, severities 1 to 5 with the parameters of CIFAR-10-C, whose own they are only "
+        "Corruptions of $count test images, severities 1 to 5 with the parameters of CIFAR-10-C, whose own they are only "
         "at 32x32, and but for its random draws."
     ),
     "features": (

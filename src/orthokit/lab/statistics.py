@@ -57,7 +57,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm less the baseline: mean, Welch's interval and p, Dunnett's p; None where either has a single run."""
+    """An arm less the baseline: mean, Welch's interval and p, Dunnett's p; None of single runs, and where no value differs."""
 
     mean: float
     interval: tuple[float, float] | None
@@ -83,7 +83,7 @@ def differences(arms: Mapping[str, Sample], baseline: str) -> dict[str, Differen
     control = arms[baseline]
     others = {name: sample for name, sample in arms.items() if name != baseline}
     tested = [name for name, sample in others.items() if min(sample.n, control.n) > 1]
-    dunnett = dict(zip(tested, _dunnett([others[name] for name in tested], control), strict=True))
+    dunnett = dict(zip(tested, _dunnett([others[name] for name in tested], control) if tested else [], strict=True))
     found = {}
     for name, sample in others.items():
         interval, welch = _welch(sample, control) if name in tested else (None, None)
@@ -99,19 +99,18 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _welch(sample: Sample, control: Sample) -> tuple[tuple[float, float], float]:
-    if not sample.sd and not control.sd:  # no spread at all: SciPy has no p
-        difference = sample.mean - control.mean
-        return (difference, difference), float(difference == 0)
+def _welch(sample: Sample, control: Sample) -> tuple[tuple[float, float] | None, float | None]:
+    if not sample.sd and not control.sd:  # seeds that do not differ at all tell nothing of those that were not run
+        return None, None
     with _quiet():
         test = stats.ttest_ind(sample.values, control.values, equal_var=False)
         interval = test.confidence_interval(1 - ALPHA)
     return (float(interval.low), float(interval.high)), float(test.pvalue)
 
 
-def _dunnett(samples: Sequence[Sample], control: Sample) -> list[float]:
-    if not samples or not any(sample.sd for sample in (*samples, control)):
-        return [float(sample.mean == control.mean) for sample in samples]
+def _dunnett(samples: Sequence[Sample], control: Sample) -> list[float | None]:
+    if not any(sample.sd for sample in (*samples, control)):
+        return [None] * len(samples)
     with _quiet():
         test = stats.dunnett(*(sample.values for sample in samples), control=control.values, rng=np.random.default_rng(0))
     return [float(p) for p in test.pvalue]
@@ -147,7 +146,7 @@ def power(n: int, effect: float, sd: float, *, comparisons: int = 1, alpha: floa
     >>> round(power(6, 0.3, 0.15), 3)  # Cohen's d = 2
     0.876
     """
-    check_count("n", n, 2)
+    check_count("n", n, 2, MOST)
     check_number("effect", effect)
     check_number("sd", sd)
     check_count("comparisons", comparisons)
@@ -158,10 +157,11 @@ def power(n: int, effect: float, sd: float, *, comparisons: int = 1, alpha: floa
         return 1.0
     freedom, shift = 2 * n - 2, effect / sd * math.sqrt(n / 2)
     critical = float(stats.t.isf(alpha / comparisons / 2, freedom))
-    if shift > critical + 40:  # SciPy's noncentral t is not a number far out
-        return 1.0
-    found = float(stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift))
-    return min(1.0, found) if math.isfinite(found) else float(shift > critical)
+    # SciPy's noncentral t is not a number far out: in the lower tail, which is then negligible, and where the chance is 0 or 1.
+    upper, lower = float(stats.nct.sf(critical, freedom, shift)), float(stats.nct.cdf(-critical, freedom, shift))
+    if not math.isfinite(upper):
+        return float(shift > critical)
+    return min(1.0, upper + (lower if math.isfinite(lower) else 0.0))
 
 
 def seeds_needed(effect: float, sd: float, *, chance: float = POWER, comparisons: int = 1, alpha: float = ALPHA) -> int:
@@ -176,11 +176,9 @@ def seeds_needed(effect: float, sd: float, *, chance: float = POWER, comparisons
     """
     check_number("effect", effect, open_low=True)
     _check_chance(chance)
-    low, high = 1, 2
-    while power(high, effect, sd, comparisons=comparisons, alpha=alpha) < chance:
-        low, high = high, 2 * high
-        if high > MOST:
-            raise ValueError(f"a difference of {effect:g} with a standard deviation of {sd:g} needs more than {MOST:,} seeds")
+    if power(MOST, effect, sd, comparisons=comparisons, alpha=alpha) < chance:
+        raise ValueError(f"a difference of {effect:g} with a standard deviation of {sd:g} needs more than {MOST:,} seeds")
+    low, high = 1, MOST
     while high - low > 1:
         middle = (low + high) // 2
         enough = power(middle, effect, sd, comparisons=comparisons, alpha=alpha) >= chance
@@ -195,6 +193,8 @@ def detectable(n: int, sd: float, *, chance: float = POWER, comparisons: int = 1
     >>> round(detectable(3, 0.15), 2)
     0.46
     """
+    check_count("n", n, 2, MOST)
+    check_number("sd", sd)
     _check_chance(chance)
     if sd == 0:
         return 0.0

@@ -39,9 +39,9 @@ from orthokit.lab.compare import FACTOR, Comparison, compare
 from orthokit.lab.evaluate import PARTS, settings
 from orthokit.lab.fairness import undeclared
 from orthokit.lab.files import to_json, write
-from orthokit.lab.recipe import Recipe, Section, explained, extended, inline, label, merged, parsed, read_toml
+from orthokit.lab.recipe import Recipe, Section, differences, explained, extended, inline, label, merged, parsed, read_toml
 from orthokit.lab.record import SEEDS, Run
-from orthokit.lab.results import METRICS, Result, read_one
+from orthokit.lab.results import METRICS, Result, metric_of, read_one
 
 Partial = dict[str, Any]
 
@@ -86,12 +86,15 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Study":
-        if len({*self.seeds}) < len(self.seeds):
-            raise ValueError(f"seeds must differ; got {self.seeds}")
+        for key, values in {"seeds": self.seeds, **{f"factors.{key}": values for key, values in self.factors.items()}}.items():
+            if any(a == b for a, b in itertools.combinations(values, 2)):
+                raise ValueError(f"{key} must differ; got {values}")
         if self.baseline is not None and self.baseline not in self.arms:
             raise ValueError(f"baseline: no arm {self.baseline!r}{did_you_mean(self.baseline, self.arms)}")
         if self.metric not in (keys := [metric.key for metric in METRICS]):
             raise ValueError(f"metric: none is called {self.metric!r}{did_you_mean(self.metric, keys)}")
+        if (part := metric_of(self.metric).part) is not None and part not in self.evaluate.parts:
+            raise ValueError(f"metric = {self.metric!r} needs {part!r} among evaluate.parts")
         return self
 
 
@@ -117,7 +120,7 @@ class Plan:
     @property
     def command(self) -> str:
         """What does it all."""
-        return f"orthokit study {self.file.as_posix()}"
+        return f"orthokit study {'/'.join(self.file.resolve().parts[-2:])}"
 
     def left(self) -> list[Task]:
         """Those whose result is not kept, or was evaluated otherwise."""
@@ -134,7 +137,7 @@ class Plan:
     def keep(self, task: Task) -> None:
         """Keep what is small of a finished run."""
         small = read_one(task.run.folder / "summary.json").small()
-        small["environment"] = {key: value for key, value in (small["environment"] or {}).items() if key != "platform"}
+        small["environment"] = {key: value for key, value in small["environment"].items() if key != "platform"}
         write(task.kept, to_json(small | {"study": {"arm": task.arm, "panel": task.panel}}))
 
     def results(self) -> list[Result]:
@@ -174,7 +177,7 @@ class Plan:
         shown = [(f"figures/{name}.svg", figure.alt) for name, figure in drawn.items()]
         files |= {
             "README.md": formats.markdown(comparison, figures=shown, command=self.command),
-            "report.html": page.page(comparison, command=self.command),
+            "report.html": page.page(comparison, command=self.command, drawn=drawn),
             "tables.tex": formats.latex(comparison),
             "numbers.csv": formats.to_csv(comparison),
         }
@@ -206,34 +209,48 @@ def plan(file: Path, *, out: Path, results: Path) -> Plan:
     except ValidationError as error:
         raise ValueError(f"{file}: {explained(Study, error)}") from None
     base = extended({"extends": said.recipe}, file)
-    tasks, folders = [], dict[str, tuple[str, str]]()
+    tasks, folders, panels = [], dict[str, tuple[str, str]](), dict[tuple[str, str], str]()
     for (network, part), values in itertools.product(
         (said.networks or {"": {}}).items(), itertools.product(*said.factors.values())
     ):
         chosen = [f"{key}={inline(value)}" for key, value in zip(said.factors, values, strict=True)]
-        panel = ", ".join([*([network] if network else []), *(each.split(".", 1)[-1] for each in chosen)])
-        raw = merged(base, extended(part, file))
+        short = [f"{key.rpartition('.')[2]}={inline(value)}" for key, value in zip(said.factors, values, strict=True)]
+        panel = ", ".join([*([network] if network else []), *short])
+        laid = extended(part, file)
         for setting in chosen:
-            raw = merged(raw, parsed(setting))
+            laid = merged(laid, parsed(setting))
+        raw = merged(base, laid)
         recipes = {
             arm: Recipe.of(merged(raw, extended(over, file)), f"{file}: {arm}" + f" of {panel}" * bool(panel))
             for arm, over in said.arms.items()
         }
-        _check(file, recipes, said.factor)
+        _check(f"{file}" + f", {panel}" * bool(panel), recipes, said.factor, laid)
         for arm, recipe in recipes.items():
-            name = "-".join(filter(None, [re.sub(r"[^\w.=+]+", "-", each).strip("-") for each in (network, arm)])) + label(chosen)
+            name = "-".join(_slug(file, each) for each in ([network, arm] if said.networks else [arm])) + label(chosen)
             if folders.setdefault(name, (panel, arm)) != (panel, arm):
                 raise ValueError(f"{file}: {arm} and {folders[name][1]} would share the folder {name}; choose other names")
+            if (twin := panels.setdefault((arm, recipe.to_toml()), panel)) != panel:
+                raise ValueError(f"{file}: {arm} has the same recipe in the panels {twin} and {panel}")
             for seed in said.seeds:
                 run = Run(recipe, seed, out / file.stem / name / str(seed))
                 tasks.append(Task(arm, panel, run, results / file.stem / "runs" / name / str(seed) / "summary.json"))
     return Plan(file, said, results / file.stem, tuple(tasks))
 
 
-def _check(file: Path, recipes: Mapping[str, Recipe], factor: Sequence[str]) -> None:
-    """Before anything is trained: whether it could be compared."""
+def _slug(file: Path, name: str) -> str:
+    """A name as part of a folder's."""
+    if not (plain := re.sub(r"[^\w.=+]+", "-", name).strip("-.")):
+        raise ValueError(f"{file}: {name!r} is no name for an arm or a network; it needs letters or digits")
+    return plain
+
+
+def _check(where: str, recipes: Mapping[str, Recipe], factor: Sequence[str], laid: Mapping[str, Any]) -> None:
+    """Before anything is trained: whether it is what the panel says, and could be compared."""
+    for arm, recipe in recipes.items():
+        if changed := differences(Recipe.of(merged(recipe.to_dict(), laid), where), recipe):
+            raise ValueError(f"{where}: the arm {arm} overrides what its panel is to have in common ({changed})")
     if told := undeclared(recipes.items(), factor):
-        raise ValueError(f"{file}: {told[0]}; declare it among factor = [...]")
+        raise ValueError(f"{where}: {told[0]}; declare it among factor = [...]")
     for (one, a), (two, b) in itertools.combinations(recipes.items(), 2):
         if a == b:
-            raise ValueError(f"{file}: the arms {one} and {two} have the same recipe")
+            raise ValueError(f"{where}: the arms {one} and {two} have the same recipe")
