@@ -175,9 +175,9 @@ def test_measurements_are_of_a_network_and_its_images(tmp_path, capsys):
     torch.manual_seed(0)
     torch.save(Plain(3, 10).state_dict(), tmp_path / "own.pt")
     for size in (8, 16):
-        (tmp_path / f"{size}.toml").write_text(
-            f'[data]\nname = "synthetic"\nvalidation = 0\nsize = {size}\n[network]\nkind = "test_lab_evaluate:Plain"\n[train]\nepochs = 1\n'
-        )
+        data = f'[data]\nname = "synthetic"\nvalidation = 0\nsize = {size}\n'
+        text = data + '[network]\nkind = "test_lab_evaluate:Plain"\n[train]\nepochs = 1\n'
+        (tmp_path / f"{size}.toml").write_text(text)
     found = []
     for size in (8, 16, 8):
         command = ["evaluate", str(tmp_path / "own.pt"), "--recipe", str(tmp_path / f"{size}.toml"), "--jobs", "1"]
