@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 from rich.console import Console
-from scipy import integrate, stats
+from scipy import stats
 
 from made_up import made_up
 from orthokit.cli import main
@@ -105,9 +105,9 @@ def test_holm_by_hand_and_in_any_order():
 
 def test_power_by_simulation_and_back():
     random = np.random.default_rng(0)
-    for n, effect, comparisons in ((3, 1.5, 1), (6, 2.0, 4), (12, 1.0, 1)):
+    for n, effect, comparisons in ((2, 9.0, 1), (3, 3.0, 1), (3, 6.0, 6), (6, 2.0, 4), (12, 1.0, 1)):
         a, b = random.normal(0, 1, (20_000, n)), random.normal(effect, 1, (20_000, n))
-        rate = (stats.ttest_ind(a, b, axis=1).pvalue < ALPHA / comparisons).mean()
+        rate = (stats.ttest_ind(a, b, axis=1, equal_var=False).pvalue < ALPHA / comparisons).mean()
         assert power(n, effect, 1.0, comparisons=comparisons) == pytest.approx(rate, abs=0.012)
     for n in (2, 3, 10, 200):
         least = detectable(n, 0.4)
@@ -119,16 +119,11 @@ def test_power_by_simulation_and_back():
     assert power(5, 0.0, 1.0) == ALPHA
     assert power(2, 1e6, 1e-3) == 1.0
     assert (seeds_needed(1.0, 0.0), detectable(2, 0.0)) == (2, 0.0)
-    # Against the integral over the distribution of the standard deviation, where SciPy's noncentral t is not a number.
-    for n, comparisons in ((2, 3), (3, 10), (3, 20), (3, 40), (4, 40), (6, 100)):
-        least, freedom = detectable(n, 1.0, comparisons=comparisons), 2 * n - 2
-        critical = stats.t.isf(ALPHA / comparisons / 2, freedom)
-
-        def density(s, n=n, least=least, freedom=freedom, critical=critical):
-            return stats.norm.sf(critical * s - least * math.sqrt(n / 2)) * stats.chi.pdf(s * math.sqrt(freedom), freedom)
-
-        chance = integrate.quad(density, 0, 10, limit=500)[0] * math.sqrt(freedom)
-        assert chance == pytest.approx(0.8, abs=1e-3)
+    for n, comparisons in ((2, 3), (3, 10), (3, 40), (4, 40), (6, 100)):  # far out, where SciPy's noncentral t is not a number
+        least = detectable(n, 1.0, comparisons=comparisons)
+        a, b = random.normal(0, 1, (20_000, n)), random.normal(least, 1, (20_000, n))
+        rate = (stats.ttest_ind(a, b, axis=1, equal_var=False).pvalue < ALPHA / comparisons).mean()
+        assert rate == pytest.approx(0.8, abs=0.015)
     for wrong in ({"n": 1, "sd": 1.0}, {"n": 3, "sd": -1.0}, {"n": 3, "sd": math.nan}, {"n": 10**400, "sd": 1.0}):
         with pytest.raises(ValueError, match="must be"):
             detectable(**wrong)
@@ -227,8 +222,8 @@ def test_single_runs_resolve_nothing():
     comparison = compare(made_up({"none": 0, "so": 9}, depths=[8], seeds=1))
     cell = comparison.cells(comparison.primary)["ResNet-8"]["so"]
     assert (cell.verdict, cell.sample.sd, cell.difference.holm) == ("not resolved", None, None)
-    assert "no spread between seeds" in comparison.power()[0]
-    assert "no p without spread" in comparison.verdicts()[0]
+    assert "nothing is tested" in comparison.power()[0]
+    assert "no p of single or equal runs" in comparison.verdicts()[0]
     assert "–" in shown(comparison)
 
 
@@ -472,7 +467,7 @@ def test_markdown_latex_csv():
     tex = formats.latex(comparison)
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 6
     assert r"a\_b \& 50\% $|$x$|$" in tex
-    assert not re.search(r"[±∞–↑↓]|(?<!\\)[%_#]", tex)
+    assert not re.search(r"[±∞–↑↓]|(?<!\\)[%_#]", re.sub("^%.*", "", tex, flags=re.M))
     for body in re.findall(r"\\begin\{tabular\}\{(l r*|lr*)\}(.*?)\\end\{tabular\}", tex, re.S):
         lines = [line for line in body[1].splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
         assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {len(body[0])}
@@ -488,7 +483,7 @@ def test_power_command(capsys):
     assert main(["power", "--effect", "0.3", "--sd", "0.15"]) == 0
     assert "6 seeds an arm resolve a difference of 0.3" in capsys.readouterr().out
     assert main(["power", "--seeds", "3", "--sd", "0.15"]) == 0
-    assert "0.461 is what 3 seeds an arm resolve" in capsys.readouterr().out
+    assert "0.526 is what 3 seeds an arm resolve" in capsys.readouterr().out
     assert main(["power", "--seeds", "3", "--effect", "0.3", "--sd", "0.15", "--comparisons", "4"]) == 0
     assert "is the chance that 3 seeds" in capsys.readouterr().out
     for wrong in (["--sd", "1"], ["--sd", "-1", "--effect", "1"], ["--sd", "1", "--effect", "0"], ["--sd", "1", "--seeds", "1"]):

@@ -65,7 +65,7 @@ class Machine:
     download: bool = False
     """Fetch the official archive into --root if it is not there."""
     out: Path = Path("runs")
-    """Folder of the runs: OUT/NAME/SEED."""
+    """Folder of the runs: OUT/NAME/SEED, and OUT/FILE/NAME/SEED of sweeps and studies."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """What to compute on."""
     jobs: int | None = None

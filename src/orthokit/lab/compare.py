@@ -78,7 +78,7 @@ class Comparison:
             }
             if samples:
                 cells[panel.name] = {arm: Cell(sample) for arm, sample in samples.items()}
-            if self.baseline in samples and metric.group != "cost":  # of runs that had a machine to themselves or not
+            if self.baseline in samples and metric.group != "cost":  # machines and their load differ
                 found |= {(panel.name, arm): each for arm, each in differences(samples, self.baseline).items()}
         raw = {key: each.welch for key, each in found.items() if each.welch is not None}
         adjusted = dict(zip(raw, holm(list(raw.values())), strict=True))
@@ -108,7 +108,7 @@ class Comparison:
                     continue
                 told = f"is {cell.verdict} than {self.baseline}" if each.resolved else f"against {self.baseline} is not resolved"
                 between = "" if each.interval is None else f" [{', '.join(show(end, sign=True) for end in each.interval)}]"
-                p = "no p without spread" if each.holm is None else f"adjusted p = {each.holm:.2g}"
+                p = "no p of single or equal runs" if each.holm is None else f"adjusted p = {each.holm:.2g}"
                 said.append(
                     f"{self._titled(panel)}{arm} {told}: {show(each.mean, sign=True)}{between} "
                     f"{'points of ' * bool(self.primary.unit)}{self.primary.label}, {p}, n = {cell.sample.n}"
@@ -119,10 +119,10 @@ class Comparison:
         """What the present seeds could have resolved in the primary metric, and how many seeds would resolve less."""
         said, show, count = [], self.primary.show, self.comparisons(self.primary)
         for panel, arms in self.cells(self.primary).items():
-            samples = [cell.sample for cell in arms.values()]
-            sd, n = pooled_sd(samples), min(sample.n for sample in samples)
-            if not sd or n < 2 or not count:
-                said.append(f"{self._titled(panel)}no spread between seeds, so nothing can be resolved; take 3 seeds or more")
+            samples = [cell.sample for cell in arms.values() if cell.sample.n > 1]
+            sd, n = pooled_sd(samples), min((sample.n for sample in samples), default=0)
+            if not sd or not any(cell.difference and cell.difference.welch is not None for cell in arms.values()):
+                said.append(f"{self._titled(panel)}nothing is tested: it takes two seeds, that differ, of baseline and arm")
                 continue
             least = detectable(n, sd, comparisons=count)
             more = [f"{show(part)} needs {seeds_needed(part, sd, comparisons=count):,}" for part in (least / 2, least / 4)]
@@ -146,9 +146,10 @@ class Comparison:
     def explanation(self) -> str:
         """How the figures were made, in words."""
         return (
-            f"Last epoch, mean over seeds. Intervals of {1 - ALPHA:.0%}: Student's of means, Welch's of differences. p is of "
-            f"Welch's t against {self.baseline}, adjusted after Holm over {self.comparisons(self.primary)} comparisons; verdicts "
-            f"need p < {ALPHA:g}. Beside it Dunnett's test, which assumes equal variances. Every metric is adjusted by itself."
+            f"Last epoch, means of seeds. {1 - ALPHA:.0%} intervals, not adjusted: Student's of means, Welch's of differences. "
+            f"p is of Welch's t against {self.baseline}, adjusted after Holm over {self.comparisons(self.primary)} comparisons; "
+            f"verdicts need p < {ALPHA:g}. Beside it Dunnett's test over the arms of each panel, which assumes equal variances. "
+            "Every metric is adjusted by itself."
         )
 
 

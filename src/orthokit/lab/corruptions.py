@@ -7,8 +7,8 @@ Where ours differs from the published CIFAR-10-C:
 
 * Eight of its nineteen corruptions. Many of the others need OpenCV, ImageMagick or pictures of frost. ``defocus_blur`` is among
   them: its kernel is known, but the rounding of OpenCV's single precision decides on one level of every twentieth pixel or so.
-* The published noise came from an unseeded generator: ours has the same distribution, not the same draws. It is the same at every
-  severity: Gaussian noise is one draw scaled, and the pixels hit by impulse noise are hit at every higher severity.
+* The published noise came from an unseeded generator: ours has the same distribution, not the same draws. Between
+  severities Gaussian noise is one draw scaled, and the values hit by impulse noise are hit at every higher one.
 * JPEG depends on the version of the library behind Pillow.
 
 Images that are not 32x32 get the same parameters, which then are not those of CIFAR-10-C (nor of ImageNet-C), and their

@@ -173,8 +173,8 @@ def _selected(panel: Panel) -> list[str]:
     regularized = {arm: results for arm, results in panel.arms.items() if results[0].recipe.regularizer is not None}
     if bare := [arm for arm, results in regularized.items() if not results[0].recipe.data.validation]:
         found.append(
-            f"no validation images in {listed(bare)} (data.validation = 0): a strength chosen on this budget can only have been "
-            "chosen on the test images"
+            f"no validation images in {listed(bare)} (data.validation = 0): nothing here shows that their strength was chosen on "
+            "others than the test images"
         )
     alike: dict[str, list[str]] = {}
     for arm, results in regularized.items():
@@ -194,7 +194,8 @@ def _selected(panel: Panel) -> list[str]:
 
 
 def _of_a_sweep(result: Result) -> bool:
-    return (result.source.parents[2] / "sweep.json").is_file() if len(result.source.parents) > 2 else False
+    above = result.source.resolve().parents
+    return len(above) > 2 and (above[2] / "sweep.json").is_file()
 
 
 def incomparable(panels: Sequence[Panel]) -> tuple[list[str], list[str]]:

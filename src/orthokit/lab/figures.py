@@ -209,7 +209,9 @@ def _differences(comparison: Comparison, panels: Sequence[Panel]) -> Drawing | N
     label = f"{metric.label} less that of {_short(comparison.baseline, 30)}{', points' * bool(metric.unit)}"
     figure.supxlabel(_wrapped(label, 52, 2), fontsize=9)
     of = f", {panels[0].name}" if len(panels) == 1 < len(comparison.panels) else ""
-    caption = f"Differences from the baseline{of}, with Welch's 95% interval: filled where resolved, hollow where not."
+    caption = (
+        f"Differences from the baseline{of}, with Welch's 95% interval, not adjusted: filled where resolved, hollow where not."
+    )
     return _drawn(figure, caption, said)
 
 

@@ -26,11 +26,11 @@ GROUPS: dict[Group, str] = {
 STYLES = {"better": "bold green", "worse": "bold red", "not resolved": "dim"}
 MARKS = {"better": "+", "worse": "-", "higher": "↑", "lower": "↓"}
 """Beside a mean that differs from the baseline's; only where that is resolved."""
-LEGEND = (
-    "Mean ± sd; + better, - worse, ↑ higher, ↓ lower than the baseline, where resolved. Under and over: layers that can be "
-    "orthogonal, and those with more filters than weights per filter. Robustness: accuracy, the mean over all strengths. "
-    "Features: penultimate."
+COLUMNS = (
+    "Under and over: layers that can be orthogonal, and those with more filters than weights per filter. Copies: pairs with "
+    "|c| > .99. Robustness: accuracy, the mean over all strengths. Features: penultimate."
 )
+LEGEND = f"Mean ± sd; + better, - worse, ↑ higher, ↓ lower than the baseline, where resolved. {COLUMNS}"
 
 
 def p(value: float | None) -> str:
@@ -64,7 +64,7 @@ def primary(comparison: Comparison) -> tuple[Line, dict[str, list[Line]]]:
 def _tested(metric: Metric, cell: Cell) -> Line:
     own, found = interval(metric, cell.sample.interval), cell.difference
     if found is None:
-        return [own, *["–"] * 5, "–"]
+        return [own, *["–"] * 6]
     ps = [p(found.welch), p(found.holm), p(found.dunnett)]
     return [own, metric.show(found.mean, sign=True), interval(metric, found.interval, sign=True), *ps, cell.verdict]
 
@@ -168,12 +168,12 @@ def markdown(comparison: Comparison, *, figures: Sequence[tuple[str, str]] = (),
     parts += [f"> **Caution.** {_plain(flag)}" for flag in comparison.flags]
     headers, lines = primary(comparison)
     parts += [f"## {comparison.primary.heading[0].upper()}{comparison.primary.heading[1:]}"]
-    parts += [f"{f'**{panel}**' + chr(10) * 2}{_pipes(headers, rows)}" for panel, rows in lines.items()]
+    parts += [f"**{_plain(panel)}**\n\n{_pipes(headers, rows)}" for panel, rows in lines.items()]
     parts += ["\n".join(f"* {_plain(each)}" for each in comparison.verdicts())]
-    parts += ["\n".join(f"* {each}" for each in comparison.power()), comparison.explanation]
-    parts += [f"![{words}]({file})" for file, words in figures]
+    parts += ["\n".join(f"* {_plain(each)}" for each in comparison.power()), _plain(comparison.explanation)]
+    parts += [f"![{_plain(words)}]({file})" for file, words in figures]
     for title, names, each in secondary(comparison):
-        parts += [f"## {title}", *(f"**{panel}**\n\n{_pipes(names, rows)}" for panel, rows in each.items())]
+        parts += [f"## {title}", *(f"**{_plain(panel)}**\n\n{_pipes(names, rows)}" for panel, rows in each.items())]
     parts += [LEGEND, *comparison.notes]
     return "\n\n".join(parts) + "\n"
 
@@ -212,7 +212,7 @@ def latex(comparison: Comparison) -> str:
     headers, lines = primary(comparison)
     tables = [(comparison.primary.heading, headers, lines), *secondary(comparison)]
     cautions = "".join(f"% CAUTION: {' '.join(flag.split())}\n" for flag in comparison.flags)
-    return cautions + "\n".join(_tabular(comparison.title, *table) for table in tables)
+    return f"{cautions}% {LEGEND}\n" + "\n".join(_tabular(comparison.title, *table) for table in tables)
 
 
 def _tabular(title: str, caption: str, headers: Line, panels: dict[str, list[Line]]) -> str:

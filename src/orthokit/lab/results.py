@@ -221,13 +221,13 @@ MEASURED = {
         "at 32x32, and but for its random draws."
     ),
     "features": (
-        "Features of all test images: effective rank (Roy, Vetterli 2007) and participation ratio of their covariance, mean "
-        "|correlation| of two channels, NC1 (Papyan, Han, Donoho 2020)."
+        "Features of all test images: effective rank of the centred features (Roy, Vetterli 2007), participation ratio of their "
+        "covariance, mean |correlation| of two channels, NC1 (Papyan, Han, Donoho 2020, there of training images)."
     ),
 }
 """By part of the evaluation: how it was measured, with which settings."""
 
-COST = "Cost is of runs one after another, beside whatever else the machine did; it is shown, not tested."
+COST = "Cost is of training beside whatever else the machine did, other runs included; it is shown, not tested."
 
 
 def metric_of(key: str) -> Metric:

@@ -20,8 +20,8 @@
     [evaluate]
     images = 1000
 
-``<results>/<study>/runs/<panel>-<arm>/<seed>/summary.json`` is all that is kept of a run: where it is, of this recipe and
-evaluated, nothing is left to do for that run, whether or not its weights are there.
+``<results>/<study>/runs/<network>-<arm><factors>/<seed>/summary.json`` is all that is kept of a run: where it is, of this recipe
+and evaluated, nothing is left to do for that run, whether or not its weights are there.
 """
 
 import itertools
