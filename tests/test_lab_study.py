@@ -12,22 +12,9 @@ from orthokit.lab import study
 from orthokit.lab.hardware import Hardware
 from orthokit.lab.results import read
 from orthokit.lab.train import train
+from tiny import TINY
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
-BASE = """
-[data]
-name = "synthetic"
-train = 200
-validation = 100
-size = 8
-pad = 1
-[network]
-kind = "resnet"
-depth = 8
-[train]
-epochs = 1
-batch = 50
-"""
 STUDY = """
 title = "Tiny"
 recipe = "base.toml"
@@ -45,7 +32,7 @@ parts = ["accuracy", "noise", "orthogonality"]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    (tmp_path / "base.toml").write_text(BASE)
+    (tmp_path / "base.toml").write_text(TINY)
     (tmp_path / "so.toml").write_text('[regularizer]\nstrength = 0.1\npenalty = "so"\n')
     (tmp_path / "tiny.toml").write_text(STUDY)
     monkeypatch.chdir(tmp_path)

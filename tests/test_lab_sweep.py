@@ -19,25 +19,10 @@ from orthokit.lab.recipe import load
 from orthokit.lab.record import Run
 from orthokit.lab.runner import Pool
 from orthokit.lab.train import train
+from tiny import TINY
 
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("*.toml"))
-RECIPE = """
-[data]
-name = "synthetic"
-train = 200
-validation = 100
-size = 8
-pad = 1
-[network]
-kind = "resnet"
-depth = 8
-[train]
-epochs = 1
-batch = 50
-[regularizer]
-strength = 0.1
-penalty = "so"
-"""
+RECIPE = f'{TINY}[regularizer]\nstrength = 0.1\npenalty = "so"\n'
 
 
 @pytest.fixture

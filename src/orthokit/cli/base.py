@@ -20,6 +20,13 @@ class UsageError(Exception):
     """Something the caller can put right; printed without a traceback."""
 
 
+def check_positive(command: object, *names: str) -> None:
+    """Raise ``UsageError`` where an option of a command is given and below 1."""
+    for name in names:
+        if (value := getattr(command, name)) is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+
+
 @contextlib.contextmanager
 def needing(what: str) -> Iterator[None]:
     """Names the extra where a library of the lab is missing."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 from rich import box
@@ -15,15 +15,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from orthokit.cli.base import Format, UsageError, needing
+from orthokit.cli.base import Format, UsageError, check_positive, needing
 from orthokit.cli.lab import Machine
 from orthokit.tables import Column, Table
 
 if TYPE_CHECKING:
     from orthokit.lab.evaluate import Subject
+    from orthokit.lab.results import Result
 
 Part = Literal["attacks", "corruptions", "noise", "features", "accuracy", "orthogonality"]
-PARTS: tuple[Part, ...] = ("attacks", "corruptions", "noise", "features", "accuracy", "orthogonality")
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True)
@@ -56,41 +57,32 @@ class Evaluate:
     def run(self, console: Console) -> int:
         if not self.paths:
             raise UsageError("name a run's folder or a checkpoint, such as runs/nano_cifar10_strict")
-        for name in ("images", "jobs", "threads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"--{name} must be at least 1; got {value}")
+        check_positive(self, "images", "jobs", "threads")
         with needing("evaluating needs"):
             from orthokit.lab import evaluate, formats, recipe
         given = None if self.recipe is None else recipe.load(self.recipe)
         wanted = [subject for path in self.paths for subject in evaluate.subjects(path, given)]
         unique = list({subject.record.resolve(): subject for subject in wanted}.values())
         quiet = Console(stderr=True) if self.format != "table" else console
-        failed = measured(unique, quiet, self.parts, self.images, self.root, self.device, self.jobs, self.threads)
-        headers, rows = _table(unique)
+        options = {name: getattr(self, name) for name in ("parts", "images", "root", "device", "jobs", "threads")}
+        failed = measured(unique, quiet, **options)
+        found = [evaluate.result(subject) for subject in unique]
+        headers, rows = _table(unique, found)
         if self.format == "table":
             shown = [column for column in headers if any(row[column.key] is not None for row in rows)]
             title = "evaluation (robustness: accuracy, mean over the strengths)"
             cells = [[column.show(row[column.key]) for column in shown] for row in rows]
             console.print(formats.Wide(title, [column.header for column in shown], cells))
             if len(unique) == 1:
-                console.print(_curves(evaluate.result(unique[0]).parts))
+                console.print(_curves(found[0]))
         else:
             table = Table("evaluation", headers, tuple(rows), {})
             print(json.dumps(rows, indent=2) if self.format == "json" else table.to_csv(), end="\n" * (self.format == "json"))
         return 4 if failed else 0
 
 
-def measured(
-    subjects: "Sequence[Subject]",
-    console: Console,
-    parts: Sequence[str],
-    images: int,
-    root: Path,
-    device: str,
-    jobs: int | None,
-    threads: int,
-) -> int:
-    """Evaluate what is left, with a bar; how many parts failed."""
+def measured(subjects: "Sequence[Subject]", console: Console, **options: Any) -> int:
+    """Evaluate what is left, with a bar and the options of ``orthokit.lab.evaluate.evaluate``; how many parts failed."""
     from orthokit.lab.evaluate import evaluate
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
@@ -111,38 +103,34 @@ def measured(
             elif not console.is_terminal:
                 console.print(f"{subject.name}  {part}", markup=False, highlight=False, soft_wrap=True)
 
-        options: dict[str, Any] = {"parts": parts, "images": images, "root": root, "device": device, "jobs": jobs}
-        return evaluate(subjects, **options, threads=threads, tick=tick, start=start)
+        return evaluate(subjects, tick=tick, start=start, **options)
 
 
-def _table(subjects: "Sequence[Subject]") -> tuple[tuple[Column, ...], list[dict[str, Any]]]:
-    from orthokit.lab.evaluate import result
+def _table(subjects: "Sequence[Subject]", results: "Sequence[Result]") -> tuple[tuple[Column, ...], list[dict[str, Any]]]:
     from orthokit.lab.results import METRICS
 
     metrics = [metric for metric in METRICS if metric.group != "cost"]
     twice = {name for name, count in Counter(subject.name for subject in subjects).items() if count > 1}
-    rows = []
-    for subject in subjects:
-        found, name = result(subject), subject.name
-        rows.append({"network": str(subject.weights) if name in twice else name} | {m.key: m.read(found) for m in metrics})
+    rows = [
+        {"network": str(subject.weights) if subject.name in twice else subject.name} | {m.key: m.read(found) for m in metrics}
+        for subject, found in zip(subjects, results, strict=True)
+    ]
     return (Column("network", "network", "s"), *(Column(m.key, m.heading, m.format) for m in metrics)), rows
 
 
-def _curves(parts: dict[str, Any]) -> RichTable:
+def _curves(found: "Result") -> RichTable:
     """Accuracy by strength, where measured."""
-    attacks, noise = parts.get("attacks", {}), parts.get("noise", {})
-    kinds = {
-        "FGSM, radius/255": (attacks.get("linf"), attacks.get("fgsm")),
-        "PGD L∞, radius/255": (attacks.get("linf"), attacks.get("pgd")),
-        "PGD L2, radius": (attacks.get("l2"), attacks.get("pgd_l2")),
-        "noise, sd": (noise.get("sigma"), noise.get("accuracy")),
-    }
-    kinds |= {f"{n}, severity": ([1, 2, 3, 4, 5], each) for n, each in parts.get("corruptions", {}).get("accuracy", {}).items()}
+    from orthokit.lab.results import curve
+
+    labels = {"fgsm": "FGSM, radius/255", "pgd": "PGD L∞, radius/255", "pgd_l2": "PGD L2, radius", "noise": "noise, sd"}
+    curves = {label: curve(key, found) for key, label in labels.items()}
+    for name, values in found.parts.get("corruptions", {}).get("accuracy", {}).items():
+        curves[f"{name}, severity"] = dict(enumerate(values, 1))
     table = RichTable(title="accuracy by strength, %", title_justify="left", box=box.SIMPLE, show_header=False)
-    for name, (strengths, values) in kinds.items():
-        if strengths and values:
-            table.add_row(name, *(f"{strength:g}" for strength in strengths), style="dim")
-            table.add_row("", *(f"{100 * value:.1f}" for value in values))
+    for label, points in curves.items():
+        if points:
+            table.add_row(label, *(f"{strength:g}" for strength in points), style="dim")
+            table.add_row("", *(f"{100 * value:.1f}" for value in points.values()))
     return table
 
 
@@ -285,9 +273,8 @@ class Study:
         if trained := [task for task in left if task.run.summary() is not None]:
             wanted = [subject for task in trained for subject in evaluate.subjects(task.run.folder)]
             asked = plan.said.evaluate
-            failed = measured(
-                wanted, console, asked.parts, asked.images, machine.root, machine.device, machine.jobs, machine.threads or 1
-            )
+            options = {"root": machine.root, "device": machine.device, "jobs": machine.jobs, "threads": machine.threads or 1}
+            failed = measured(wanted, console, parts=asked.parts, images=asked.images, **options)
             status = 4 if failed else status
             for task in trained:
                 plan.keep(task)

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from orthokit.cli.base import UsageError, demo_images, needing
+from orthokit.cli.base import UsageError, check_positive, demo_images, needing
 
 if TYPE_CHECKING:
     from orthokit.lab.record import Run
@@ -37,9 +37,7 @@ class Demo:
     """Folder for the picture and the trained weights."""
 
     def run(self, console: Console) -> None:
-        for name in ("seeds", "epochs", "workers"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"--{name} must be at least 1; got {value}")
+        check_positive(self, "seeds", "epochs", "workers")
         if (self.data == "cifar10") != (self.root is not None):
             raise UsageError("--data cifar10 and --root DIR go together")
         with needing("the demo needs"):
@@ -80,9 +78,7 @@ class Machine:
     """With --backend ray: the cluster, e.g. auto; a local one is started by default."""
 
     def __post_init__(self) -> None:
-        for name in ("jobs", "jobs_per_device", "threads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        check_positive(self, "jobs", "jobs_per_device", "threads")
         if self.address is not None and self.backend == "local":
             raise UsageError("--address does nothing without --backend ray")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from orthokit.config import penalty_of
 from orthokit.lab.fairness import Panel, flags, incomparable, plain, refusals, repeated, under
-from orthokit.lab.recipe import Recipe, flattened
+from orthokit.lab.recipe import Recipe
 from orthokit.lab.results import COST, MEASURED, METRICS, Metric, Result, metric_of
 from orthokit.lab.statistics import ALPHA, POWER, Difference, Sample, detectable, differences, holm, pooled_sd, seeds_needed
 
@@ -99,9 +99,10 @@ class Comparison:
     def _titled(self, panel: str) -> str:
         return f"{panel}: " if len(self.panels) > 1 else ""
 
-    def verdicts(self) -> list[str]:
-        """The primary metric's result, a sentence for each arm and panel."""
-        said, show = [], self.primary.show
+    def told(self) -> dict[str, list[tuple[str, str]]]:
+        """The primary metric's result: panel -> verdict and sentence of each arm."""
+        said: dict[str, list[tuple[str, str]]] = {}
+        show = self.primary.show
         for panel, arms in self.cells(self.primary).items():
             for arm, cell in arms.items():
                 if (each := cell.difference) is None:
@@ -109,11 +110,16 @@ class Comparison:
                 told = f"is {cell.verdict} than {self.baseline}" if each.resolved else f"against {self.baseline} is not resolved"
                 between = "" if each.interval is None else f" [{', '.join(show(end, sign=True) for end in each.interval)}]"
                 p = "no p of single or equal runs" if each.holm is None else f"adjusted p = {each.holm:.2g}"
-                said.append(
-                    f"{self._titled(panel)}{arm} {told}: {show(each.mean, sign=True)}{between} "
+                sentence = (
+                    f"{arm} {told}: {show(each.mean, sign=True)}{between} "
                     f"{'points of ' * bool(self.primary.unit)}{self.primary.label}, {p}, n = {cell.sample.n}"
                 )
+                said.setdefault(panel, []).append((cell.verdict, sentence))
         return said
+
+    def verdicts(self) -> list[str]:
+        """The sentences of :meth:`told`, with their panel where there are several."""
+        return [f"{self._titled(panel)}{sentence}" for panel, each in self.told().items() for _, sentence in each]
 
     def power(self) -> list[str]:
         """What the present seeds could have resolved in the primary metric, and how many seeds would resolve less."""
@@ -194,7 +200,7 @@ def compare(
         raise ValueError(f"{metric} is no metric for verdicts: {COST}")
     if unknown := [key for key in (*factor, *by) if key.split(".")[0] not in Recipe.model_fields]:
         raise ValueError(f"{unknown[0]} is no key of a recipe; factors and panels are, such as regularizer or train.epochs")
-    flat = [flattened(result.recipe.to_dict()) for result in results]
+    flat = [result.flat for result in results]
     if unknown := [key for key in (*factor, *by) if "." in key and not any(under(each, [key]) for one in flat for each in one)]:
         raise ValueError(f"no run has the key {unknown[0]}")
     arms = _arms(results, flat, factor)

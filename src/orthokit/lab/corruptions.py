@@ -17,7 +17,6 @@ severities do not compare with its. Grey images are changed as one channel.
 
 import contextlib
 import hashlib
-import importlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orthokit.checks import check_count, did_you_mean
+from orthokit.lab.data import need
 from orthokit.lab.files import replacing
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -75,7 +75,7 @@ def impulse_noise(images: UInt8[Tensor, "n c h w"], severity: int) -> UInt8[Tens
 def gaussian_blur(images: UInt8[Tensor, "n c h w"], severity: int) -> UInt8[Tensor, "n c h w"]:
     """A Gaussian cut off at four standard deviations; the border is repeated outwards."""
     sigma = (0.4, 0.6, 0.7, 0.8, 1.0)[severity - 1]
-    blur = _need("scipy.ndimage", "gaussian_blur").gaussian_filter
+    blur = need("scipy.ndimage", "gaussian_blur").gaussian_filter
     return _changed(images, lambda x: blur(x, (0, sigma, sigma, 0), mode="nearest", truncate=4.0))
 
 
@@ -123,14 +123,14 @@ def pixelate(images: UInt8[Tensor, "n c h w"], severity: int) -> UInt8[Tensor, "
     small = (int(width * factor), int(height * factor))
     if not all(small):
         raise ValueError(f"pixelate needs images of at least 2x2 pixels; got {height}x{width}")
-    box = _need("PIL.Image", "pixelate").Resampling.BOX
+    box = need("PIL.Image", "pixelate").Resampling.BOX
     return _each("pixelate", images, lambda picture: picture.resize(small, box).resize((width, height), box))
 
 
 def jpeg_compression(images: UInt8[Tensor, "n c h w"], severity: int) -> UInt8[Tensor, "n c h w"]:
     """JPEG at the given quality, and back."""
     quality = (80, 65, 58, 50, 40)[severity - 1]
-    image = _need("PIL.Image", "jpeg_compression")
+    image = need("PIL.Image", "jpeg_compression")
 
     def change(picture: Any) -> Any:
         picture.save(file := io.BytesIO(), "JPEG", quality=quality)
@@ -221,7 +221,7 @@ def _changed(images: UInt8[Tensor, "n c h w"], change: Change) -> UInt8[Tensor, 
 
 def _each(name: str, images: UInt8[Tensor, "n c h w"], change: Callable[[Any], Any]) -> UInt8[Tensor, "n c h w"]:
     """The change of every image as a Pillow picture."""
-    mode, image = _grey_or_colour(name, images), _need("PIL.Image", name)
+    mode, image = _grey_or_colour(name, images), need("PIL.Image", name)
     shape = (len(images), *images.shape[-2:], images.shape[1])
     found = np.empty(shape, np.uint8)
     for row, picture in enumerate(images.cpu().permute(0, 2, 3, 1).contiguous().numpy()):
@@ -235,10 +235,3 @@ def _grey_or_colour(name: str, images: UInt8[Tensor, "n c h w"]) -> str:
     if images.shape[1] not in modes:
         raise ValueError(f"{name} is defined for grey and RGB images, with 1 or 3 channels; got {images.shape[1]} channels")
     return modes[images.shape[1]]
-
-
-def _need(module: str, what: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{what} needs {error.name}: pip install 'orthokit[lab]'", name=error.name) from None

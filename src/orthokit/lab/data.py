@@ -161,7 +161,7 @@ def choose(option: str, wanted: int, rows: NDArray[np.int64], labels: NDArray[np
             f"{option} must be from {classes:,} to {len(rows) - classes:,}{everything}: of the {len(rows):,} images there are, "
             f"at least one of each of {classes} classes, and as many for the rest; got {wanted:,}"
         )
-    split = _need("sklearn.model_selection", "splitting image sets").train_test_split
+    split = need("sklearn.model_selection", "splitting image sets").train_test_split
     chosen, others = split(rows, train_size=wanted, stratify=labels[rows], random_state=0)
     return np.sort(chosen), np.sort(others)
 
@@ -243,16 +243,16 @@ def _write_cache(path: Path, parts: Parts, metadata: dict[str, str]) -> None:
 
 
 def _digits() -> Parts:
-    pixels, labels = _need("sklearn.datasets", "digits").load_digits(return_X_y=True)
+    pixels, labels = need("sklearn.datasets", "digits").load_digits(return_X_y=True)
     images = (pixels * 15).astype(np.uint8).reshape(-1, 1, 8, 8)
-    split = _need("sklearn.model_selection", "digits").train_test_split
+    split = need("sklearn.model_selection", "digits").train_test_split
     train, test, *classes = split(images, labels.astype(np.int64), train_size=300, stratify=labels, random_state=0)
     return Parts(*(torch.from_numpy(part) for part in (train, classes[0], test, classes[1])))
 
 
 def _patches() -> Parts:
-    image = _need("PIL.Image", "patches")
-    folder = Path(_need("skimage", "patches").__file__).parent / "data"  # skimage.data may fetch what it does not find there
+    image = need("PIL.Image", "patches")
+    folder = Path(need("skimage", "patches").__file__).parent / "data"  # skimage.data may fetch what it does not find there
     generator = torch.Generator().manual_seed(0)
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for name in PHOTOGRAPHS:
@@ -303,7 +303,12 @@ def _synthetic() -> Parts:
     return Parts(*parts)
 
 
-def _need(module: str, what: str) -> Any:
+def need(module: str, what: str) -> Any:
+    """A module of the lab's libraries.
+
+    Raises:
+        ModuleNotFoundError: it is missing; the message says how to get it.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

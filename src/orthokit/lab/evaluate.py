@@ -7,7 +7,6 @@ weights, part by part; a part that is there, of the same weights and settings, i
 import functools
 import json
 import os
-import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -29,12 +28,10 @@ from orthokit.checks import did_you_mean
 from orthokit.lab import attacks, corruptions, features
 from orthokit.lab.data import Images, ImageSet, choose, load
 from orthokit.lab.files import to_json, write
-from orthokit.lab.models import orthogonality
+from orthokit.lab.models import orthogonality, unwrapped
 from orthokit.lab.recipe import DataSection, Recipe, differences
-from orthokit.lab.results import Result, digest, read_one, read_parts
-from orthokit.select import state_of
+from orthokit.lab.results import RECORD, Result, digest, read_parts, read_summary
 
-RECORD = "evaluation.json"
 STEPS, PATH = 20, 5.0
 """Of projected gradient descent: steps, and the length of all of them in radii."""
 BINS = 15
@@ -73,10 +70,10 @@ def subjects(path: Path, recipe: Recipe | None = None) -> list[Subject]:
         ValueError: a checkpoint whose recipe is not known, or known to be another.
     """
     if path.is_dir():
-        runs = [read_one(file) for file in sorted(path.rglob("summary.json"))]
+        runs = {file: read_summary(file)["recipe"] for file in sorted(path.rglob("summary.json"))}
         if not runs:
             raise FileNotFoundError(f"no finished run (summary.json) in {path}")
-        return [_subject(run.source.with_name("last.safetensors"), run.recipe, recipe) for run in runs]
+        return [_subject(file.with_name("last.safetensors"), Recipe.of(raw, str(file)), recipe) for file, raw in runs.items()]
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; give a run's folder, or a .pt, .pth or .safetensors file")
     carried = _carried(path)
@@ -220,6 +217,13 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_parts(parts: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless all are keys of ``PARTS``."""
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"no part {part!r}{did_you_mean(part, PARTS)}")
+
+
 def settings(part: str, images: int) -> dict[str, Any]:
     """With which a part is measured; what was measured with others does not count."""
     fixed = PARTS[part][1]
@@ -262,9 +266,7 @@ def evaluate(
     Raises:
         ValueError: no such part, device or record; the images are not to be read.
     """
-    for part in parts:
-        if part not in PARTS:
-            raise ValueError(f"no part {part!r}{did_you_mean(part, PARTS)}")
+    check_parts(parts)
     place = device_of(device)
     gone = [subject for subject in wanted if not subject.weights.is_file()]
     digests = {subject: digest(subject.weights) for subject in wanted if subject not in gone}
@@ -330,10 +332,8 @@ def _bench(weights: Path, digest: str, recipe: str, images: int, root: Path, dev
     said = Recipe.of(tomllib.loads(recipe))
     data = _images(said.data.model_dump_json(), root).to(device)
     model = said.build(data)
-    state = state_of(checkpoint.load(weights))
-    plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in state.items()}
     try:
-        model.load_state_dict(plain)
+        model.load_state_dict(unwrapped(checkpoint.load(weights)))
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{weights} does not fit the network of its recipe: {error}") from None
     model.to(device, torch.float32).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from orthokit.config import penalty_of, where_of
-from orthokit.lab.recipe import Recipe, flattened
 from orthokit.lab.results import METRICS, Metric, Result
 from orthokit.penalties import Disentangled
 from orthokit.select import select
@@ -67,9 +66,8 @@ def _shown(values: Mapping[Any, Iterable[str]]) -> str:
     return "; ".join(f"{value} in {listed(list(arms))}" for value, arms in values.items())
 
 
-def undeclared(recipes: Iterable[tuple[str, Recipe]], factor: Sequence[str]) -> list[str]:
-    """In what the recipes of arms differ besides the factor: a sentence for each key."""
-    flat = [(arm, flattened(recipe.to_dict())) for arm, recipe in recipes]
+def undeclared(flat: Sequence[tuple[str, dict[str, str]]], factor: Sequence[str]) -> list[str]:
+    """In what the flattened recipes of arms differ besides the factor: a sentence for each key."""
     said = []
     for key in dict.fromkeys(key for _, each in flat for key in each if not under(key, factor)):
         values: dict[str, dict[str, None]] = {}
@@ -83,11 +81,11 @@ def undeclared(recipes: Iterable[tuple[str, Recipe]], factor: Sequence[str]) -> 
 def refusals(panel: Panel, factor: Sequence[str]) -> list[str]:
     """What makes the comparison in a panel meaningless."""
     advice = "declare it with --factor, keep such runs apart with --by, or see it flagged with --anyway"
-    found = [f"{each}; {advice}" for each in undeclared(((arm, result.recipe) for arm, result in panel), factor)]
+    found = [f"{each}; {advice}" for each in undeclared([(arm, result.flat) for arm, result in panel], factor)]
     if len(values := panel.by(lambda result: result.summary["fingerprint"][:12])) > 1:
         found.append(f"runs are of different images (fingerprint): {_shown(values)}")
     for arm, results in panel.arms.items():
-        own = [{key: value for key, value in flattened(r.recipe.to_dict()).items() if under(key, factor)} for r in results]
+        own = [{key: value for key, value in r.flat.items() if under(key, factor)} for r in results]
         if differing := [key for key in dict.fromkeys(key for each in own for key in each) if len({e.get(key) for e in own}) > 1]:
             several = list(dict.fromkeys(plain(each.get(differing[0])) for each in own))
             found.append(f"{arm} is the name of more than one arm: {differing[0]} is {' and '.join(several)}")

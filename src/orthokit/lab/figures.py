@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from orthokit.lab.compare import Cell, Comparison
 from orthokit.lab.fairness import Panel
-from orthokit.lab.results import Metric, Result, metric_of
+from orthokit.lab.results import Metric, Result, curve, metric_of
 from orthokit.plots import COLOURS
 
 WIDTH = 4.2
@@ -52,13 +52,13 @@ STYLE: dict[Any, Any] = {
     "lines.markersize": 4.5,
 }
 
-CURVE = {
-    "fgsm": (("attacks", "linf"), "L∞ strength, in 1/255"),
-    "pgd": (("attacks", "linf"), "L∞ strength, in 1/255"),
-    "pgd_l2": (("attacks", "l2"), "L2 strength"),
-    "noise": (("noise", "sigma"), "standard deviation"),
+LABELS = {
+    "fgsm": "L∞ strength, in 1/255",
+    "pgd": "L∞ strength, in 1/255",
+    "pgd_l2": "L2 strength",
+    "noise": "standard deviation",
 }
-"""Metric -> where an evaluation holds the strengths, and a label of them."""
+"""Of the strengths of a metric's curve."""
 
 Curves = dict[str, tuple[list[Any], NDArray[np.float64]]]
 """Arm -> where there are values, and the values, a row for each seed."""
@@ -100,7 +100,7 @@ def _all(comparison: Comparison) -> Iterator[tuple[str, Drawing | None]]:
         yield f"orthogonality-training{ends[panel.name]}", _training(comparison, panel)
     for panel in panels:
         yield f"orthogonality-{primary.key}{ends[panel.name]}", _trade(comparison, panel)
-    for key in CURVE:
+    for key in LABELS:
         for panel in some if key in metrics else ():
             yield f"robustness-{key}{ends[panel.name]}", _strengths(comparison, panel, metrics[key])
     for name, draw in (("severity", _severities), ("kinds", _kinds)):
@@ -272,14 +272,12 @@ def _trade(comparison: Comparison, panel: Panel) -> Drawing | None:
 
 def _strengths(comparison: Comparison, panel: Panel, metric: Metric) -> Drawing | None:
     """Accuracy by the strength of an attack or of noise."""
-    (part, strengths), label = CURVE[metric.key]
-    values = metric.path.rpartition(".")[2]
 
     def read(result: Result) -> Mapping[Any, float]:
-        found = result.parts.get(part, {})
-        return {x: 100 * y for x, y in zip(found.get(strengths, ()), found.get(values, ()), strict=False)}
+        return {strength: 100 * accuracy for strength, accuracy in curve(metric.key, result).items()}
 
-    return _accuracies(comparison, panel, read, f"under {metric.label} by its strength", label, log=part == "attacks")
+    what = f"under {metric.label} by its strength"
+    return _accuracies(comparison, panel, read, what, LABELS[metric.key], log=metric.part == "attacks")
 
 
 def _severities(comparison: Comparison, panel: Panel) -> Drawing | None:

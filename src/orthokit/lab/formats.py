@@ -69,10 +69,17 @@ def _tested(metric: Metric, cell: Cell) -> Line:
     return [own, metric.show(found.mean, sign=True), interval(metric, found.interval, sign=True), *ps, cell.verdict]
 
 
-def secondary(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, list[Line]]]]:
-    """Title, headers and lines of each panel, for each group of metrics there are numbers of."""
+def groups(comparison: Comparison) -> Iterator[tuple[str, list[Metric]]]:
+    """Title and metrics of each group that there are numbers of."""
     for group, title in GROUPS.items():
-        metrics = [metric for metric in comparison.metrics if metric.group == group and metric != comparison.primary]
+        if metrics := [metric for metric in comparison.metrics if metric.group == group]:
+            yield title, metrics
+
+
+def secondary(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, list[Line]]]]:
+    """Title, headers and lines of each panel, for each group of metrics besides the primary one."""
+    for title, every in groups(comparison):
+        metrics = [metric for metric in every if metric != comparison.primary]
         if not metrics:
             continue
         lines = {

@@ -154,6 +154,11 @@ def _check(channels: int, classes: int, norm: Norm) -> None:
     check_choice("norm", norm, NORMS)
 
 
+def unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict in a checkpoint, without the prefixes of DistributedDataParallel and ``torch.compile``."""
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in state_of(checkpoint).items()}
+
+
 class ResNet(nn.Module):
     """The CIFAR residual network of He et al. (2015, https://arxiv.org/abs/1512.03385).
 
@@ -202,7 +207,7 @@ class ResNet(nn.Module):
         Raises:
             ValueError: the weights are not those of this network.
         """
-        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in state_of(checkpoint).items()}
+        state = unwrapped(checkpoint)
         blocks = {match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
         shortcut: Shortcut = "projection" if any(".shortcut." in key for key in state) else "identity"
         norm: Norm = "batch" if "bn.running_mean" in state else "group" if "bn.weight" in state else "none"

@@ -12,11 +12,10 @@ from markupsafe import Markup
 
 from orthokit import __version__
 from orthokit.lab import formats
-from orthokit.lab.compare import Cell, Comparison
+from orthokit.lab.compare import Comparison
 from orthokit.lab.fairness import Panel, plain, under
 from orthokit.lab.figures import Drawing, few, figures
 from orthokit.lab.recipe import flattened
-from orthokit.lab.results import Metric
 from orthokit.plots import COLOURS
 
 
@@ -47,8 +46,8 @@ def page(comparison: Comparison, *, command: str | None = None, drawn: Mapping[s
         version=__version__,
         counts=_counts(comparison),
         colours={arm: COLOURS[place % len(COLOURS)] for place, arm in enumerate(comparison.arms)},
-        verdicts=_verdicts(comparison),
-        tables=_tables(comparison),
+        verdicts=comparison.told(),
+        groups=list(formats.groups(comparison)),
         figures={
             title: [_shown(d) for name, d in drawn.items() if name.startswith(f"{g}-")] for g, title in formats.GROUPS.items()
         },
@@ -72,29 +71,6 @@ def _counts(comparison: Comparison) -> str:
     counts = {"run": sum(runs), "panel": len(comparison.panels), "arm": len(comparison.arms)}
     words = [f"{count} {word}{'s' * (count != 1)}" for word, count in counts.items()]
     return f"{', '.join(words)}, {seeds} seed{'s' * (seeds != '1')} an arm"
-
-
-def _verdicts(comparison: Comparison) -> dict[str, list[tuple[str, str]]]:
-    """Panel -> verdicts and sentences."""
-    cells = comparison.cells(comparison.primary)
-    told = [(name, cell.verdict) for name, arms in cells.items() for cell in arms.values() if cell.difference is not None]
-    found: dict[str, list[tuple[str, str]]] = {}
-    for (name, verdict), sentence in zip(told, comparison.verdicts(), strict=True):
-        found.setdefault(name, []).append((verdict, sentence.removeprefix(f"{name}: ")))
-    return found
-
-
-def _tables(comparison: Comparison) -> list[tuple[str, list[Metric], dict[str, list[tuple[str, list[Cell | None]]]]]]:
-    """Title, metrics, and panel -> arm and cells, of each group that there are numbers of."""
-    found = []
-    for group, title in formats.GROUPS.items():
-        if metrics := [metric for metric in comparison.metrics if metric.group == group]:
-            rows = {
-                panel.name: [(arm, [comparison.cell(metric, panel.name, arm) for metric in metrics]) for arm in panel.arms]
-                for panel in comparison.panels
-            }
-            found.append((title, metrics, rows))
-    return found
 
 
 def _shown(drawing: Drawing) -> Shown:

@@ -24,7 +24,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -46,6 +46,9 @@ class Section(BaseModel):
     """A table of a recipe; unknown keys and values of the wrong type are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class DataSection(Section):
@@ -328,6 +331,21 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML: {error}") from None
+
+
+def read_section(cls: type[S], path: Path) -> S:
+    """The section that a TOML file is.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no TOML, or not what the section asks for; all of it in one message.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {cls.__name__.lower()} {path} is there")
+    try:
+        return cls.model_validate(read_toml(path))
+    except ValidationError as error:
+        raise ValueError(f"{path}: {explained(cls, error)}") from None
 
 
 def extended(own: Mapping[str, Any], path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -18,14 +18,17 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
+from pydantic import Field
 
 from orthokit.lab.recipe import Recipe, differences, load
 
 SEEDS = 2**32
 """Seeds are below this, as numpy wants them."""
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=SEEDS)]], Field(min_length=1)]
+"""In files of sweeps and studies."""
 WAIT = 60.0
 """Seconds to wait for another process that holds the run: one that was told to stop saves a checkpoint first."""
 

@@ -5,13 +5,16 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from orthokit.checks import check_choice
-from orthokit.lab.recipe import Recipe
+from orthokit.lab.recipe import Recipe, flattened
 from orthokit.lab.record import read_json
 
+RECORD = "evaluation.json"
+"""In a run's folder: what ``orthokit evaluate`` has measured."""
 HUGE = 1e30
 """What is larger, infinite or NaN is no measurement."""
 Group = Literal["result", "orthogonality", "robustness", "features", "cost"]
@@ -26,6 +29,11 @@ class Result:
     recipe: Recipe
     parts: dict[str, Any]
     history: tuple[dict[str, Any], ...]
+
+    @cached_property
+    def flat(self) -> dict[str, str]:
+        """The recipe as dotted keys and JSON."""
+        return flattened(self.recipe.to_dict())
 
     @property
     def seed(self) -> int:
@@ -67,11 +75,11 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
     return list(found.values()), said
 
 
-def read_one(path: Path) -> Result:
-    """The run whose ``summary.json`` this is. An evaluation of other weights than are there now does not count.
+def read_summary(path: Path) -> dict[str, Any]:
+    """A ``summary.json``.
 
     Raises:
-        ValueError: a file is damaged or not what a run writes.
+        ValueError: it is damaged or not what a run writes.
     """
     summary = read_json(path, recipe=dict, seed=int, test=dict, orthogonality=dict, fingerprint=str)
     accuracy = summary["test"].get("accuracy")
@@ -81,9 +89,19 @@ def read_one(path: Path) -> Result:
         if not isinstance(summary.setdefault(key, {}), dict | None):
             raise ValueError(f"{path} is not what a run writes ({key} = {summary[key]!r:.80})")
         summary[key] = summary[key] or {}
+    return summary
+
+
+def read_one(path: Path) -> Result:
+    """The run whose ``summary.json`` this is. An evaluation of other weights than are there now does not count.
+
+    Raises:
+        ValueError: a file is damaged or not what a run writes.
+    """
+    summary = read_summary(path)
     parts, history = summary.pop("evaluation", None), summary.pop("history", None)
     if parts is None:
-        file, weights = path.with_name("evaluation.json"), path.with_name("last.safetensors")
+        file, weights = path.with_name(RECORD), path.with_name("last.safetensors")
         found = read_parts(file) if file.is_file() else {"parts": {}}
         stale = file.is_file() and weights.is_file() and found["weights"] != digest(weights)
         parts = {} if stale else found["parts"]
@@ -228,6 +246,17 @@ MEASURED = {
 """By part of the evaluation: how it was measured, with which settings."""
 
 COST = "Cost is of training beside whatever else the machine did, other runs included; it is shown, not tested."
+
+
+STRENGTHS = {"fgsm": "linf", "pgd": "linf", "pgd_l2": "l2", "noise": "sigma"}
+"""Metrics that are means of a curve, and under which key of their part its strengths are."""
+
+
+def curve(key: str, result: Result) -> dict[float, float]:
+    """Strength -> accuracy, a fraction, of a metric in ``STRENGTHS``; empty where it was not measured."""
+    metric = metric_of(key)
+    part = result.parts.get(metric.part or "", {})
+    return dict(zip(part.get(STRENGTHS[key], ()), part.get(metric.path.rpartition(".")[2], ()), strict=False))
 
 
 def metric_of(key: str) -> Metric:

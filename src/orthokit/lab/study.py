@@ -31,16 +31,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from orthokit.checks import did_you_mean
 from orthokit.lab import figures, formats, page
 from orthokit.lab.compare import FACTOR, Comparison, compare
-from orthokit.lab.evaluate import PARTS, settings
+from orthokit.lab.evaluate import PARTS, check_parts, settings
 from orthokit.lab.fairness import undeclared
 from orthokit.lab.files import to_json, write
-from orthokit.lab.recipe import Recipe, Section, differences, explained, extended, inline, label, merged, parsed, read_toml
-from orthokit.lab.record import SEEDS, Run
+from orthokit.lab.recipe import Recipe, Section, differences, extended, flattened, inline, label, merged, parsed, read_section
+from orthokit.lab.record import Run, Seeds
 from orthokit.lab.results import METRICS, Result, metric_of, read_one
 
 Partial = dict[str, Any]
@@ -57,9 +57,7 @@ class Evaluation(Section):
     @field_validator("parts")
     @classmethod
     def _known(cls, parts: list[str]) -> list[str]:
-        for part in parts:
-            if part not in PARTS:
-                raise ValueError(f"no part {part!r}{did_you_mean(part, PARTS)}")
+        check_parts(parts)
         return parts
 
 
@@ -69,7 +67,7 @@ class Study(Section):
     title: str
     recipe: str | Annotated[list[str], Field(min_length=1)]
     """Files, relative to the study's, merged in order."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=SEEDS)]], Field(min_length=1)]
+    seeds: Seeds
     arms: Annotated[dict[str, Partial], Field(min_length=2)]
     """Parts of a recipe, by name."""
     networks: Annotated[dict[str, Partial], Field(min_length=1)] | None = None
@@ -202,19 +200,15 @@ def plan(file: Path, *, out: Path, results: Path) -> Plan:
         ValueError: it is no TOML, no study, or its recipes are none; arms are equal, differ in more than the factor, or would
             share a folder.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"no study {file} is there")
-    try:
-        said = Study.model_validate(read_toml(file))
-    except ValidationError as error:
-        raise ValueError(f"{file}: {explained(Study, error)}") from None
+    said = read_section(Study, file)
     base = extended({"extends": said.recipe}, file)
     tasks, folders, panels = [], dict[str, tuple[str, str]](), dict[tuple[str, str], str]()
     for (network, part), values in itertools.product(
         (said.networks or {"": {}}).items(), itertools.product(*said.factors.values())
     ):
-        chosen = [f"{key}={inline(value)}" for key, value in zip(said.factors, values, strict=True)]
-        short = [f"{key.rpartition('.')[2]}={inline(value)}" for key, value in zip(said.factors, values, strict=True)]
+        factors = {key: inline(value) for key, value in zip(said.factors, values, strict=True)}
+        chosen = [f"{key}={value}" for key, value in factors.items()]
+        short = [f"{key.rpartition('.')[2]}={value}" for key, value in factors.items()]
         panel = ", ".join([*([network] if network else []), *short])
         laid = extended(part, file)
         for setting in chosen:
@@ -249,7 +243,7 @@ def _check(where: str, recipes: Mapping[str, Recipe], factor: Sequence[str], lai
     for arm, recipe in recipes.items():
         if changed := differences(Recipe.of(merged(recipe.to_dict(), laid), where), recipe):
             raise ValueError(f"{where}: the arm {arm} overrides what its panel is to have in common ({changed})")
-    if told := undeclared(recipes.items(), factor):
+    if told := undeclared([(arm, flattened(recipe.to_dict())) for arm, recipe in recipes.items()], factor):
         raise ValueError(f"{where}: {told[0]}; declare it among factor = [...]")
     for (one, a), (two, b) in itertools.combinations(recipes.items(), 2):
         if a == b:

@@ -31,14 +31,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from orthokit.lab.files import to_json, write
-from orthokit.lab.recipe import Section, explained, inline, label, load, read_toml
-from orthokit.lab.record import SEEDS, Run
+from orthokit.lab.recipe import Section, inline, label, load, read_section
+from orthokit.lab.record import Run, Seeds
 
 Settings = dict[str, Any]
 
@@ -75,7 +75,7 @@ class Sweep(Section):
 
     recipes: Annotated[list[str], Field(min_length=1)]
     """Files, relative to the sweep's; each gets its own best setting."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=SEEDS)]], Field(min_length=1)]
+    seeds: Seeds
     grid: Annotated[dict[str, list[Any]], Field(min_length=1)] | None = None
     search: Search | None = None
     set: Annotated[list[str], Field(default_factory=list)]
@@ -125,12 +125,7 @@ def read(path: Path) -> Sweep:
         FileNotFoundError: no such file.
         ValueError: it is no TOML or no sweep.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no sweep {path} is there")
-    try:
-        return Sweep.model_validate(read_toml(path))
-    except ValidationError as error:
-        raise ValueError(f"{path}: {explained(Sweep, error)}") from None
+    return read_section(Sweep, path)
 
 
 def run(path: Path, out: Path, execute: Callable[[Sequence[Run]], int]) -> tuple[list[Point], int]:
