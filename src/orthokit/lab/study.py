@@ -121,8 +121,10 @@ class Plan:
         return f"orthokit study {'/'.join(self.file.resolve().parts[-2:])}"
 
     def left(self) -> list[Task]:
-        """Those whose result is not kept, or was evaluated otherwise."""
-        return [task for task in self.tasks if not self._done(task)]
+        """Those whose result is not kept, or was evaluated otherwise; a seed of every arm before the next, so that what is
+        interrupted can be compared."""
+        order = self.said.seeds.index
+        return sorted((task for task in self.tasks if not self._done(task)), key=lambda task: order(task.run.seed))
 
     def _done(self, task: Task) -> bool:
         if not task.kept.is_file():
