@@ -65,7 +65,7 @@ def test_a_study_from_one_file(folder, in_process, capsys):
     assert "Tiny: 4 of 4 runs to train, 4 to evaluate" in said
     assert "so against none is" in said
     assert "power: 2 seeds an arm" in said
-    assert in_process == ["none/0", "none/1", "so/0", "so/1"]
+    assert in_process == ["none/0", "so/0", "none/1", "so/1"]
     kept = folder / "results/tiny"
     assert {path.relative_to(kept).as_posix() for path in kept.rglob("*.json")} == {
         f"runs/{arm}/{seed}/summary.json" for arm in ("none", "so") for seed in (0, 1)
@@ -87,7 +87,7 @@ def test_a_study_from_one_file(folder, in_process, capsys):
     (kept / "figures/old.svg").touch()
     assert main(command) == 0
     assert "Tiny: all is done" in words(capsys.readouterr().out)
-    assert in_process == ["none/0", "none/1", "so/0", "so/1"]
+    assert in_process == ["none/0", "so/0", "none/1", "so/1"]
     assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
     assert len(read([kept])[0]) == 4
     assert main(["compare", str(kept)]) == 0
@@ -98,7 +98,7 @@ def test_a_study_from_one_file(folder, in_process, capsys):
     text = STUDY.replace("[0, 1]", "[0, 1, 2]").replace("\n[evaluate]", f"{half}\n[evaluate]")
     (folder / "tiny.toml").write_text(text)
     assert main(command) == 0
-    assert in_process[4:] == ["none/2", "so/2", "half/0", "half/1", "half/2"]
+    assert in_process[4:] == ["half/0", "half/1", "none/2", "so/2", "half/2"]
     assert "so, half differ in strength alone" in words(capsys.readouterr().out)
 
     # An arm less: what was kept of it is told.
@@ -141,6 +141,35 @@ def test_what_is_missing_is_flagged(folder, in_process, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["study", "tiny.toml", "--jobs", "1"]) == 4
     assert "! 2 of 6 runs are missing; what is there may be a lucky choice" in words(capsys.readouterr().out)
+
+
+def test_what_is_finished_is_kept_when_interrupted(folder, monkeypatch, capsys):
+    done = []
+
+    def run_all(machine, runs, console, *, test=True):
+        for run in runs[: 3 - len(done)]:
+            train(run, hardware=Hardware(device="cpu", threads=1))
+            done.append(run.name)
+        if len(done) == 3:
+            done.append("interrupted")
+            raise KeyboardInterrupt
+        return 4
+
+    monkeypatch.setattr(Machine, "run_all", run_all)
+    assert main(["study", "tiny.toml", "--jobs", "1"]) == 130
+    assert done == ["none/0", "so/0", "none/1", "interrupted"]  # every arm before the next seed
+    kept = sorted(
+        path.parent.relative_to(folder / "results/tiny/runs").as_posix() for path in folder.rglob("results/**/summary.json")
+    )
+    assert kept == ["none/0", "none/1", "so/0"]
+    capsys.readouterr()
+    text = STUDY.replace('"accuracy", "noise", "orthogonality"', "")
+    (folder / "tiny.toml").write_text(text)
+    shutil.rmtree(folder / "runs")
+    assert main(["study", "tiny.toml", "--jobs", "1"]) == 4
+    said = words(capsys.readouterr().out)
+    assert "1 of 4 runs to train, 1 to evaluate" in said
+    assert "! 1 of 4 runs are missing" in said
 
 
 @pytest.mark.parametrize(
@@ -192,11 +221,13 @@ def test_no_such_study(capsys):
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.stem)
 def test_studies_of_the_repository(file, tmp_path):
-    """Their results are kept, whole, and of the recipes as they are now."""
+    """What is kept of them is of the recipes as they are now, and what is written is what it says."""
     plan = study.plan(file, out=tmp_path, results=file.parents[1] / "results")
-    assert plan.left() == []
     assert plan.strangers() == []
+    comparison = plan.comparison()
     written = (plan.folder / "README.md").read_text()
-    verdicts = plan.comparison().verdicts()
+    verdicts = comparison.verdicts()
     assert verdicts
     assert all(verdict in written for verdict in verdicts)
+    missing = f"{len(plan.left())} of {len(plan.tasks)} runs are missing"
+    assert (missing in written) == bool(plan.left())

@@ -268,16 +268,17 @@ class Study:
         untrained = [task.run for task in left if task.run.summary() is None]
         said = f"{len(untrained)} of {len(plan.tasks)} runs to train, {len(left)} to evaluate" if left else "all is done"
         console.print(f"[bold]{escape(plan.said.title)}[/]: {said}", highlight=False, soft_wrap=True)
-        if untrained:
-            status = machine.run_all(untrained, console)
-        if trained := [task for task in left if task.run.summary() is not None]:
-            wanted = [subject for task in trained for subject in evaluate.subjects(task.run.folder)]
-            asked = plan.said.evaluate
-            options = {"root": machine.root, "device": machine.device, "jobs": machine.jobs, "threads": machine.threads or 1}
-            failed = measured(wanted, console, parts=asked.parts, images=asked.images, **options)
-            status = 4 if failed else status
-            for task in trained:
-                plan.keep(task)
+        try:
+            if untrained:
+                status = machine.run_all(untrained, console)
+            if trained := [task for task in left if task.run.summary() is not None]:
+                wanted = [subject for task in trained for subject in evaluate.subjects(task.run.folder)]
+                asked = plan.said.evaluate
+                options = {"root": machine.root, "device": machine.device, "jobs": machine.jobs, "threads": machine.threads or 1}
+                failed = measured(wanted, console, parts=asked.parts, images=asked.images, **options)
+                status = 4 if failed else status
+        finally:  # when interrupted, too: the next sitting need not have the runs' own folder
+            plan.keep(left)
         try:
             comparison = plan.comparison()
         except ValueError as error:

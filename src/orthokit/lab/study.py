@@ -26,7 +26,7 @@ and evaluated, nothing is left to do for that run, whether or not its weights ar
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,7 +122,8 @@ class Plan:
 
     def left(self) -> list[Task]:
         """Those whose result is not kept, or was evaluated otherwise; a seed of every arm before the next, so that what is
-        interrupted can be compared."""
+        interrupted can be compared.
+        """
         order = self.said.seeds.index
         return sorted((task for task in self.tasks if not self._done(task)), key=lambda task: order(task.run.seed))
 
@@ -134,11 +135,14 @@ class Plan:
             kept.parts.get(part, {}).get("settings") == settings(part, wanted.images) for part in wanted.parts
         )
 
-    def keep(self, task: Task) -> None:
-        """Keep what is small of a finished run."""
-        small = read_one(task.run.folder / "summary.json").small()
-        small["environment"] = {key: value for key, value in small["environment"].items() if key != "platform"}
-        write(task.kept, to_json(small | {"study": {"arm": task.arm, "panel": task.panel}}))
+    def keep(self, tasks: Iterable[Task]) -> None:
+        """Keep what is small of those that are finished."""
+        for task in tasks:
+            if task.run.summary() is None:
+                continue
+            small = read_one(task.run.folder / "summary.json").small()
+            small["environment"] = {key: value for key, value in small["environment"].items() if key != "platform"}
+            write(task.kept, to_json(small | {"study": {"arm": task.arm, "panel": task.panel}}))
 
     def results(self) -> list[Result]:
         """What is kept of the runs of this study, in its order."""
