@@ -487,6 +487,7 @@ def _wrapped(text: str, width: int, lines: int) -> str:
 def _drawn(figure: Any, caption: str, numbers: Mapping[str, str], most: int = 10) -> Drawing:
     """The finished figure; ``numbers`` go into its alternative text."""
     file = io.StringIO()
+    figure.draw_without_rendering()  # the layout depends on the ticks' labels, and these on the size it gives to the axes
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     some = "; ".join(f"{name} {number}" for name, number in list(numbers.items())[:most])
     # A hundredth of a point is fine enough; more digits (outside of text) and indentation are a third of the file.
