@@ -10,6 +10,7 @@ from torch import nn
 
 import orthokit as ok
 from cases import CASES
+from orthokit.penalties import disentangled
 from orthokit.testing import check_penalty
 
 KERNELS = [(6, 9), (9, 4), (5, 5), (16, 4)]
@@ -130,6 +131,31 @@ def test_ties_free_the_earlier_pair():
     (gradient,) = torch.autograd.grad(ok.disentangled_orthogonality(k, 2, weights=(0.0, 1.0)), k)
     assert gradient[0].abs().max() == 0
     assert gradient[1].norm() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["random", "periodic", "equal", "copies", "few"])
+@pytest.mark.parametrize("share", [0.0, 1e-4, 0.1, 0.9, 1.0])
+def test_the_largest_are_found_as_by_sorting(kind, share):
+    """Of many, by way of a sample; of several equal ones the earlier."""
+    o, pairs = 300, 300 * 299 // 2
+    c = matrix(o, o).tril(-1)
+    if kind == "periodic":
+        c = torch.arange(o * o, dtype=torch.float64).remainder(64).reshape(o, o).tril(-1)
+    elif kind == "equal":
+        c = torch.ones(o, o, dtype=torch.float64).tril(-1)
+    elif kind == "copies":
+        c = c.clamp(-0.01, 0.01)
+    elif kind == "few":
+        c[2:] = 0
+    count = round(share * pairs)
+    rows, columns = torch.tril_indices(o, o, offset=-1)
+    freed = c.abs()[rows, columns].argsort(descending=True, stable=True)[:count]
+    wanted = c.clone()
+    wanted[rows[freed], columns[freed]] = 0
+    assert torch.equal(disentangled._without_largest(c, count), wanted)
+    both = disentangled._without_largest(torch.stack([c, c]), torch.tensor([count, 3]))
+    assert torch.equal(both[0], wanted)
+    assert torch.equal(both[1], disentangled._without_largest(c, 3))
 
 
 def test_free_pairs_get_no_gradient_and_rank_one_frees_all():

@@ -30,6 +30,8 @@ from orthokit.relax import (
 
 Form = Literal["pairs", "welch", "budget"]
 FORMS: tuple[Form, ...] = ("pairs", "welch", "budget")
+SAMPLED = 2**16
+"""From so many sizes on, the largest of them are found by way of a sample."""
 
 
 @full_precision
@@ -110,14 +112,44 @@ def _excess(c: Float[Tensor, "*b o o"], ceiling: float | Tensor) -> Float[Tensor
 
 def _without_largest(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[Tensor, "*b o o"]:
     """``c`` with its ``count`` largest entries in absolute value set to zero, the earlier of equal ones first."""
-    i, j = torch.tril_indices(c.shape[-2], c.shape[-1], offset=-1, device=c.device)
-    order = c.detach().abs()[..., i, j].argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(order.shape[-1], device=c.device).expand_as(order)
-    counts = torch.as_tensor(count, device=c.device).unsqueeze(-1)
-    kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, place >= counts)
-    mask = torch.zeros_like(c, dtype=torch.bool)
-    mask[..., i, j] = kept
-    return torch.where(mask, c, 0.0)
+    sizes = c.detach().abs().flatten(-2)
+    counts = torch.as_tensor(count, device=c.device).expand(sizes.shape[:-1]).unsqueeze(-1)
+    least = _nth_largest(sizes, counts if isinstance(count, Tensor) else count)
+    larger, equal = sizes > least, sizes == least
+    missing = counts - larger.sum(-1, keepdim=True)
+    # Where the ties are free too, as they are unless several are equal, counting them in order would be in vain.
+    eager = sizes.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not eager or not torch.equal(equal.sum(-1, keepdim=True), missing):
+        equal &= equal.cumsum(-1) <= missing
+    return torch.where((larger | equal).unflatten(-1, c.shape[-2:]), 0.0, c)
+
+
+def _nth_largest(sizes: Float[Tensor, "*b m"], count: int | Tensor) -> Float[Tensor, "*b 1"]:
+    """The ``count``-th largest size of each row; infinity where that is 0."""
+    m = sizes.shape[-1]
+    if isinstance(count, Tensor):
+        each = sizes.sort(-1, descending=True).values.gather(-1, (count - 1).clamp(min=0))
+        return torch.where(count > 0, each, torch.inf)
+    if count == 0:
+        return torch.full_like(sizes[..., :1], torch.inf)
+    if m < SAMPLED or sizes.device.type != "cpu" or torch.compiler.is_compiling():
+        return sizes.kthvalue(m - count + 1, keepdim=True).values
+    rows = [_nth_of_many(row, count) for row in sizes.reshape(-1, m)]
+    return torch.stack(rows).reshape(*sizes.shape[:-1], 1)
+
+
+def _nth_of_many(sizes: Float[Tensor, "m"], count: int) -> Float[Tensor, ""]:  # noqa: F821
+    """The same of one long row: sought between two bounds that a sample suggests, a few percent of the sizes."""
+    m, drawn = len(sizes), SAMPLED >> 4
+    place, spread = drawn * count / m, 4 * (drawn * count * (m - count)) ** 0.5 / m + 2
+    # Steps of an irregular size, as a layer's filters may repeat at regular ones.
+    sample = sizes[torch.arange(drawn, device=sizes.device) * 2654435761 % m].sort(descending=True).values
+    high, low = sample[max(0, int(place - spread))], sample[min(drawn - 1, int(place + spread))]
+    inside = sizes[(sizes >= low) & (sizes <= high)]
+    left = count - int((sizes > high).count_nonzero())
+    if 0 < left <= len(inside):
+        return inside.kthvalue(len(inside) - left + 1).values
+    return sizes.kthvalue(m - count + 1).values
 
 
 @dataclass(frozen=True, kw_only=True)
