@@ -15,6 +15,7 @@ from orthokit.lab.train import train
 from tiny import TINY
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
+UNFINISHED = {"depth"}
 STUDY = """
 title = "Tiny"
 recipe = "base.toml"
@@ -221,13 +222,13 @@ def test_no_such_study(capsys):
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.stem)
 def test_studies_of_the_repository(file, tmp_path):
-    """What is kept of them is of the recipes as they are now, and what is written is what it says."""
+    """Their results are kept, whole unless unfinished, and of the recipes as they are now."""
     plan = study.plan(file, out=tmp_path, results=file.parents[1] / "results")
+    left = plan.left()
+    assert bool(left) == (file.stem in UNFINISHED)
     assert plan.strangers() == []
-    comparison = plan.comparison()
     written = (plan.folder / "README.md").read_text()
-    verdicts = comparison.verdicts()
+    verdicts = plan.comparison().verdicts()
     assert verdicts
     assert all(verdict in written for verdict in verdicts)
-    missing = f"{len(plan.left())} of {len(plan.tasks)} runs are missing"
-    assert (missing in written) == bool(plan.left())
+    assert (f"{len(left)} of {len(plan.tasks)} runs are missing" in written) == bool(left)

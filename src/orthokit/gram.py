@@ -71,9 +71,12 @@ def upcast(weight: Tensor) -> Tensor:
 
 def is_finite(value: Tensor) -> bool:
     """Whether no entry is NaN or infinite, as far as can be seen without stalling: True on an accelerator or when compiling."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
-        return True
-    return bool(value.isfinite().all())
+    return not is_visible(value) or bool(value.isfinite().all())
+
+
+def is_visible(value: Tensor) -> bool:
+    """Whether a decision may depend on the numbers: not on an accelerator, which would stall, nor when compiling."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_weight(weight: Tensor) -> None:

@@ -121,8 +121,9 @@ class Plan:
         return f"orthokit study {'/'.join(self.file.resolve().parts[-2:])}"
 
     def left(self) -> list[Task]:
-        """Those whose result is not kept, or was evaluated otherwise; a seed of every arm before the next, so that what is
-        interrupted can be compared.
+        """Those whose result is not kept, or was evaluated otherwise.
+
+        A seed of every arm comes before the next one, so that what is interrupted can be compared.
         """
         order = self.said.seeds.index
         return sorted((task for task in self.tasks if not self._done(task)), key=lambda task: order(task.run.seed))

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, check_count, check_number, short_repr, warn_once
-from orthokit.gram import directions, frobenius, full_precision, is_finite, polar, squares_and_cosines
+from orthokit.gram import directions, frobenius, full_precision, is_finite, is_visible, polar, squares_and_cosines
 from orthokit.kernel import Kernel
 from orthokit.relax import (
     COUNTS,
@@ -116,9 +116,8 @@ def _without_largest(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[T
     counts = torch.as_tensor(count, device=c.device).expand(sizes.shape[:-1]).unsqueeze(-1)
     least = _nth_largest(sizes, counts if isinstance(count, Tensor) else count)
     free = sizes >= least
-    # No row has fewer than asked for; more only where several are equal. Not to be seen without stalling an accelerator.
-    eager = c.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not eager or int(free.count_nonzero()) > int(counts.sum()):
+    # No row has fewer than asked for; more only where several are equal.
+    if not is_visible(c) or int(free.count_nonzero()) > int(counts.sum()):
         larger, equal = sizes > least, sizes == least
         free = larger | (equal & (equal.cumsum(-1) <= counts - larger.sum(-1, keepdim=True)))
     return torch.where(free.unflatten(-1, c.shape[-2:]), 0.0, c)
@@ -132,7 +131,7 @@ def _nth_largest(sizes: Float[Tensor, "*b m"], count: int | Tensor) -> Float[Ten
         return torch.where(count > 0, each, torch.inf)
     if count == 0:
         return torch.full_like(sizes[..., :1], torch.inf)
-    if m < SAMPLED or sizes.device.type != "cpu" or torch.compiler.is_compiling():
+    if m < SAMPLED or not is_visible(sizes):
         return sizes.kthvalue(m - count + 1, keepdim=True).values
     rows = [_nth_of_many(row, count) for row in sizes.reshape(-1, m)]
     return torch.stack(rows).reshape(*sizes.shape[:-1], 1)
