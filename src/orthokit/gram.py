@@ -5,7 +5,9 @@ bfloat16 autocast ``||K K^T - I||^2`` near orthogonality is off by orders of mag
 """
 
 import functools
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Concatenate, Literal, ParamSpec, cast
 
 import torch
@@ -37,10 +39,10 @@ def full_precision(measure: MatrixMeasure[P]) -> MatrixMeasure[P]:
         matrix = whole(matrix)
         if matrix.ndim < 2:
             raise ValueError(f"{measure.__name__} needs matrices (*b, o, n), one filter a row; got {tuple(matrix.shape)}")
-        with torch.autocast(matrix.device.type, enabled=False):
+        with outside_autocast(matrix.device):
             value = measure(upcast(matrix), *args, **kwargs)
-        # A single NaN filter has no pair to show it, hence the weights themselves too.
-        if not (is_finite(value) and is_finite(matrix.detach().sum(dtype=value.dtype))):
+        # A single NaN filter has no pair to show it: there the weights themselves, too.
+        if not (is_finite(value) and (matrix.shape[-2] > 1 or is_finite(matrix))):
             raise FloatingPointError(
                 f"{measure.__name__} is not finite: the largest |weight| is {matrix.detach().abs().max().item():g} in "
                 f"{matrix.dtype}. Training has diverged, or the weights were never initialised; lower the learning rate "
@@ -71,7 +73,13 @@ def upcast(weight: Tensor) -> Tensor:
 
 def is_finite(value: Tensor) -> bool:
     """Whether no entry is NaN or infinite, as far as can be seen without stalling: True on an accelerator or when compiling."""
-    return not is_visible(value) or bool(value.isfinite().all())
+    # Their sum is neither NaN nor infinite then, as far as values that could train go.
+    return not is_visible(value) or math.isfinite(value.detach().sum().item())
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast for what is computed on ``device``; costs nothing where there is none."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def is_visible(value: Tensor) -> bool:
@@ -98,15 +106,50 @@ def check_weight(weight: Tensor) -> None:
 
 def gram(matrix: Float[Tensor, "*b o n"], side: Side = "rows") -> Float[Tensor, "*b m m"]:
     """``K K^T`` (rows), ``K^T K`` (cols), or the smaller of the two."""
-    o, n = matrix.shape[-2:]
-    by_rows = side == "rows" or (side == "smaller" and o <= n)
-    return matrix @ matrix.mT if by_rows else matrix.mT @ matrix
+    return matrix @ matrix.mT if is_by_rows(matrix, side) else matrix.mT @ matrix
+
+
+def is_by_rows(matrix: Float[Tensor, "*b o n"], side: Side) -> bool:
+    """Whether ``side`` means the rows of ``matrix``."""
+    return side == "rows" or (side == "smaller" and matrix.shape[-2] <= matrix.shape[-1])
 
 
 def residual(matrix: Float[Tensor, "*b o n"], side: Side = "rows") -> Float[Tensor, "*b m m"]:
     """The Gram matrix less the identity: zero exactly where that side's vectors are orthonormal."""
-    product = gram(matrix, side)
-    return product - torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
+    return less_identity(gram(matrix, side))
+
+
+def less_identity(product: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m m"]:
+    """``product - I``, in place."""
+    product.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return product
+
+
+def distance_to_identity(
+    matrix: Float[Tensor, "*b o n"], side: Side = "rows", *, squared: bool = True
+) -> Float[Tensor, "*b"]:
+    """``||G - I||_F``, squared or not, by :func:`of_gram` on the smaller side.
+
+    The sides differ by a constant: ``||K K^T - I||^2 = ||K^T K - I||^2 + o - n``.
+    """
+    o, n = matrix.shape[-2:]
+    more = max(0, o - n if is_by_rows(matrix, side) else n - o)
+    return of_gram(matrix, functools.partial(_by_residual, more=more, squared=squared), "smaller")
+
+
+def _by_residual(product: Float[Tensor, "*b m m"], *, more: int, squared: bool) -> tuple[Tensor, Tensor]:
+    difference = less_identity(product)
+    if squared:
+        return sum_of_squares(difference) + more, 4 * difference
+    norm = frobenius(difference)
+    if more:
+        norm = (norm.square() + more).sqrt()
+    return norm, (2 * reciprocal(norm))[..., None, None] * difference
+
+
+def reciprocal(norm: Tensor) -> Tensor:
+    """``1 / norm``; where the norm is 0 a finite number, as what it is multiplied with is 0 there."""
+    return norm.clamp(min=torch.finfo(norm.dtype).tiny).reciprocal()
 
 
 def sum_of_squares(matrix: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:
@@ -128,11 +171,7 @@ def lengths(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o"]:
 
 def directions(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o n"]:
     """Filters scaled to unit length; one shorter than ``sqrt(tiny(dtype))`` has no direction and becomes zero."""
-    length = lengths(matrix).unsqueeze(-1)
-    # `<=` so that NaN passes and stays visible, as does a length that overflowed; the inner `where` keeps the gradient finite.
-    short = length <= torch.finfo(matrix.dtype).tiny ** 0.5
-    divisor = torch.where(short, 1.0, torch.where(length.isinf(), torch.nan, length))
-    return torch.where(short, 0.0, matrix / divisor)
+    return squares_and_directions(matrix)[1]
 
 
 @torch.no_grad()
@@ -162,46 +201,93 @@ def cosines(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o o"]:
     return gram(directions(matrix)).tril(-1)
 
 
-def squares_and_cosines(matrix: Float[Tensor, "*b o n"]) -> tuple[Float[Tensor, "*b o"], Float[Tensor, "*b o o"]]:
-    """Squared lengths ``||k_i||^2`` and :func:`cosines`, of one Gram matrix; their gradient is one product of the same size.
-
-    A filter whose square is ``tiny(dtype)`` or less has no direction: its cosines are zero, and have gradient zero.
-    """
-    squares, c = cast(tuple[Tensor, Tensor], _SquaresAndCosines.apply(matrix))  # type: ignore[no-untyped-call]
-    return squares, c
+def squares_and_directions(matrix: Float[Tensor, "*b o n"]) -> tuple[Float[Tensor, "*b o"], Float[Tensor, "*b o n"]]:
+    """Squared lengths ``||k_i||^2`` and :func:`directions`; both have gradient zero at a filter without direction."""
+    squares, unit = cast(tuple[Tensor, Tensor], _SquaresAndDirections.apply(matrix))  # type: ignore[no-untyped-call]
+    return squares, unit
 
 
 def _inverse_lengths(squares: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-    """``1 / ||k_i||``; 0 for a filter without direction, NaN where the square overflowed."""
-    inverse = torch.where(squares.isinf(), torch.nan, squares.rsqrt())
-    return torch.where(squares <= torch.finfo(squares.dtype).tiny, 0.0, inverse)  # `<=` so that NaN passes and stays visible
+    """``1 / ||k_i||``; 0 for a filter without direction, or whose square overflowed."""
+    return squares.rsqrt().masked_fill(squares <= torch.finfo(squares.dtype).tiny, 0.0)  # `<=` so that NaN stays visible
 
 
-class _SquaresAndCosines(torch.autograd.Function):
-    generate_vmap_rule = True
+class _SquaresAndDirections(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        squares = matrix.square().sum(-1)
+        unit = matrix * _inverse_lengths(squares).masked_fill(squares.isinf(), torch.nan).unsqueeze(-1)
+        ctx.save_for_backward(matrix, squares, unit)
+        return squares, unit
 
     @staticmethod
-    def forward(matrix: Tensor) -> tuple[Tensor, Tensor]:
-        product = matrix @ matrix.mT
-        squares = product.diagonal(dim1=-2, dim2=-1).clone()
+    def backward(ctx: Any, of_squares: Tensor, of_directions: Tensor) -> Tensor:
+        matrix, squares, unit = ctx.saved_tensors
         inverse = _inverse_lengths(squares)
-        return squares, (product * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)).tril(-1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, *output)
-
-    @staticmethod
-    def backward(ctx: Any, of_squares: Tensor, of_cosines: Tensor) -> Tensor:
-        matrix, squares, c = ctx.saved_tensors
-        inverse = _inverse_lengths(squares).unsqueeze(-1)
-        lower = of_cosines.tril(-1)
-        pull = lower + lower.mT
-        # Moving a filter along itself changes no cosine: what of the pull is parallel to it is taken away.
-        along = (pull * (c + c.mT)).sum(-1)
-        turned = (pull - torch.diag_embed(along)) @ (inverse * matrix)
-        gradient: Tensor = inverse * turned + 2 * of_squares.unsqueeze(-1) * matrix
+        # Moving a filter along itself does not turn it: what of the pull is parallel to it is taken away.
+        along = (of_directions * unit).sum(-1) * inverse.square()
+        gradient: Tensor = of_directions * inverse.unsqueeze(-1) + (2 * of_squares - along).unsqueeze(-1) * matrix
         return gradient
+
+
+GramRule = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""``G -> (value, slope)``: twice the derivative of the value by the entries of a Gram matrix, as a symmetric matrix."""
+
+
+def of_gram(matrix: Float[Tensor, "*b o n"], rule: GramRule, side: Side = "rows") -> Float[Tensor, "*b"]:
+    """The value that ``rule`` gives a Gram matrix of ``matrix``; the slope, known with it, makes the gradient one product.
+
+    ``slope @ K`` by rows, ``K @ slope`` by columns: nothing else of size ``o x n`` is made. A rule consists of differentiable
+    operations, for whoever differentiates twice.
+    """
+    by_rows = is_by_rows(matrix, side)
+    return cast(Tensor, _OfGram.apply(matrix, rule, by_rows))  # type: ignore[no-untyped-call]
+
+
+class _OfGram(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, rule: GramRule, by_rows: bool) -> Tensor:
+        value, slope = rule(gram(matrix, "rows" if by_rows else "cols"))
+        ctx.rule, ctx.by_rows = rule, by_rows
+        ctx.save_for_backward(matrix, slope)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor, None, None]:
+        matrix, slope = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Somebody differentiates twice: the slope again, with its own graph.
+            slope = ctx.rule(gram(matrix, "rows" if ctx.by_rows else "cols"))[1]
+        slope = of_value[..., None, None] * slope
+        return slope @ matrix if ctx.by_rows else matrix @ slope, None, None
+
+
+CosineRule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""``(squares, c) -> (value, by_squares, by_cosines)``: squared lengths ``(*b, o)`` and cosines ``(*b, o, o)``, symmetric with zeros
+on the diagonal; derivatives by the squares, and by each pair's cosine, symmetric."""
+
+
+def of_cosines(matrix: Float[Tensor, "*b o n"], rule: CosineRule) -> Float[Tensor, "*b"]:
+    """The value that ``rule`` gives squared lengths and cosines, all of one Gram matrix: see :func:`of_gram`.
+
+    A filter whose square is ``tiny(dtype)`` or less has no direction: its cosines are zero, and have gradient zero.
+    """
+    return of_gram(matrix, functools.partial(_by_cosines, rule))
+
+
+def _by_cosines(rule: CosineRule, product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
+    diagonal = product.diagonal(dim1=-2, dim2=-1)
+    squares = diagonal.clone()
+    diagonal.zero_()
+    inverse = _inverse_lengths(squares)
+    scaling = inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    c = product * scaling
+    value, by_squares, by_cosines = rule(squares, c)
+    # Moving a filter along itself changes no cosine: what of the pull is parallel to it is taken away.
+    along = (by_cosines * c).sum(-1) * inverse.square()
+    slope = by_cosines * scaling
+    slope.diagonal(dim1=-2, dim2=-1).copy_(2 * by_squares - along)
+    return value, slope
 
 
 def self_convolution(weight: Float[Tensor, "..."], stride: tuple[int, ...]) -> Float[Tensor, "*b o o lags"]:

@@ -130,21 +130,48 @@ def kernel_of(layer: object) -> Kernel:
     )
 
 
+@dataclass(frozen=True)
+class View:
+    """How a layer's weight ``(*batch, out, i, *spatial)`` is read as a kernel."""
+
+    groups: int = 1
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    transposed: bool = False
+
+    def kernel(self, weight: Tensor, rank: int | None = None) -> Kernel:
+        """The kernel of one weight, or of a batch of them."""
+        place = weight.ndim - 2 - len(self.stride)
+        weight = weight.unflatten(place, (self.groups, -1))
+        if self.transposed:
+            weight = weight.transpose(place + 1, place + 2)
+        return Kernel(weight, self.stride, rank, self.dilation, self.transposed)
+
+
 @kernel_of.register
 def _linear(layer: nn.Linear) -> Kernel:
-    return Kernel(weight_of(layer).unsqueeze(0))
+    return View().kernel(weight_of(layer))
 
 
 @kernel_of.register
 def _convolution(layer: _ConvNd) -> Kernel:
-    weight = weight_of(layer).unflatten(0, (layer.groups, -1))
-    return Kernel(weight, tuple(layer.stride), dilation=tuple(layer.dilation))
+    return _view(layer).kernel(weight_of(layer))
 
 
-@kernel_of.register
-def _transposed_convolution(layer: _ConvTransposeNd) -> Kernel:
-    weight = weight_of(layer).unflatten(0, (layer.groups, -1)).transpose(1, 2)
-    return Kernel(weight, tuple(layer.stride), dilation=tuple(layer.dilation), transposed=True)
+def _view(layer: _ConvNd) -> View:
+    return View(layer.groups, tuple(layer.stride), tuple(layer.dilation), isinstance(layer, _ConvTransposeNd))
+
+
+def plain_view(layer: nn.Module) -> View | None:
+    """How :func:`kernel_of` reads the layer's weight; None for a layer that somebody else taught it to read."""
+    reader = kernel_of.dispatch(type(layer))
+    return View() if reader is _linear else _view(cast(_ConvNd, layer)) if reader is _convolution else None
+
+
+def plain_weight(layer: nn.Module) -> nn.Parameter | None:
+    """``layer.weight`` where it is a parameter as it is: not parametrized, pruned, normalised or sharded."""
+    weight = layer._parameters.get("weight")
+    return weight if type(weight) is nn.Parameter and not hasattr(type(layer), "weight") else None
 
 
 @kernel_of.register

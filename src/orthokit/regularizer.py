@@ -1,15 +1,17 @@
 """The Regularizer: binds a penalty to the layers of a model."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from orthokit.checks import check_count, check_number, warn_once
-from orthokit.gram import is_finite, upcast
-from orthokit.kernel import Kernel, KernelMeasure, leaves, sources
+from orthokit.gram import is_finite, outside_autocast, upcast
+from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources
 from orthokit.schedules import Schedule, as_schedule, constant
 from orthokit.select import Layer, Where, convs, reshard, select
 
@@ -17,6 +19,21 @@ from orthokit.select import Layer, Where, convs, reshard, select
 def sqrt_filters(kernel: Kernel) -> float:
     """As ``scale=``: the root of the layer's number of filters; the pull on each filter is then the same at every width."""
     return float((kernel.groups * kernel.o) ** 0.5)
+
+
+STACKED = 2**21
+"""Bytes up to which weights of equal shape are copied into one stack: small enough for a core's cache, large enough for its
+products. A larger weight is read where it is."""
+
+
+class _Stack(NamedTuple):
+    """Layers whose kernels have one layout, and these kernels as one."""
+
+    layers: list[Layer]
+    kernel: Kernel
+    weights: list[nn.Parameter] = []
+    """The parameters, where they are the weights themselves: :attr:`joined` holds them, detached if asked for."""
+    joined: Tensor = torch.empty(0)
 
 
 class Regularizer:
@@ -36,6 +53,10 @@ class Regularizer:
         where: ``(name, module) -> bool``; every convolution by default.
         scale: multiplies an unsquared penalty of each layer, e.g. :func:`sqrt_filters`; a function ``Kernel -> float``.
         include_frozen: count layers none of whose parameters ask for a gradient, too. They are left out at each call otherwise.
+        every: act at each ``every``-th call only, the first one included; a squared penalty then pulls ``every`` times as hard.
+            Other calls give 0. Calls that can train are counted: not those under ``torch.no_grad()``, nor :meth:`per_layer`.
+        shard: under DistributedDataParallel each rank measures a part of the layers, of about equal cost, and the averaging of
+            gradients brings the parts together. The value of a call is then this rank's part times the number of ranks.
 
     Attributes:
         layers: the selected layers, each a (name, module).
@@ -63,6 +84,8 @@ class Regularizer:
         where: Where = convs,
         scale: Callable[[Kernel], float] | None = None,
         include_frozen: bool = False,
+        every: int = 1,
+        shard: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -70,8 +93,10 @@ class Regularizer:
             name = penalty.__name__ if isinstance(penalty, type) else repr(penalty)
             raise TypeError(f"penalty must be an instance such as orthokit.SO(); got {name}")
         self.model, self.penalty, self.schedule, self.scale = model, penalty, as_schedule(strength), scale
-        self.include_frozen = include_frozen
+        check_count("every", every)
+        self.include_frozen, self.every, self.shard = include_frozen, every, shard
         self.steps = 0
+        self.calls: Counter[str] = Counter()
         self.layers = select(model, where)
         if not include_frozen and all(layer.frozen for layer in self.layers):
             raise ValueError(f"all {len(self.layers)} selected layers are frozen; unfreeze some, or pass include_frozen=True")
@@ -83,10 +108,14 @@ class Regularizer:
         if scale is not None and self._squared:
             warn_once(f"scale= does nothing here: it applies to unsquared penalties, and {penalty!r} is squared")
         self.ranks: dict[str, int] = {}
-        if (transition := getattr(penalty, "transition", None)) is not None:
-            for layer in self.layers:
-                kernel = layer.kernel
+        self._views: list[View | None] = []
+        self._costs: list[int] = []
+        for layer in self.layers:
+            kernel = layer.kernel
+            if (transition := getattr(penalty, "transition", None)) is not None:
                 self.ranks[layer.name] = transition(kernel.o, kernel.n, layer.name)
+            self._views.append(plain_view(layer.module))
+            self._costs.append(kernel.groups * kernel.o * kernel.n * min(kernel.o, kernel.n))
         _ = self.strength  # a schedule that gives no valid strength fails here
 
     @property
@@ -106,46 +135,92 @@ class Regularizer:
         Raises:
             FloatingPointError: a weight is NaN or infinite; the message names the layers (on the CPU: see Note [full precision]).
         """
-        strength = self.strength
-        values = [value.sum() for _, value in self._stacks()] if strength > 0 else []
+        strength = self._due() if torch.is_grad_enabled() else self.strength
+        mine = self._share() if self.shard else None
+        values = [self._measure(stack).sum() for stack in self._stacks(mine=mine)] if strength > 0 else []
+        return strength * (1 if mine is None else dist.get_world_size()) * self._total(values)
+
+    def _total(self, values: list[Tensor]) -> Tensor:
         if not values:
             return torch.zeros((), device=self.layers[0].device)
-        total: Tensor = torch.stack([value.to(values[0].device) for value in values]).sum()
-        return strength * total
+        return torch.stack([value.to(values[0].device) for value in values]).sum()
+
+    def _due(self, key: str = "") -> float:
+        """The strength of this call, counted under ``key``: 0 but for each ``every``-th."""
+        strength = self.strength
+        if self.every == 1:
+            return strength
+        due = self.calls[key] % self.every == 0
+        self.calls[key] += 1
+        return due * strength * (self.every if self._squared else 1)
 
     def per_layer(self) -> dict[str, float]:
         """Each layer's penalty by name, before the strength; their sum times :attr:`strength` is what a call returns."""
         with torch.no_grad():
             found = {
                 layer.name: value
-                for layers, values in self._stacks()
-                for layer, value in zip(layers, values.tolist(), strict=True)
+                for stack in self._stacks()
+                for layer, value in zip(stack.layers, self._measure(stack).tolist(), strict=True)
             }
         return {layer.name: found[layer.name] for layer in self.layers if layer.name in found}
 
-    def _stacks(self) -> Iterator[tuple[list[Layer], Tensor]]:
-        """Layers of equal shape, and the penalty of each as a vector."""
-        for layers, kernel in self._kernels():
-            yield layers, self._measure(layers, kernel)
-
-    def _kernels(self) -> Iterator[tuple[list[Layer], Kernel]]:
-        """Layers of equal shape, and their kernels stacked."""
-        reshard(self.model)
-        stacks: dict[tuple[object, ...], list[tuple[Layer, Kernel]]] = {}
+    def _share(self) -> Collection[int] | None:
+        """Places of this rank's layers, dearest first each to the rank with the least to do; None where there are no ranks."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
         for layer in self.layers:
-            with torch.enable_grad():  # without it the kernel would not tell whether it trains
-                kernel = replace(layer.kernel, rank=self.ranks.get(layer.name))
-            trains = kernel.weight.requires_grad or any(p.requires_grad for p in sources(layer.module, kernel))
-            if self.include_frozen or trains:
-                stacks.setdefault(kernel.layout, []).append((layer, kernel))
-        for stack in stacks.values():
-            layers, kernels = map(list, zip(*stack, strict=True))
-            yield layers, Kernel.stack(kernels)
+            if any(hasattr(p, "full_tensor") for p in layer.module.parameters()):
+                raise TypeError(f"shard=True is for DistributedDataParallel; layer {layer.name!r} is sharded already")
+        shares: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+        load = [0] * len(shares)
+        for place in sorted(range(len(self.layers)), key=lambda place: (-self._costs[place], place)):
+            rank = load.index(min(load))
+            shares[rank].append(place)
+            load[rank] += self._costs[place]
+        return shares[dist.get_rank()]
 
-    def _measure(self, layers: list[Layer], kernel: Kernel) -> Tensor:
-        kernel = replace(kernel, weight=upcast(kernel.weight))
+    def _stacks(self, *, apart: bool = False, mine: Collection[int] | None = None) -> Iterator[_Stack]:
+        """The layers, stacked.
+
+        Args:
+            apart: detach the kernels from the parameters that are their weights.
+            mine: places of the layers; by default all.
+        """
+        reshard(self.model)
+        plain: dict[tuple[object, ...], list[tuple[Layer, nn.Parameter]]] = {}
+        computed: dict[tuple[object, ...], list[tuple[Layer, Kernel]]] = {}
+        for place, (layer, view) in enumerate(zip(self.layers, self._views, strict=True)):
+            if mine is not None and place not in mine:
+                continue
+            rank = self.ranks.get(layer.name)
+            if view is not None and (weight := plain_weight(layer.module)) is not None:
+                if weight.requires_grad or self.include_frozen:
+                    key = view, rank, weight.requires_grad, weight.shape, weight.dtype, weight.device
+                    plain.setdefault(key, []).append((layer, weight))
+                continue
+            with torch.enable_grad():  # without it the kernel would not tell whether it trains
+                kernel = replace(layer.kernel, rank=rank)
+            if self.include_frozen or kernel.weight.requires_grad or any(p.requires_grad for p in sources(layer.module, kernel)):
+                computed.setdefault(kernel.layout, []).append((layer, kernel))
+        for (view, rank, trains, *_), members in plain.items():
+            size = members[0][1].numel() * members[0][1].element_size()
+            many = max(1, STACKED // size) if size else len(members)
+            for start in range(0, len(members), many):
+                layers, weights = map(list, zip(*members[start : start + many], strict=True))
+                joined = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
+                if apart:
+                    joined = joined.detach().requires_grad_(trains)
+                yield _Stack(layers, view.kernel(joined, rank), weights, joined)
+        for together in computed.values():
+            layers, kernels = map(list, zip(*together, strict=True))
+            yield _Stack(layers, Kernel.stack(kernels))
+
+    def _measure(self, stack: _Stack) -> Tensor:
+        layers, kernel = stack.layers, stack.kernel
+        if kernel.weight.dtype.itemsize < 4:
+            kernel = replace(kernel, weight=upcast(kernel.weight))
         try:
-            with torch.autocast(kernel.weight.device.type, enabled=False):  # Note [full precision]
+            with outside_autocast(kernel.weight.device):  # Note [full precision]
                 values = self.penalty(kernel)
             if not isinstance(values, Tensor) or values.shape != kernel.leading:
                 got = tuple(values.shape) if isinstance(values, Tensor) else repr(values)
@@ -176,17 +251,33 @@ class Regularizer:
             raise RuntimeError(
                 "add_grad_ needs autograd, which torch.inference_mode() switches off for good; use torch.no_grad()"
             )
-        with torch.enable_grad():
-            value = self()
+        if self.shard:
+            raise RuntimeError("with shard=True the ranks' shares meet where gradients do: add the value of a call to the loss")
         wanted = None if only is None else set(map(id, only))
-        parameters = [p for p in leaves(value) if wanted is None or id(p) in wanted]
-        if parameters:
-            for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters), strict=True):
-                if parameter.grad is None:
-                    # Fused optimizers want the gradient laid out as the parameter, e.g. channels_last.
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.add_(gradient * scale)
-        return value.detach()
+        strength = self._due(self._first(wanted))
+        values, computed = [], []
+        if strength > 0:
+            with torch.enable_grad():
+                for stack in self._stacks(apart=True):
+                    value = self._measure(stack).sum()
+                    values.append(value.detach())
+                    if not stack.weights:
+                        computed.append(value)
+                    elif stack.joined.requires_grad:
+                        (gradient,) = torch.autograd.grad(value, stack.joined, torch.full_like(value, strength))
+                        _add_grads(stack.weights, gradient.unbind(), scale, wanted)
+                if computed:
+                    value = strength * self._total(computed)
+                    parameters = leaves(value)
+                    if parameters:
+                        _add_grads(parameters, torch.autograd.grad(value, parameters), scale, wanted)
+        return strength * self._total(values)
+
+    def _first(self, wanted: set[int] | None) -> str:
+        """Under which name calls for some of the parameters are counted: optimizers of one model step at their own pace."""
+        if wanted is None or self.every == 1:
+            return ""
+        return next((layer.name for layer in self.layers if any(id(p) in wanted for p in layer.module.parameters())), "")
 
     @torch.no_grad()
     def retract_(self, rate: float = 1.0) -> None:
@@ -206,8 +297,8 @@ class Regularizer:
         if nearest is None:
             raise TypeError(f"{self.penalty!r} knows no nearest minimum in closed form; use SO, DSO, SRIP or Disentangled")
         moves = []
-        for layers, kernel in self._kernels():
-            for layer, target in zip(layers, nearest(kernel), strict=True):
+        for stack in self._stacks():
+            for layer, target in zip(stack.layers, nearest(stack.kernel), strict=True):
                 with torch.enable_grad():
                     own = layer.kernel
                 weight, behind = own.weight.detach(), sources(layer.module, own)
@@ -240,8 +331,8 @@ class Regularizer:
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold: the step of the schedule."""
-        return {"steps": self.steps}
+        """What a checkpoint must hold: the step of the schedule, and with ``every=`` the calls so far."""
+        return {"steps": self.steps, "calls": dict(self.calls)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the step of a saved :meth:`state_dict`."""
@@ -249,7 +340,26 @@ class Regularizer:
             raise ValueError(f"not the state of a Regularizer: expected {{'steps': ...}}, got {state!r:.200}")
         check_count("steps", state["steps"], 0)
         self.steps = int(state["steps"])
+        self.calls = Counter(state.get("calls", {}))
 
     def __repr__(self) -> str:
         strength = self.schedule.strength if isinstance(self.schedule, constant) else self.schedule
         return f"Regularizer({self.penalty!r}, strength={strength}, {len(self.layers)} layers)"
+
+
+def _add_grads(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], scale: float | Tensor, wanted: set[int] | None
+) -> None:
+    """Add ``scale`` times the gradients to ``.grad`` of those parameters that are wanted."""
+    pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if wanted is None or id(p) in wanted]
+    if not pairs:
+        return
+    for parameter, _ in pairs:
+        if parameter.grad is None:
+            # Fused optimizers want the gradient laid out as the parameter, e.g. channels_last.
+            parameter.grad = torch.zeros_like(parameter)
+    grads, added = [p.grad for p, _ in pairs], [g for _, g in pairs]
+    if isinstance(scale, Tensor):
+        torch._foreach_add_(grads, torch._foreach_mul(added, scale))
+    else:
+        torch._foreach_add_(grads, added, alpha=scale)

@@ -8,11 +8,12 @@ theory (Welch, "Lower bounds on the maximum cross correlation of signals", 1974)
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, short_repr
-from orthokit.gram import cosines, full_precision, residual
+from orthokit.gram import full_precision, less_identity, of_cosines, of_gram
 from orthokit.kernel import Kernel
 
 NORMS = ("max", "rowsum")
@@ -32,8 +33,27 @@ def mutual_coherence(matrix: Float[Tensor, "*b o n"], *, norm: Literal["max", "r
     Source: Bansal, Chen, Wang 2018, arXiv 1810.09102.
     """
     check_choice("norm", norm, NORMS)
-    sizes = residual(matrix).abs()
-    return sizes.amax((-2, -1)) if norm == "max" else sizes.sum(-1).amax(-1)
+    return of_gram(matrix, _by_largest_entry if norm == "max" else _by_largest_row)
+
+
+def _by_largest_entry(product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
+    value, slope = _largest(less_identity(product), (-2, -1))
+    return value, slope + slope.mT
+
+
+def _by_largest_row(product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
+    difference = less_identity(product)
+    value, of_rows = _largest(difference.abs().sum(-1), (-1,))
+    slope = of_rows.unsqueeze(-1) * difference.sign()
+    return value, slope + slope.mT
+
+
+def _largest(entries: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The largest absolute value, and its derivative, in which equal ones have equal parts."""
+    sizes = entries.abs()
+    value = sizes.amax(dims, keepdim=True)
+    hit = sizes == value
+    return value.squeeze(dims), torch.where(hit, entries.sign(), 0.0) / hit.sum(dims, keepdim=True)
 
 
 @full_precision
@@ -47,7 +67,13 @@ def coherence(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b"]:
 
     Source: Welch 1974; as a penalty ours.
     """
-    return cosines(matrix).abs().amax((-2, -1))
+    return of_cosines(matrix, _by_largest_cosine)
+
+
+def _by_largest_cosine(squares: Float[Tensor, "*b o"], c: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor, Tensor]:
+    value, by_cosines = _largest(c, (-2, -1))
+    value = value.masked_fill(squares.isinf().any(-1), torch.nan)
+    return value, torch.zeros_like(squares), by_cosines + by_cosines.mT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,9 @@ two are measured apart, and relaxed orthogonality lets some of the correlations 
 could be read: the formulas below, their weights, and the forms "welch" and "budget" are ours, after the paper's idea.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +16,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, check_count, check_number, short_repr, warn_once
-from orthokit.gram import directions, frobenius, full_precision, is_finite, is_visible, polar, squares_and_cosines
+from orthokit.gram import (
+    directions,
+    frobenius,
+    full_precision,
+    is_finite,
+    is_visible,
+    of_cosines,
+    of_gram,
+    polar,
+    reciprocal,
+    squares_and_directions,
+    sum_of_squares,
+)
 from orthokit.kernel import Kernel
 from orthokit.relax import (
     COUNTS,
@@ -85,33 +99,80 @@ def disentangled_orthogonality(
     if ceiling is not None:
         check_number("ceiling", ceiling, 0, 1)
     a, b = weights
-    real_r = r.to(matrix) if isinstance(r, Tensor) else r
-    squares, c = squares_and_cosines(matrix)
-    d = squares - 1
     strict = isinstance(r, int) and r == o
-    if form == "budget" and not strict:
-        pull = (frobenius(c) - relaxed_budget(o, real_r)).relu()
-    elif form == "welch" and not strict:
-        pull = frobenius(_excess(c, relaxed_ceiling(o, real_r)))
+    real_r = r.to(matrix) if isinstance(r, Tensor) else r
+    budget = relaxed_budget(o, real_r) if form == "budget" and not strict else 0.0
+    kept: Callable[[Tensor], Tensor]
+    if strict or form == "budget":
+        if ceiling is None and o > matrix.shape[-1]:
+            squares, unit = squares_and_directions(matrix)
+            length, _ = _norm(torch.linalg.vector_norm(squares - 1, dim=-1), squared)
+            directed = (squares > torch.finfo(squares.dtype).tiny).sum(-1)
+            frame = partial(_by_frame, directed=directed, budget=budget, squared=squared)
+            return a * length + b * of_gram(unit, frame, "cols")
+        kept = _all
+    elif form == "welch":
+        kept = partial(_excess, ceiling=relaxed_ceiling(o, real_r))
     else:
-        pull = frobenius(c if strict else _without_largest(c, cardinality(o, r, count)))
-    value = a * _power(torch.linalg.vector_norm(d, dim=-1), squared) + b * _power(pull, squared)
-    if ceiling is None:
-        return value
-    return value + b * _power(frobenius(_excess(c, ceiling)), squared)
+        kept = partial(_without_largest, count=cardinality(o, r, count))
+    terms = [(kept, budget)] if ceiling is None else [(kept, budget), (partial(_excess, ceiling=ceiling), 0.0)]
+    return of_cosines(matrix, partial(_apart, terms=terms, weights=weights, squared=squared))
 
 
-def _power(norm: Tensor, squared: bool) -> Tensor:
-    return norm**2 if squared else norm
+def _apart(
+    squares: Float[Tensor, "*b o"],
+    c: Float[Tensor, "*b o o"],
+    *,
+    terms: Sequence[tuple[Callable[[Tensor], Tensor], float | Tensor]],
+    weights: tuple[float, float],
+    squared: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``a`` times the errors of length and ``b`` times each term: what it keeps of the cosines, less its budget."""
+    a, b = weights
+    d = squares - 1
+    value, slope = _norm(torch.linalg.vector_norm(d, dim=-1), squared)
+    value, by_squares = a * value, (a * slope).unsqueeze(-1) * d
+    pulls = []
+    for kept, budget in terms:
+        remaining = kept(c)
+        # Each pair is there twice.
+        size, slope = _norm(0.5**0.5 * frobenius(remaining), squared, budget)
+        value = value + b * size
+        pulls.append((b * slope)[..., None, None] * remaining)
+    return value, by_squares, sum(pulls[1:], pulls[0])
+
+
+def _by_frame(
+    product: Float[Tensor, "*b n n"], *, directed: Tensor, budget: float | Tensor, squared: bool
+) -> tuple[Tensor, Tensor]:
+    """The cosines' part on a tall layer: ``||U U^T|| = ||U^T U||``, whose diagonal has a 1 for every filter with a direction."""
+    square = (sum_of_squares(product) - directed).clamp(min=torch.finfo(product.dtype).tiny)
+    value, slope = _norm((0.5 * square).sqrt(), squared, budget)
+    return value, slope[..., None, None] * product
+
+
+def _norm(norm: Tensor, squared: bool, budget: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
+    """``max(0, norm - budget)``, squared or not, and its derivative by an entry of what ``norm`` is the norm of, over the entry."""
+    per_entry = reciprocal(norm)
+    if isinstance(budget, Tensor) or budget > 0:
+        norm = (norm - budget).relu()
+        per_entry = per_entry.masked_fill(norm == 0, 0.0)
+    return (norm.square(), 2 * norm * per_entry) if squared else (norm, per_entry)
+
+
+def _all(c: Float[Tensor, "*b o o"]) -> Float[Tensor, "*b o o"]:
+    return c
 
 
 def _excess(c: Float[Tensor, "*b o o"], ceiling: float | Tensor) -> Float[Tensor, "*b o o"]:
-    """How far each ``|c_ij|`` exceeds the ceiling; 0 outside the lower triangle as the ceiling is never negative."""
-    return (c.abs() - (ceiling[..., None, None] if isinstance(ceiling, Tensor) else ceiling)).relu()
+    """How far each ``|c_ij|`` exceeds the ceiling, with the sign of the cosine."""
+    high = torch.as_tensor(ceiling, dtype=c.dtype, device=c.device)[..., None, None]
+    return c - c.clamp(-high, high)
 
 
 def _without_largest(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[Tensor, "*b o o"]:
-    """``c`` with its ``count`` largest entries in absolute value set to zero, the earlier of equal ones first."""
+    """``c`` without its ``count`` largest pairs in absolute value, the earlier of equal ones first."""
+    c = c.tril(-1)
     sizes = c.detach().abs().flatten(-2)
     counts = torch.as_tensor(count, device=c.device).expand(sizes.shape[:-1]).unsqueeze(-1)
     least = _nth_largest(sizes, counts if isinstance(count, Tensor) else count)
@@ -120,7 +181,8 @@ def _without_largest(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[T
     if not is_visible(c) or int(free.count_nonzero()) > int(counts.sum()):
         larger, equal = sizes > least, sizes == least
         free = larger | (equal & (equal.cumsum(-1) <= counts - larger.sum(-1, keepdim=True)))
-    return torch.where(free.unflatten(-1, c.shape[-2:]), 0.0, c)
+    kept = torch.where(free.unflatten(-1, c.shape[-2:]), 0.0, c)
+    return kept + kept.mT
 
 
 def _nth_largest(sizes: Float[Tensor, "*b m"], count: int | Tensor) -> Float[Tensor, "*b 1"]:

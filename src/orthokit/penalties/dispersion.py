@@ -6,6 +6,7 @@ angles, or those of all their shifts, are as near to a right angle as asked for.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_number, short_repr
-from orthokit.gram import cosines, directions, full_precision, self_convolution
+from orthokit.gram import directions, full_precision, of_cosines, self_convolution, sum_of_squares
 from orthokit.kernel import Kernel
 
 
@@ -72,21 +73,31 @@ def convolution_angular_dispersion(
     itself = torch.zeros(o, o, lags, dtype=torch.bool, device=products.device)
     itself.diagonal()[lags // 2] = True
     others = torch.where(itself, 0.0, products)
-    return (1 - length).square().sum(-1) + weight * _hinge(others, theta).square().sum((-3, -2, -1))
+    return (1 - length).square().sum(-1) + weight * _hinge(others, theta)[0].square().sum((-3, -2, -1))
 
 
 def _dispersion(matrix: Float[Tensor, "*b o n"], target: float, theta: float, weight: float) -> Float[Tensor, "*b"]:
-    length = matrix.square().sum(-1)
-    # Each pair twice: as (i, j) and as (j, i).
-    return (target - length).square().sum(-1) + 2 * weight * _hinge(cosines(matrix), theta).square().sum((-2, -1))
+    return of_cosines(matrix, partial(_by_angles, target=target, theta=theta, weight=weight))
 
 
-def _hinge(cosine: Tensor, theta: float) -> Tensor:
-    """``max(0, theta - arccos|c|)``, accurate near 0. At copies, where the slope of arccos is infinite, it has no gradient."""
-    size = cosine.abs()
-    copies = size >= 1 - torch.finfo(cosine.dtype).eps
-    beside = torch.where(copies, 0.0, size).arcsin()  # arcsin|c| = pi/2 - arccos|c|
-    return (torch.where(copies, size.detach().clamp(max=1).arcsin(), beside) - (math.pi / 2 - theta)).relu()
+def _by_angles(
+    squares: Float[Tensor, "*b o"], c: Float[Tensor, "*b o o"], *, target: float, theta: float, weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    longer, (near, by_cosines) = squares - target, _hinge(c, theta)
+    # Each pair counts twice: as (i, j) and as (j, i).
+    return longer.square().sum(-1) + weight * sum_of_squares(near), 2 * longer, 4 * weight * near * by_cosines
+
+
+def _hinge(cosine: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    """``max(0, theta - arccos|c|)``, accurate near 0, and its slope.
+
+    Copies, as far as rounding tells, are at angle 0 and have no slope: there that of arccos is infinite.
+    """
+    copies = cosine.abs() >= 1 - 8 * torch.finfo(cosine.dtype).eps
+    beside = torch.where(copies, 0.0, cosine)
+    beyond = torch.where(copies, math.pi / 2, beside.abs().arcsin())  # arcsin|c| = pi/2 - arccos|c|
+    near = (beyond - (math.pi / 2 - theta)).relu()
+    return near, torch.where(copies | (near == 0), 0.0, cosine.sign() * (1 - beside.square()).rsqrt())
 
 
 def _check(theta: float, weight: float) -> None:

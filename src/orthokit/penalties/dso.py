@@ -10,7 +10,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.gram import full_precision, polar, residual, sum_of_squares
+from orthokit.gram import distance_to_identity, full_precision, polar
 from orthokit.kernel import Kernel
 
 
@@ -27,7 +27,7 @@ def double_soft_orthogonality(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, 
     Source: Bansal, Chen, Wang 2018, arXiv 1810.09102.
     """
     o, n = matrix.shape[-2:]
-    return 2 * sum_of_squares(residual(matrix, "smaller")) + abs(o - n)
+    return 2 * distance_to_identity(matrix, "smaller") + abs(o - n)
 
 
 @dataclass(frozen=True)

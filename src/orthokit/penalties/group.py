@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, check_count, short_repr
-from orthokit.gram import full_precision, residual, sum_of_squares
+from orthokit.gram import distance_to_identity, full_precision
 from orthokit.kernel import Kernel
 
 KINDS = ("inter", "intra")
@@ -46,7 +46,7 @@ def group_orthogonality(
     grouped = matrix.unflatten(-2, (groups, o // groups))
     if kind == "intra":
         grouped = grouped.transpose(-3, -2)
-    return sum_of_squares(residual(grouped, "smaller")).sum(-1)
+    return distance_to_identity(grouped, "smaller").sum(-1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.gram import full_precision, gram, sum_of_squares
+from orthokit.gram import full_precision, of_gram, sum_of_squares
 from orthokit.kernel import Kernel
 
 
@@ -26,7 +26,20 @@ def off_diagonal_orthogonality(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor,
 
     Source: Brock, Donahue, Simonyan 2019, arXiv 1809.11096.
     """
-    return sum_of_squares(gram(matrix).tril(-1))
+    o, n = matrix.shape[-2:]
+    if o <= n:
+        return of_gram(matrix, _by_pairs)
+    # All entries are those of the smaller Gram matrix, squared and summed; less the diagonal.
+    return (of_gram(matrix, _by_entries, "cols") - 0.5 * matrix.square().sum(-1).square().sum(-1)).relu()
+
+
+def _by_entries(product: Float[Tensor, "*b m m"]) -> tuple[Tensor, Tensor]:
+    return 0.5 * sum_of_squares(product), 2 * product
+
+
+def _by_pairs(product: Float[Tensor, "*b m m"]) -> tuple[Tensor, Tensor]:
+    product.diagonal(dim1=-2, dim2=-1).zero_()
+    return _by_entries(product)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, short_repr
-from orthokit.gram import SIDES, Side, frobenius, full_precision, polar, residual, sum_of_squares
+from orthokit.gram import SIDES, Side, distance_to_identity, full_precision, polar
 from orthokit.kernel import Kernel
 
 
@@ -34,8 +34,7 @@ def soft_orthogonality(matrix: Float[Tensor, "*b o n"], *, side: Side = "rows", 
     Source: Bansal, Chen, Wang 2018, arXiv 1810.09102.
     """
     check_choice("side", side, SIDES)
-    difference = residual(matrix, side)
-    return sum_of_squares(difference) if squared else frobenius(difference)
+    return distance_to_identity(matrix, side, squared=squared)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, check_count, short_repr
-from orthokit.gram import SIDES, Side, full_precision, is_finite, polar, residual
+from orthokit.gram import SIDES, Side, full_precision, is_by_rows, is_finite, polar
 from orthokit.kernel import Kernel
 
 
@@ -45,9 +45,9 @@ def spectral_restricted_isometry(
     """
     check_choice("side", side, SIDES)
     check_count("steps", steps)
-    difference = residual(matrix, side)
-    size = difference.shape[-1]
-    vector = (_start(size) if start is None else start).to(difference).unsqueeze(-1)
+    left = matrix if is_by_rows(matrix, side) else matrix.mT
+    size = left.shape[-2]
+    vector = (_start(size) if start is None else start).to(matrix).unsqueeze(-1)
     if vector.shape != (size, 1):
         raise ValueError(
             f"start must be a vector of {size} numbers, as this side's Gram matrix has; got {vector.squeeze(-1).shape}"
@@ -57,7 +57,8 @@ def spectral_restricted_isometry(
         raise ValueError("start must not be zero")
     for _ in range(steps):
         # At an exactly orthonormal kernel the product is zero and stays zero, with zero gradient.
-        vector = difference @ (vector / torch.where(length == 0, 1.0, length))
+        unit = (vector / torch.where(length == 0, 1.0, length)).expand(*matrix.shape[:-2], size, 1)
+        vector = left @ (left.mT @ unit) - unit  # the residual itself is never formed
         length = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
     norm: Tensor = length.squeeze((-2, -1))
     return norm**2 if squared else norm
