@@ -9,9 +9,12 @@ import pytest
 from orthokit.cli import main
 from orthokit.cli.lab import Machine
 from orthokit.lab import study
+from orthokit.lab.files import to_json, write
 from orthokit.lab.hardware import Hardware
 from orthokit.lab.results import read
-from orthokit.lab.train import train
+from orthokit.lab.statistics import Sample
+from orthokit.lab.train import DivergenceError, train
+from orthokit.lab.tuning import RULE, Choice, Trial
 from tiny import TINY
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
@@ -232,3 +235,301 @@ def test_studies_of_the_repository(file, tmp_path):
     assert verdicts
     assert all(verdict in written for verdict in verdicts)
     assert (f"{len(left)} of {len(plan.tasks)} runs are missing" in written) == bool(left)
+
+
+TUNE = """
+[tune]
+seeds = [100, 101]
+values = [0.1, 0.01]
+"""
+
+
+def choice(**tried):
+    """Of strengths and accuracies; "x" is a run that diverged."""
+    trials = []
+    for strength, values in tried.items():
+        finished = [value for value in values if value != "x"]
+        trials.append(Trial(float(strength[1:]), Sample(tuple(map(float, finished))), len(values) - len(finished)))
+    return Choice("so", "", tuple(trials))
+
+
+@pytest.mark.parametrize(
+    ("tried", "error", "best", "chosen", "warned"),
+    [
+        # sd is sqrt(2) everywhere, hence 1 of the mean of two
+        ({"s1": (88, 90), "s2": (89, 91), "s3": (88, 90), "s4": (80, 82)}, 1, 2, 3, None),
+        ({"s1": (88, 90), "s2": (89, 91), "s3": (87.9, 89.9), "s4": (80, 82)}, 1, 2, 2, None),
+        ({"s1": (89, 91), "s2": (80, 82), "s3": (70, 72)}, 1, 1, 1, "so: the chosen strength, 1, is at the edge"),
+        ({"s1": (89, 91), "s2": (88.5, 90.5), "s3": (70, 72)}, 1, 1, 2, "so: the best strength, 1, is at the edge"),
+        ({"s1": (89, 91), "s2": (88.5, 90.5)}, 1, 1, 2, "the chosen strength, 2, and the best strength, 1, are at the edge"),
+        # variances 0 and 4, pooled 2
+        ({"s1": (80, 80), "s2": (90 - 2**0.5, 90 + 2**0.5), "s3": (80, 82 - 2)}, (4 / 3 / 2) ** 0.5, 2, 2, None),
+        # without spread only equal means are near
+        ({"s1": (90, 90), "s2": (90, 90), "s3": (89, 89)}, 0, 2, 2, None),
+        # what diverged is out, but was looked at: 2 is no edge
+        ({"s1": (88, 90), "s2": (89, 91), "s3": ("x", 99)}, 1, 2, 2, None),
+        ({"s1": (88, 90), "s2": (89, 91), "s3": ("x", "x")}, 1, 2, 2, None),
+        ({"s1": (88, 90)}, 1, 1, 1, "so: the chosen strength, 1, is at the edge"),
+    ],
+)
+def test_the_strongest_within_a_standard_error_of_the_best(tried, error, best, chosen, warned):
+    found = choice(**tried)
+    assert found.error == pytest.approx(error)
+    assert (found.best.strength, found.chosen.strength) == (best, chosen)
+    assert (found.warning is None) == (warned is None)
+    assert warned is None or warned in found.warning
+
+
+def test_strengths_are_chosen_first(folder, in_process, capsys):
+    command = ["study", "tiny.toml", "--jobs", "1"]
+    (folder / "tiny.toml").write_text(STUDY + TUNE)
+    assert main(command) == 0
+    tuning = [f"so+strength={value}/{seed}" for seed in (100, 101) for value in (0.01, 0.1)]
+    assert in_process[:4] == tuning
+    kept = folder / "results/tiny"
+    plan = study.plan(folder / "tiny.toml", out=folder / "runs", results=folder / "results")
+    (found,) = plan.choices
+    strength = found.chosen.strength
+    assert in_process[4:] == [name for s in (0, 1) for name in (f"none/{s}", f"so+strength={strength:g}/{s}")]
+    said = words(capsys.readouterr().out)
+    assert "Tiny: 4 of 4 tuning runs to train" in said
+    assert f"chosen: so: strength = {strength:g} Tiny: 4 of 4 runs to train, 4 to evaluate" in said
+
+    # What is kept: accuracies by which it was chosen; validation's.
+    for trial in found.trials:
+        files = [kept / f"tuning/so+strength={trial.strength:g}/{seed}/summary.json" for seed in (100, 101)]
+        summaries = [json.loads(file.read_text()) for file in files]
+        assert list(trial.sample.values) == pytest.approx([100 * each["validation"]["accuracy"] for each in summaries])
+        assert all(each["recipe"]["regularizer"]["strength"] == trial.strength and not each["evaluation"] for each in summaries)
+    assert json.loads((kept / "runs/so/1/summary.json").read_text())["recipe"]["regularizer"]["strength"] == strength
+
+    # What is shown.
+    means = {trial.strength: f"{trial.sample.mean:.2f} ± {trial.sample.sd:.2f}" for trial in found.trials}
+    cells = " | ".join(means[each] + " *" * (each == strength) for each in (0.01, 0.1))
+    written = (kept / "README.md").read_text()
+    assert f"| so | 2 | {strength:g} | {found.error:.2f} | {cells} |" in written
+    assert RULE in written
+    assert f"> **Caution.** {found.warning}" in written
+    assert "](figures/tuning.svg)" in written
+    assert (kept / "figures/tuning.svg").is_file()
+    page = (kept / "report.html").read_text()
+    assert f"<td>{means[strength]} *</td>" in page
+    assert page.count("<figure>") == len(list((kept / "figures").glob("*.svg")))
+    assert "Strengths: validation accuracy" in (kept / "tables.tex").read_text()
+    assert f"validation,,so, strength={strength:g}," in (kept / "numbers.csv").read_text().replace('"', "")
+    assert len(read([kept])[0]) == len(read([folder / "runs"])[0]) == 4  # the tuning's are not compared
+    assert len(read([kept / "tuning"])[0]) == 4
+
+    # Nothing to do: it only draws, the same, without the runs.
+    before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    shutil.rmtree(folder / "runs")
+    assert main(command) == 0
+    assert "Tiny: all is done" in words(capsys.readouterr().out)
+    assert len(in_process) == 8
+    assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
+
+    # Other values, another choice: what is new is trained, and of the arm whose strength is another one everything.
+    (folder / "tiny.toml").write_text(STUDY + TUNE + "[tune.arms]\nso = [0.02, 0.1]\n".replace("0.1", f"{0.11 - strength:g}"))
+    assert main(command) == 0
+    assert in_process[8:10] == ["so+strength=0.02/100", "so+strength=0.02/101"]
+    plan = study.plan(folder / "tiny.toml", out=folder / "runs", results=folder / "results")
+    assert in_process[10:] == [f"so+strength={plan.choices[0].chosen.strength:g}/{seed}" for seed in (0, 1)]
+    assert f"of no part in this study any more: 2 results, such as results/tiny/tuning/so+strength={strength:g}/100" in words(
+        capsys.readouterr().out
+    )
+    assert plan.left() == []
+    assert len(read([kept])[0]) == 4
+
+
+def test_between_the_stages_and_within_them(folder, monkeypatch, capsys):
+    """Killed after any number of runs, and the runs gone, it goes on."""
+    done, sittings = [], []
+
+    def run_all(machine, runs, console, *, test=True):
+        assert test == (runs[0].folder.parents[1].name != "tuning")
+        for run in runs:
+            if len(done) == 3 * len(sittings):
+                raise KeyboardInterrupt
+            train(run, hardware=Hardware(device="cpu", threads=1))
+            done.append(run.name)
+        return 0
+
+    monkeypatch.setattr(Machine, "run_all", run_all)
+    text = (STUDY + TUNE).replace('"accuracy", "noise", "orthogonality"', "")
+    (folder / "tiny.toml").write_text(text)
+    plan = study.plan(folder / "tiny.toml", out=folder / "runs", results=folder / "results")
+    assert (len(plan.tuning), len(plan.left()), plan.tasks, plan.choices) == (4, 4, (), ())
+    for status in (130, 130, 0):
+        sittings.append(status)
+        assert main(["study", "tiny.toml", "--jobs", "1"]) == status
+        shutil.rmtree(folder / "runs")
+    assert len(done) == 8 == len(set(done))
+    assert [name.endswith(("/100", "/101")) for name in done] == [True] * 4 + [False] * 4
+    assert "Tiny: 1 of 4 tuning runs to train" in words(capsys.readouterr().out)
+
+
+def test_a_tuning_run_that_failed(folder, monkeypatch, capsys):
+    (folder / "tiny.toml").write_text(STUDY + TUNE)
+    monkeypatch.setattr(Machine, "run_all", lambda *arguments, **options: 4)
+    assert main(["study", "tiny.toml", "--jobs", "1"]) == 4
+    said = words(capsys.readouterr().out)
+    assert "nothing is chosen yet: 4 of 4 tuning runs are missing" in said
+    assert "compare" not in said
+
+
+@pytest.fixture
+def diverging(monkeypatch):
+    """As ``in_process``, for runs that may diverge."""
+    done = []
+
+    def run_all(machine, runs, console, *, test=True):
+        status = 0
+        for run in runs:
+            try:
+                train(run, hardware=Hardware(device="cpu", threads=1))
+            except DivergenceError:
+                status = 4
+            done.append(run.name)
+        return status
+
+    monkeypatch.setattr(Machine, "run_all", run_all)
+    return done
+
+
+def test_what_diverges_is_out(folder, diverging, capsys):
+    command = ["study", "tiny.toml", "--jobs", "1"]
+    text = STUDY.replace('"accuracy", "noise", "orthogonality"', "")
+    (folder / "tiny.toml").write_text(text + TUNE.replace("0.1,", "1e38,"))
+    assert main(command) == 0
+    kept = folder / "results/tiny"
+    records = sorted((kept / "tuning").rglob("diverged.json"))
+    assert [path.parent.relative_to(kept).as_posix() for path in records] == [f"tuning/so+strength=1e+38/{s}" for s in (100, 101)]
+    record = json.loads(records[0].read_text())
+    assert record["seed"] == 100
+    assert record["why"].endswith("in epoch 1, step 2")
+    assert str(folder) not in records[0].read_text()
+    (found,) = study.plan(folder / "tiny.toml", out=folder / "runs", results=folder / "results").choices
+    assert found.chosen.strength == 0.01
+    assert "| diverged |" in (kept / "README.md").read_text()
+    assert ",diverged," in (kept / "numbers.csv").read_text()
+    assert "diverged" in (kept / "report.html").read_text()
+
+    # It is not tried again.
+    count = len(diverging)
+    shutil.rmtree(folder / "runs")
+    assert main(command) == 0
+    assert len(diverging) == count
+
+    # No strength is left.
+    (folder / "tiny.toml").write_text(text + TUNE.replace("0.1, 0.01", "1e38"))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "so diverged with every strength, [1e+38]; give it smaller ones in tune.arms" in words(capsys.readouterr().err)
+
+    # Of what is compared it is flagged, and not tried again either.
+    (folder / "so.toml").write_text('[regularizer]\nstrength = 1e38\npenalty = "so"\n')
+    half = text.replace("\n[evaluate]", 'half = { regularizer = { penalty = "so", strength = 0.05 } }\n[evaluate]')
+    (folder / "tiny.toml").write_text(half)
+    assert main(command) == 4
+    assert "2 of 6 runs are missing, 2 of which diverged; what is there may be a lucky choice" in words(capsys.readouterr().out)
+    count = len(diverging)
+    assert main(command) == 0
+    assert len(diverging) == count
+
+
+PANELS = """
+[networks]
+a = { network.depth = 8 }
+b = { network.depth = 14 }
+[factors]
+"train.batch" = [50, 100]
+"""
+
+
+def keep(task, validation, test=0.5):
+    """As if the run had been done."""
+    summary = {"recipe": task.run.recipe.to_dict(), "seed": task.run.seed, "orthogonality": {}, "fingerprint": "of the images"}
+    summary |= {
+        "validation": {"accuracy": validation},
+        "test": {"accuracy": test},
+        "study": {"arm": task.arm, "panel": task.panel},
+    }
+    write(task.kept, to_json(summary))
+
+
+def test_panels_choose_for_themselves_or_one_for_all(folder):
+    text = STUDY.replace('"accuracy", "noise", "orthogonality"', "").replace("\n[evaluate]", PANELS + "[evaluate]")
+    text = text.replace('{ extends = "so.toml" }', '{ regularizer.penalty = "so" }')  # which strength it has, [tune] says
+
+    def planned(more=""):
+        (folder / "tiny.toml").write_text(text + TUNE + more)
+        return study.plan(folder / "tiny.toml", out=folder / "runs", results=folder / "results")
+
+    plan = planned()
+    assert len(plan.tuning) == 2 * 2 * 2 * 2
+    assert plan.tuning[0].kept == folder / "results/tiny/tuning/a-so+train.batch=50+strength=0.01/100/summary.json"
+    assert (plan.tuning[0].arm, plan.tuning[0].panel) == ("so, strength=0.01", "a, batch=50")
+    plan = planned('network = "a"\n')
+    assert [task.panel for task in plan.tuning] == [f"a, batch={size}" for size in (50, 100) for _ in range(4)]
+    wanted = {50: 0.01, 100: 0.1}
+
+    for task in plan.tuning:  # the validation images say so; the test images say otherwise
+        recipe = task.run.recipe
+        right = recipe.regularizer.strength == wanted[recipe.train.batch]
+        keep(task, 0.7 + 0.1 * right + 0.01 * (task.run.seed - 100), 0.9 - 0.1 * right)
+    plan = planned('network = "a"\n')
+    assert [each.panel for each in plan.choices] == [f"a, batch={size}, for every network" for size in (50, 100)]
+    for task in plan.tasks:
+        assert task.arm == "none" or task.run.recipe.regularizer.strength == wanted[task.run.recipe.train.batch]
+        keep(task, 0.6, 0.6 + 0.01 * task.run.seed)
+    assert plan.left() == plan.strangers() == []
+    comparison = plan.comparison()
+    assert len(comparison.panels) == 4
+    plan.draw(comparison)
+    assert "**a, batch=100, for every network**" in (folder / "results/tiny/README.md").read_text()
+    assert len(list((folder / "results/tiny/figures").glob("tuning-*.svg"))) == 2
+
+    # Each for itself: b has still to choose.
+    plan = planned()
+    assert (plan.tasks, len(plan.left())) == ((), 8)
+    assert {task.panel for task in plan.left()} == {"b, batch=50", "b, batch=100"}
+    for task in plan.left():
+        keep(task, 0.7 + 0.1 * (task.run.recipe.regularizer.strength == 0.1), 0.5)
+    strengths = {task.panel: task.run.recipe.regularizer.strength for task in planned().tasks if task.arm == "so"}
+    assert strengths == {"a, batch=50": 0.01, "a, batch=100": 0.1, "b, batch=50": 0.1, "b, batch=100": 0.1}
+    assert {task.panel for task in planned().left()} == {"b, batch=50"}  # it had another strength before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[100, 101]", "[100, 1]", "tune.seeds must be others than those of the study, which has [1] too"),
+        ("[100, 101]", "[100, 100]", "tune: seeds must differ"),
+        ("[100, 101]", "[100]", "tune.seeds: list should have at least 2 items"),
+        ("seeds = [100", "seed = [100", "unknown key tune.seed; did you mean 'seeds'?"),
+        ("[0.1, 0.01]", "[]", "tune.values: list should have at least 1 item"),
+        ("[0.1, 0.01]", "[1, 1.0]", "tune: values must differ"),
+        ("[0.1, 0.01]", "[0.1, 0]", "should be greater than 0"),
+        ("values", 'network = "a"\nvalues', "tune.network: no network 'a'; there are none"),
+        ("[tune]", "[networks]\nnet8 = {}\n[tune]\nnetwork = 'net9'", "no network 'net9'; did you mean 'net8'?"),
+        ("0.01]", "0.01]\narms.sso = [1]", "tune.arms: no arm 'sso'; did you mean 'so'?"),
+        ("0.01]", "0.01]\narms.so = [1, 1]", "tune: arms.so must differ"),
+        ("0.01]", "0.01]\narms.none = [1]", "tune.arms: none has no regularizer to tune"),
+        ('so = { extends = "so.toml" }', 'so = { train.init = "orthogonal" }', "no arm has a regularizer"),
+        ("none = {}", 'none = {}\nhalf = { regularizer = { strength = 9, penalty = "so" } }', "but for the strength that [tune]"),
+        ("title", 'factor = ["train.init"]\ntitle', "[tune] chooses regularizer.strength, arm by arm"),
+        ("[tune]", '[factors]\n"regularizer.strength" = [1]\n[tune]', "[tune] chooses regularizer.strength, arm by arm"),
+        ("none = {}", "none = { train.epochs = 3 }", "runs differ in train.epochs, which is not the declared factor"),
+        ('"so.toml"', '"so.toml", data.validation = 0', "set data.validation above 0"),
+    ],
+)
+def test_mistakes_in_tuning_are_told(folder, capsys, old, new, message):
+    text = (STUDY + TUNE).replace(old, new, 1)
+    if "no arm has" in message:
+        text = text.replace("title", 'factor = ["regularizer", "train.init"]\ntitle', 1)
+    if "validation" in message:
+        text = text.replace("title", 'factor = ["regularizer", "data.validation"]\ntitle', 1)
+    (folder / "tiny.toml").write_text(text)
+    assert main(["study", "tiny.toml"]) == 2
+    assert message in words(capsys.readouterr().err)
+    assert not (folder / "runs").exists()

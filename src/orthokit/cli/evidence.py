@@ -22,6 +22,7 @@ from orthokit.tables import Column, Table
 if TYPE_CHECKING:
     from orthokit.lab.evaluate import Subject
     from orthokit.lab.results import Result
+    from orthokit.lab.study import Plan
 
 Part = Literal["attacks", "corruptions", "noise", "features", "accuracy", "orthogonality"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -249,8 +250,9 @@ class Power:
 class Study:
     """Train what is missing of a study, evaluate it, compare, and draw tables, figures and a page.
 
-    Everything small goes to RESULTS/STUDY; started again it goes on, and with nothing left to do it only draws. Exit status 4
-    where a run or an evaluation failed; the others are done and compared all the same.
+    Where its file has [tune], strengths are chosen by validation accuracy first. Everything small goes to RESULTS/STUDY; started
+    again it goes on, and with nothing left to do it only draws. Exit status 4 where a run or an evaluation failed; the others are
+    done and compared all the same.
     """
 
     file: tyro.conf.Positional[Path]
@@ -261,37 +263,55 @@ class Study:
 
     def run(self, console: Console) -> int:
         with needing("studies need"):
-            from orthokit.lab import evaluate, formats, study
-        machine = self.machine
-        plan = study.plan(self.file, out=machine.out, results=self.results)
-        left, status = plan.left(), 0
-        untrained = [task.run for task in left if task.run.summary() is None]
-        said = f"{len(untrained)} of {len(plan.tasks)} runs to train, {len(left)} to evaluate" if left else "all is done"
-        console.print(f"[bold]{escape(plan.said.title)}[/]: {said}", highlight=False, soft_wrap=True)
-        try:
-            if untrained:
-                status = machine.run_all(untrained, console)
-            if trained := [task for task in left if task.run.summary() is not None]:
-                wanted = [subject for task in trained for subject in evaluate.subjects(task.run.folder)]
-                asked = plan.said.evaluate
-                options = {"root": machine.root, "device": machine.device, "jobs": machine.jobs, "threads": machine.threads or 1}
-                failed = measured(wanted, console, parts=asked.parts, images=asked.images, **options)
-                status = 4 if failed else status
-        finally:  # when interrupted, too: the next sitting need not have the runs' own folder
-            plan.keep(left)
+            from orthokit.lab import formats, study
+
+        def say(text: str, style: str | None = None) -> None:
+            console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+        where = {"out": self.machine.out, "results": self.results}
+        plan = study.plan(self.file, **where)
+        if not plan.tasks:
+            self._do(plan, console)
+            plan = study.plan(self.file, **where)
+            if not plan.tasks:
+                say(f"nothing is chosen yet: {len(plan.left())} of {len(plan.tuning)} tuning runs are missing")
+                return 4
+            for choice in plan.choices:
+                say(f"chosen: {', '.join(filter(None, [choice.panel, choice.arm]))}: strength = {choice.chosen.strength:g}")
+        status = self._do(plan, console)
         try:
             comparison = plan.comparison()
         except ValueError as error:
             if not status:
                 raise
-            console.print(f"nothing to compare yet: {error}", markup=False, highlight=False, soft_wrap=True)
+            say(f"nothing to compare yet: {error}")
             return status
         plan.draw(comparison)
         console.print(formats.Shown(comparison, secondary=False))
         if strangers := plan.strangers():
             shown = ", ".join(os.fspath(path.parent) for path in strangers[:3])
-            told = f"of no part in this study any more: {len(strangers)} results, such as {shown}"
-            console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            say(f"of no part in this study any more: {len(strangers)} results, such as {shown}", "yellow")
         for what, name in (("page", "report.html"), ("tables", "README.md")):
-            console.print(f"{what}: {plan.folder / name}", markup=False, highlight=False, soft_wrap=True)
+            say(f"{what}: {plan.folder / name}")
+        return status
+
+    def _do(self, plan: "Plan", console: Console) -> int:
+        """Train, evaluate and keep what is left of the present stage."""
+        from orthokit.lab import evaluate
+
+        machine, asked, left, status = self.machine, plan.said.evaluate, plan.left(), 0
+        untrained = [task.run for task in left if task.run.summary() is None]
+        of = f"{len(untrained)} of {len(plan.tasks or plan.tuning)}"
+        said = f"{of} runs to train, {len(left)} to evaluate" if plan.tasks else f"{of} tuning runs to train"
+        console.print(f"[bold]{escape(plan.said.title)}[/]: {said if left else 'all is done'}", highlight=False, soft_wrap=True)
+        try:
+            if untrained:
+                status = machine.run_all(untrained, console, test=bool(plan.tasks))
+            if plan.tasks and (trained := [task for task in left if task.run.summary() is not None]):
+                wanted = [subject for task in trained for subject in evaluate.subjects(task.run.folder)]
+                options = {"root": machine.root, "device": machine.device, "jobs": machine.jobs, "threads": machine.threads or 1}
+                failed = measured(wanted, console, parts=asked.parts, images=asked.images, **options)
+                status = 4 if failed else status
+        finally:  # when interrupted, too: the next sitting need not have the runs' own folder
+            plan.keep(left)
         return status

@@ -17,6 +17,7 @@ from orthokit.lab.fairness import Panel, flags, incomparable, plain, refusals, r
 from orthokit.lab.recipe import Recipe
 from orthokit.lab.results import COST, MEASURED, METRICS, Metric, Result, metric_of
 from orthokit.lab.statistics import ALPHA, POWER, Difference, Sample, detectable, differences, holm, pooled_sd, seeds_needed
+from orthokit.lab.tuning import Choice
 
 FACTOR = ("regularizer",)
 PANELS = ("network", "data.name")
@@ -47,6 +48,8 @@ class Comparison:
     """What a reader must know before believing any of it."""
     excluded: tuple[str, ...] = ()
     """Parts of evaluations that do not compare."""
+    choices: tuple[Choice, ...] = ()
+    """How the strengths of a study's arms were chosen."""
 
     @cached_property
     def arms(self) -> list[str]:

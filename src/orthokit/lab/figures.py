@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from orthokit.lab.compare import Cell, Comparison
 from orthokit.lab.fairness import Panel
 from orthokit.lab.results import Metric, Result, curve, metric_of
+from orthokit.lab.tuning import VALIDATION
 from orthokit.plots import COLOURS
 
 WIDTH = 4.2
@@ -90,9 +91,7 @@ def figures(comparison: Comparison) -> dict[str, Drawing]:
 def _all(comparison: Comparison) -> Iterator[tuple[str, Drawing | None]]:
     panels, primary, metrics = comparison.panels, comparison.primary, {metric.key: metric for metric in comparison.metrics}
     some = few(panels)
-    ends = {panel.name: f"-{_slug(panel.name)}" if len(panels) > 1 else "" for panel in panels}
-    if len(set(ends.values())) < len(ends):
-        ends = {name: f"{end}-{place}" for place, (name, end) in enumerate(ends.items())}
+    ends = _ends(panel.name for panel in panels)
     yield f"result-{primary.key}", _by_panel(comparison, primary)
     for end, those in [("", panels)] if _rows(comparison, panels) <= ROWS else [(ends[p.name], (p,)) for p in panels]:
         yield f"result-differences{end}", _differences(comparison, those)
@@ -112,6 +111,17 @@ def _all(comparison: Comparison) -> Iterator[tuple[str, Drawing | None]]:
         yield f"features-rank{ends[panel.name]}", _ranks(comparison, panel)
     for key in ("share", "speed"):
         yield f"cost-{key}", _by_panel(comparison, metrics[key]) if key in metrics else None
+    for name, end in _ends(choice.panel for choice in comparison.choices).items():
+        yield f"tuning{end}", _tried(comparison, name)
+
+
+def _ends(panels: Iterable[str]) -> dict[str, str]:
+    """What tells the figures of different panels apart."""
+    names = list(dict.fromkeys(panels))
+    ends = {name: f"-{_slug(name)}" if len(names) > 1 else "" for name in names}
+    if len(set(ends.values())) < len(ends):
+        ends = {name: f"{end}-{place}" for place, (name, end) in enumerate(ends.items())}
+    return ends
 
 
 def _slug(text: str) -> str:
@@ -366,6 +376,29 @@ def _ranks(comparison: Comparison, panel: Panel) -> Drawing | None:
     last = {arm: f"{values[:, -1].mean():.2f} in {xs[-1]}" for arm, (xs, values) in curves.items()}
     caption = f"Effective rank of features as a part of their number{_of(comparison, panel)}: mean of seeds, these faint."
     return _drawn(figure, caption, last)
+
+
+def _tried(comparison: Comparison, panel: str) -> Drawing | None:
+    """Validation accuracy by the strengths that were tried."""
+    choices = {each.arm: each for each in comparison.choices if each.panel == panel and each.arm in comparison.arms}
+    if not choices:
+        return None
+    figure, look = _sheet(comparison, list(choices))
+    axis = figure.subplots()
+    for arm, choice in choices.items():
+        aside = 10 ** (0.3 * _dodge(list(choices), arm))
+        x, y = [aside * trial.strength for trial in choice.able], [trial.sample.mean for trial in choice.able]
+        axis.errorbar(x, y, choice.error, **look[arm] | {"markersize": 3.5}, elinewidth=0.8)
+        marked = look[arm] | {"linestyle": "", "markersize": 8, "markeredgecolor": "white"}
+        axis.plot([aside * choice.chosen.strength], [choice.chosen.sample.mean], **marked, zorder=4)
+    _log(axis.xaxis, [np.array([trial.strength for trial in choice.trials]) for choice in choices.values()])
+    axis.set(xlabel="strength", ylabel=VALIDATION.heading)
+    several = len({choice.panel for choice in comparison.choices}) > 1
+    if several:
+        figure.suptitle(_short(panel, 50), x=0.01, ha="left", fontsize=9, fontweight="bold")
+    said = {arm: f"{choice.chosen.strength:g}" for arm, choice in choices.items()}
+    of = f", {panel}" if several else ""
+    return _drawn(figure, f"Validation accuracy by strength{of}: mean of the tuning seeds, standard error; large: chosen.", said)
 
 
 # What they are made of

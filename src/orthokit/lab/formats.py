@@ -14,6 +14,7 @@ from rich.text import Text
 
 from orthokit.lab.compare import Cell, Comparison
 from orthokit.lab.results import METRICS, Group, Metric
+from orthokit.lab.tuning import RULE, VALIDATION, Choice, Trial
 
 Line = list[str]
 GROUPS: dict[Group, str] = {
@@ -91,6 +92,34 @@ def secondary(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, lis
         yield title, ["arm", *(metric.heading for metric in metrics)], lines
 
 
+def chosen(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, list[Line]]]]:
+    """Title, headers and lines of each panel, of how strengths were chosen, if they were."""
+    if not comparison.choices:
+        return
+    strengths = sorted({trial.strength for choice in comparison.choices for trial in choice.trials})
+    panels = dict.fromkeys(choice.panel for choice in comparison.choices)
+    lines = {
+        panel or comparison.panels[0].name: [_choice(choice, strengths) for choice in comparison.choices if choice.panel == panel]
+        for panel in panels
+    }
+    headers = ["arm", "n", "chosen", "standard error", *(f"{strength:g}" for strength in strengths)]
+    yield f"Strengths: {VALIDATION.heading}", headers, lines
+
+
+def _choice(choice: Choice, strengths: Sequence[float]) -> Line:
+    tried = {trial.strength: trial for trial in choice.trials}
+    told = str(choice.chosen.sample.n), f"{choice.chosen.strength:g}", VALIDATION.show(choice.error)
+    return [choice.arm, *told, *(_tried(choice, tried.get(each)) for each in strengths)]
+
+
+def _tried(choice: Choice, trial: Trial | None) -> str:
+    if trial is None:
+        return ""
+    if trial.diverged:
+        return "diverged"
+    return mean(VALIDATION, Cell(trial.sample)) + " *" * (trial is choice.chosen)
+
+
 def _marked(metric: Metric, cell: Cell | None) -> str:
     mark = MARKS.get(cell.verdict, "") if cell else ""
     return f"{mean(metric, cell)} {mark}".rstrip()
@@ -124,6 +153,10 @@ class Shown:
                 for panel, rows in parts.items():
                     yield Wide(f"{title}: {panel}", names, rows)
             yield Text(LEGEND, style="dim")
+        for title, names, parts in chosen(comparison):
+            for panel, rows in parts.items():
+                yield Wide(f"{title}: {panel}", names, rows)
+            yield Text(RULE, style="dim")
         yield from (Text(f"power: {each}") for each in comparison.power())
         yield Padding(Text("\n".join([comparison.explanation, *comparison.notes]), style="dim"), (1, 0, 0, 0))
 
@@ -182,6 +215,8 @@ def markdown(comparison: Comparison, *, figures: Sequence[tuple[str, str]] = (),
     for title, names, each in secondary(comparison):
         parts += [f"## {title}", *(f"**{_plain(panel)}**\n\n{_pipes(names, rows)}" for panel, rows in each.items())]
     parts += [LEGEND, *comparison.notes]
+    for title, names, each in chosen(comparison):
+        parts += [f"## {title}", *(f"**{_plain(panel)}**\n\n{_pipes(names, rows)}" for panel, rows in each.items()), RULE]
     return "\n\n".join(parts) + "\n"
 
 
@@ -215,9 +250,9 @@ SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
 
 
 def latex(comparison: Comparison) -> str:
-    r"""As LaTeX tables, which need ``\usepackage{booktabs}``: the primary metric, then every group of the others."""
+    r"""As LaTeX tables, which need ``\usepackage{booktabs}``: the primary metric, every group of the others, chosen strengths."""
     headers, lines = primary(comparison)
-    tables = [(comparison.primary.heading, headers, lines), *secondary(comparison)]
+    tables = [(comparison.primary.heading, headers, lines), *secondary(comparison), *chosen(comparison)]
     cautions = "".join(f"% CAUTION: {' '.join(flag.split())}\n" for flag in comparison.flags)
     return f"{cautions}% {LEGEND}\n" + "\n".join(_tabular(comparison.title, *table) for table in tables)
 
@@ -235,7 +270,7 @@ def _tabular(title: str, caption: str, headers: Line, panels: dict[str, list[Lin
 
 
 def to_csv(comparison: Comparison) -> str:
-    """A line for each metric, panel and arm, with unrounded numbers."""
+    """A line for each metric, panel and arm, and for each strength that was tried, with unrounded numbers."""
     text = io.StringIO()
     keys = ["metric", "panel", "arm", "n", "mean", "sd", "low", "high", "difference", "difference_low", "difference_high"]
     writer = csv.DictWriter(text, [*keys, "p_welch", "p_holm", "p_dunnett", "verdict", "values"], lineterminator="\n")
@@ -244,6 +279,12 @@ def to_csv(comparison: Comparison) -> str:
         for panel, arms in comparison.cells(metric).items():
             for arm, cell in arms.items():
                 writer.writerow({"metric": metric.key, "panel": panel, "arm": arm} | _raw(cell))
+    for choice in comparison.choices:
+        for trial in choice.trials:
+            said = "diverged" if trial.diverged else "chosen" * (trial is choice.chosen)
+            arm = f"{choice.arm}, strength={trial.strength:g}"
+            row = _raw(Cell(trial.sample, verdict=said)) if trial.sample.n else {"n": 0, "verdict": said}
+            writer.writerow({"metric": VALIDATION.key, "panel": choice.panel, "arm": arm} | row)
     return text.getvalue()
 
 

@@ -16,6 +16,7 @@ from orthokit.lab.compare import Comparison
 from orthokit.lab.fairness import Panel, plain, under
 from orthokit.lab.figures import Drawing, few, figures
 from orthokit.lab.recipe import flattened
+from orthokit.lab.tuning import RULE
 from orthokit.plots import COLOURS
 
 
@@ -57,6 +58,9 @@ def page(comparison: Comparison, *, command: str | None = None, drawn: Mapping[s
         environment=_environment(comparison.panels),
         headers=formats.primary(comparison)[0],
         columns=formats.COLUMNS,
+        chosen=list(formats.chosen(comparison)),
+        rule=RULE,
+        tuning=[_shown(d) for name, d in drawn.items() if name.startswith("tuning")],
         interval=formats.interval,
         p=formats.p,
         spread=formats.mean,

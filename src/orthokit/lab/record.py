@@ -8,6 +8,7 @@
 ``last.safetensors``         the trained weights, once training is done
 ``best.safetensors``         the weights of the best epoch by validation accuracy, where there is a validation part
 ``summary.json``             the result; written last, so where it is the run is finished
+``diverged.json``            in its place, why training could not go on: the loss or a weight was no longer finite
 ============================ =========================================================================================
 
 Every file appears under its name at once and whole, or not at all.
@@ -23,6 +24,7 @@ from typing import Annotated, Any
 from filelock import FileLock, Timeout
 from pydantic import Field
 
+from orthokit.lab.files import to_json, write
 from orthokit.lab.recipe import Recipe, differences, load
 
 SEEDS = 2**32
@@ -75,6 +77,25 @@ class Run:
                 f"{self.folder} holds a run of another recipe ({differences(present, self.recipe)}, in {path.name}); "
                 "choose another --name or --out, or remove the folder"
             )
+
+    @property
+    def divergence(self) -> Path:
+        """``diverged.json``, where training could not go on."""
+        return self.folder / "diverged.json"
+
+    def diverged(self) -> bool:
+        """Whether training this recipe could not go on.
+
+        Raises:
+            ValueError: a damaged file.
+        """
+        if not (path := self.divergence).is_file():
+            return False
+        return Recipe.of(read_json(path, recipe=dict, why=str)["recipe"], str(path)) == self.recipe
+
+    def diverge(self, why: str) -> None:
+        """Put it on record."""
+        write(self.divergence, to_json({"seed": self.seed, "why": why, "recipe": self.recipe.to_dict()}))
 
     def environment(self) -> dict[str, Any] | None:
         """Where and with which precision and threads the run began that there is a checkpoint of, or None."""

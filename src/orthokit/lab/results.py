@@ -17,6 +17,8 @@ RECORD = "evaluation.json"
 """In a run's folder: what ``orthokit evaluate`` has measured."""
 HUGE = 1e30
 """What is larger, infinite or NaN is no measurement."""
+TUNING = "tuning"
+"""In the folder of a study: the runs by which strengths were chosen, ``tuning/<name>/<seed>``."""
 Group = Literal["result", "orthogonality", "robustness", "features", "cost"]
 
 
@@ -48,6 +50,8 @@ class Result:
 def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
     """The finished runs in and below folders, and what to say of those that are not finished.
 
+    Runs by which a study chose strengths are no part of what it compares; they count where their own folder is named.
+
     Raises:
         FileNotFoundError: nothing is there, or no finished run.
         ValueError: a file is damaged or not what a run writes.
@@ -60,9 +64,9 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
         if path.is_file() and path.name != "summary.json":
             raise ValueError(f"{path} is no run; give folders of runs, such as runs/nano_cifar10_strict")
         top = path.parent if path.is_file() else path
-        for file in sorted(top.rglob("summary.json")):
+        for file in _below(top, "summary.json"):
             found.setdefault(file.resolve(), read_one(file))
-        for file in sorted(top.rglob("recipe.toml")):
+        for file in _below(top, "recipe.toml"):
             if not (file.parent / "summary.json").is_file():
                 unfinished[file.parent.resolve()] = "failed" if (file.parent / "failed.txt").is_file() else "not finished"
     if not found:
@@ -73,6 +77,10 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
             bias = "; what remains of its arm may be a lucky choice" if kind == "failed" else ""
             said.append(f"{kind}, hence left out: {', '.join(names)}{bias}")
     return list(found.values()), said
+
+
+def _below(top: Path, name: str) -> list[Path]:
+    return [file for file in sorted(top.rglob(name)) if file.relative_to(top).parts[-4:-3] != (TUNING,)]
 
 
 def read_summary(path: Path) -> dict[str, Any]:

@@ -17,17 +17,22 @@
     [factors]                                        # more panels: every combination
     "train.epochs" = [10, 20]
 
+    [tune]                                           # strengths by validation accuracy: see orthokit.lab.tuning
+    seeds = [100, 101, 102]
+    values = [0.01, 0.03, 0.1, 0.3]
+
     [evaluate]
     images = 1000
 
 ``<results>/<study>/runs/<network>-<arm><factors>/<seed>/summary.json`` is all that is kept of a run: where it is, of this recipe
-and evaluated, nothing is left to do for that run, whether or not its weights are there.
+and evaluated, nothing is left to do for that run, whether or not its weights are there. So it is with the runs by which strengths
+are chosen, below ``tuning`` and with their strength in the name; of one that diverged that is kept, in ``diverged.json``.
 """
 
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,13 +42,15 @@ from orthokit.checks import did_you_mean
 from orthokit.lab import figures, formats, page
 from orthokit.lab.compare import FACTOR, Comparison, compare
 from orthokit.lab.evaluate import PARTS, check_parts, settings
-from orthokit.lab.fairness import undeclared
+from orthokit.lab.fairness import undeclared, under
 from orthokit.lab.files import to_json, write
 from orthokit.lab.recipe import Recipe, Section, differences, extended, flattened, inline, label, merged, parsed, read_section
 from orthokit.lab.record import Run, Seeds
-from orthokit.lab.results import METRICS, Result, metric_of, read_one
+from orthokit.lab.results import METRICS, TUNING, Result, metric_of, read_one
+from orthokit.lab.tuning import Choice, Trial, Tune, distinct
 
 Partial = dict[str, Any]
+STRENGTH = "regularizer.strength"
 
 
 class Evaluation(Section):
@@ -80,19 +87,22 @@ class Study(Section):
     """Keys or sections of the recipe in which arms may differ."""
     metric: str = METRICS[0].key
     """What verdicts go by."""
+    tune: Tune | None = None
     evaluate: Annotated[Evaluation, Field(default_factory=lambda: Evaluation.model_validate({}))]
 
     @model_validator(mode="after")
     def _consistent(self) -> "Study":
-        for key, values in {"seeds": self.seeds, **{f"factors.{key}": values for key, values in self.factors.items()}}.items():
-            if any(a == b for a, b in itertools.combinations(values, 2)):
-                raise ValueError(f"{key} must differ; got {values}")
+        distinct({"seeds": self.seeds} | {f"factors.{key}": values for key, values in self.factors.items()})
         if self.baseline is not None and self.baseline not in self.arms:
             raise ValueError(f"baseline: no arm {self.baseline!r}{did_you_mean(self.baseline, self.arms)}")
         if self.metric not in (keys := [metric.key for metric in METRICS]):
             raise ValueError(f"metric: none is called {self.metric!r}{did_you_mean(self.metric, keys)}")
         if (part := metric_of(self.metric).part) is not None and part not in self.evaluate.parts:
             raise ValueError(f"metric = {self.metric!r} needs {part!r} among evaluate.parts")
+        if self.tune is not None:
+            self.tune.check(self.seeds, self.arms, self.networks or {})
+            if not under(STRENGTH, self.factor) or any(under(STRENGTH, [key]) for key in self.factors):
+                raise ValueError(f"[tune] chooses {STRENGTH}, arm by arm: it must be a part of factor, and none of factors")
         return self
 
 
@@ -104,6 +114,25 @@ class Task:
     panel: str
     run: Run
     kept: Path
+    parts: Mapping[str, Partial] = field(default_factory=dict)
+    """Of the evaluation: their settings."""
+
+    def result(self) -> Result | None:
+        """What is kept of it."""
+        if not self.kept.is_file() or (kept := read_one(self.kept)).recipe != self.run.recipe:
+            return None
+        return kept
+
+    @property
+    def record(self) -> Run:
+        """The run, as if its folder were where it is kept: whether it diverged is on record in either."""
+        return replace(self.run, folder=self.kept.parent)
+
+    def done(self) -> bool:
+        """Whether its result is kept, evaluated as wanted, or that it diverged."""
+        if (result := self.result()) is None:
+            return self.record.diverged()
+        return all(result.parts.get(part, {}).get("settings") == wanted for part, wanted in self.parts.items())
 
 
 @dataclass(frozen=True)
@@ -113,7 +142,12 @@ class Plan:
     file: Path
     said: Study
     folder: Path
+    tuning: tuple[Task, ...] = field(repr=False)
+    """Runs by which strengths are chosen."""
+    choices: tuple[Choice, ...] = field(repr=False)
+    """What they tell; nothing while some are left."""
     tasks: tuple[Task, ...] = field(repr=False)
+    """Runs that are compared; none while strengths are to be chosen."""
 
     @property
     def command(self) -> str:
@@ -121,39 +155,28 @@ class Plan:
         return f"orthokit study {'/'.join(self.file.resolve().parts[-2:])}"
 
     def left(self) -> list[Task]:
-        """Those whose result is not kept, or was evaluated otherwise.
+        """Those of the present stage, tuning first, whose result is not kept, or was evaluated otherwise.
 
         A seed of every arm comes before the next one, so that what is interrupted can be compared.
         """
-        order = self.said.seeds.index
-        return sorted((task for task in self.tasks if not self._done(task)), key=lambda task: order(task.run.seed))
-
-    def _done(self, task: Task) -> bool:
-        if not task.kept.is_file():
-            return False
-        kept, wanted = read_one(task.kept), self.said.evaluate
-        return kept.recipe == task.run.recipe and all(
-            kept.parts.get(part, {}).get("settings") == settings(part, wanted.images) for part in wanted.parts
-        )
+        return _left(self.tuning) or _left(self.tasks)
 
     def keep(self, tasks: Iterable[Task]) -> None:
-        """Keep what is small of those that are finished."""
+        """Keep what is small of those that are finished, and which ones diverged."""
         for task in tasks:
             if task.run.summary() is None:
+                if task.run.diverged():
+                    write(task.record.divergence, task.run.divergence.read_text("utf-8"))
                 continue
             small = read_one(task.run.folder / "summary.json").small()
             small["environment"] = {key: value for key, value in small["environment"].items() if key != "platform"}
             write(task.kept, to_json(small | {"study": {"arm": task.arm, "panel": task.panel}}))
 
-    def results(self) -> list[Result]:
-        """What is kept of the runs of this study, in its order."""
-        found = [(task, read_one(task.kept)) for task in self.tasks if task.kept.is_file()]
-        return [result for task, result in found if result.recipe == task.run.recipe]
-
     def strangers(self) -> list[Path]:
         """What is kept of runs that are no longer part of it."""
-        known = {task.kept for task in self.tasks}
-        return [path for path in sorted((self.folder / "runs").rglob("summary.json")) if path not in known]
+        known = {file for task in (*self.tuning, *self.tasks) for file in (task.kept, task.record.divergence)}
+        kept = [path for part in ("runs", TUNING) for path in sorted((self.folder / part).rglob("*.json"))]
+        return [path for path in kept if path not in known]
 
     def comparison(self) -> Comparison:
         """Of what is kept.
@@ -161,19 +184,22 @@ class Plan:
         Raises:
             ValueError: there is too little of it; arms differ in more than the study's factor.
         """
-        results = self.results()
-        missing = len(self.tasks) - len(results)
-        flagged = [f"{missing} of {len(self.tasks)} runs are missing; what is there may be a lucky choice"] if missing else []
-        said = self.said
-        return compare(
+        results, diverged = _found(self.tasks)
+        missing, said = len(self.tasks) - len(results), self.said
+        which = f", {diverged} of which diverged" if diverged else ""
+        flagged = (
+            [f"{missing} of {len(self.tasks)} runs are missing{which}; what is there may be a lucky choice"] if missing else []
+        )
+        compared = compare(
             results,
             title=said.title,
             factor=said.factor,
             by=["network", "data.name", *(said.factors), *_panel_keys(said)],
             baseline=said.baseline or next(iter(said.arms)),
             metric=said.metric,
-            flagged=flagged,
+            flagged=[*flagged, *(choice.warning for choice in self.choices if choice.warning)],
         )
+        return replace(compared, choices=self.choices)
 
     def draw(self, comparison: Comparison) -> list[Path]:
         """Write tables, figures and the page; which files."""
@@ -194,9 +220,47 @@ class Plan:
         return [self.folder / name for name in files]
 
 
+def _left(tasks: Sequence[Task]) -> list[Task]:
+    order = {seed: place for place, seed in enumerate(dict.fromkeys(task.run.seed for task in tasks))}
+    return sorted((task for task in tasks if not task.done()), key=lambda task: order[task.run.seed])
+
+
+def _found(tasks: Iterable[Task]) -> tuple[list[Result], int]:
+    """What is kept of some runs, and how many of them diverged."""
+    found = [(task, task.result()) for task in tasks]
+    return [result for _, result in found if result is not None], sum(r is None and task.record.diverged() for task, r in found)
+
+
 def _panel_keys(said: Study) -> list[str]:
     """Sections that networks are told apart by, besides ``network``."""
     return list(dict.fromkeys(key for part in (said.networks or {}).values() for key in part if key != "extends"))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An arm in a panel."""
+
+    arm: str
+    network: str
+    panel: str
+    recipe: Recipe
+    name: str
+    settings: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """Of its runs."""
+        return self.name + label(self.settings)
+
+    @property
+    def tunable(self) -> bool:
+        """Whether it has a strength."""
+        return self.recipe.regularizer is not None
+
+    def of(self, strength: float) -> "_Place":
+        """The same, with this strength."""
+        recipe = Recipe.of(merged(self.recipe.to_dict(), {"regularizer": {"strength": strength}}))
+        return replace(self, recipe=recipe, settings=(*self.settings, f"strength={inline(strength)}"))
 
 
 def plan(file: Path, *, out: Path, results: Path) -> Plan:
@@ -205,37 +269,89 @@ def plan(file: Path, *, out: Path, results: Path) -> Plan:
     Raises:
         FileNotFoundError: no such file, or one that it extends.
         ValueError: it is no TOML, no study, or its recipes are none; arms are equal, differ in more than the factor, or would
-            share a folder.
+            share a folder; every strength of an arm diverged.
     """
     said = read_section(Study, file)
+    tune, trained, kept = said.tune, out / file.stem, results / file.stem
+    places = _places(said, file)
+    tuning, choices = list[Task](), dict[tuple[str, str, tuple[str, ...]], Choice]()
+    if tune is not None:
+        _check_tuning(file, tune, places)
+        for place in places:
+            if place.tunable and tune.network in (None, place.network):
+                tried = {strength: _trial(place, strength, tune.seeds, trained, kept) for strength in tune.of(place.arm)}
+                tuning += itertools.chain(*tried.values())
+                if not any(map(_left, tried.values())):
+                    choices[place.arm, place.network, place.settings] = _choice(
+                        file, place, tried, shared=tune.network is not None
+                    )
+    complete = not _left(tuning)
+    tasks, parts = list[Task](), {part: settings(part, said.evaluate.images) for part in said.evaluate.parts}
+    for place in places if complete else ():
+        final = place
+        if tune is not None and place.tunable:
+            final = place.of(choices[place.arm, tune.network or place.network, place.settings].chosen.strength)
+        tasks += _tasks(final, said.seeds, trained / final.folder, kept / "runs" / place.folder, parts)
+    return Plan(file, said, kept, tuple(tuning), tuple(choices.values()) if complete else (), tuple(tasks))
+
+
+def _trial(place: _Place, strength: float, seeds: Sequence[int], trained: Path, kept: Path) -> list[Task]:
+    """The runs that try a strength; by its name they are an arm of its own."""
+    each = place.of(strength)
+    folder = Path(TUNING, each.folder)
+    return _tasks(replace(each, arm=f"{place.arm}, {each.settings[-1]}"), seeds, trained / folder, kept / folder, {})
+
+
+def _choice(file: Path, place: _Place, tried: Mapping[float, Sequence[Task]], *, shared: bool) -> Choice:
+    trials = tuple(Trial.of(strength, *_found(tasks)) for strength, tasks in tried.items())
+    choice = Choice(place.arm, place.panel + ", for every network" * shared, trials)
+    if not choice.able:
+        where = f" in {place.panel}" * bool(place.panel)
+        raise ValueError(
+            f"{file}: {place.arm} diverged{where} with every strength, {[*tried]}; give it smaller ones in tune.arms"
+        )
+    return choice
+
+
+def _tasks(place: _Place, seeds: Sequence[int], trained: Path, kept: Path, parts: Mapping[str, Partial]) -> list[Task]:
+    return [
+        Task(place.arm, place.panel, Run(place.recipe, seed, trained / str(seed)), kept / str(seed) / "summary.json", parts)
+        for seed in seeds
+    ]
+
+
+def _places(said: Study, file: Path) -> list[_Place]:
+    """Every arm in every panel; where strengths are to be chosen, all with the same one."""
     base = extended({"extends": said.recipe}, file)
-    tasks, folders, panels = [], dict[str, tuple[str, str]](), dict[tuple[str, str], str]()
+    found, folders, panels = [], dict[str, tuple[str, str]](), dict[tuple[str, str], str]()
     for (network, part), values in itertools.product(
         (said.networks or {"": {}}).items(), itertools.product(*said.factors.values())
     ):
         factors = {key: inline(value) for key, value in zip(said.factors, values, strict=True)}
-        chosen = [f"{key}={value}" for key, value in factors.items()]
+        chosen = tuple(f"{key}={value}" for key, value in factors.items())
         short = [f"{key.rpartition('.')[2]}={value}" for key, value in factors.items()]
         panel = ", ".join([*([network] if network else []), *short])
         laid = extended(part, file)
         for setting in chosen:
             laid = merged(laid, parsed(setting))
         raw = merged(base, laid)
-        recipes = {
-            arm: Recipe.of(merged(raw, extended(over, file)), f"{file}: {arm}" + f" of {panel}" * bool(panel))
-            for arm, over in said.arms.items()
-        }
-        _check(f"{file}" + f", {panel}" * bool(panel), recipes, said.factor, laid)
+        recipes = {}
+        for arm, over in said.arms.items():
+            own = merged(raw, extended(over, file))
+            if said.tune is not None and isinstance(own.get("regularizer"), Mapping):
+                own = merged(own, {"regularizer": {"strength": said.tune.values[0]}})
+            recipes[arm] = Recipe.of(own, f"{file}: {arm}" + f" of {panel}" * bool(panel))
+        _check(f"{file}" + f", {panel}" * bool(panel), recipes, said, laid)
         for arm, recipe in recipes.items():
-            name = "-".join(_slug(file, each) for each in ([network, arm] if said.networks else [arm])) + label(chosen)
-            if folders.setdefault(name, (panel, arm)) != (panel, arm):
-                raise ValueError(f"{file}: {arm} and {folders[name][1]} would share the folder {name}; choose other names")
+            name = "-".join(_slug(file, each) for each in ([network, arm] if said.networks else [arm]))
+            found.append(place := _Place(arm, network, panel, recipe, name, chosen))
+            if folders.setdefault(place.folder, (panel, arm)) != (panel, arm):
+                raise ValueError(
+                    f"{file}: {arm} and {folders[place.folder][1]} would share the folder {place.folder}; choose other names"
+                )
             if (twin := panels.setdefault((arm, recipe.to_toml()), panel)) != panel:
                 raise ValueError(f"{file}: {arm} has the same recipe in the panels {twin} and {panel}")
-            for seed in said.seeds:
-                run = Run(recipe, seed, out / file.stem / name / str(seed))
-                tasks.append(Task(arm, panel, run, results / file.stem / "runs" / name / str(seed) / "summary.json"))
-    return Plan(file, said, results / file.stem, tuple(tasks))
+    return found
 
 
 def _slug(file: Path, name: str) -> str:
@@ -245,13 +361,25 @@ def _slug(file: Path, name: str) -> str:
     return plain
 
 
-def _check(where: str, recipes: Mapping[str, Recipe], factor: Sequence[str], laid: Mapping[str, Any]) -> None:
+def _check(where: str, recipes: Mapping[str, Recipe], said: Study, laid: Mapping[str, Any]) -> None:
     """Before anything is trained: whether it is what the panel says, and could be compared."""
     for arm, recipe in recipes.items():
         if changed := differences(Recipe.of(merged(recipe.to_dict(), laid), where), recipe):
             raise ValueError(f"{where}: the arm {arm} overrides what its panel is to have in common ({changed})")
-    if told := undeclared([(arm, flattened(recipe.to_dict())) for arm, recipe in recipes.items()], factor):
+    if told := undeclared([(arm, flattened(recipe.to_dict())) for arm, recipe in recipes.items()], said.factor):
         raise ValueError(f"{where}: {told[0]}; declare it among factor = [...]")
     for (one, a), (two, b) in itertools.combinations(recipes.items(), 2):
         if a == b:
-            raise ValueError(f"{where}: the arms {one} and {two} have the same recipe")
+            but = "" if said.tune is None else ", but for the strength that [tune] chooses"
+            raise ValueError(f"{where}: the arms {one} and {two} have the same recipe{but}")
+
+
+def _check_tuning(file: Path, tune: Tune, places: Sequence[_Place]) -> None:
+    """Whether there is something to tune, and to tune it by."""
+    tunable = [place for place in places if place.tunable]
+    if not tunable:
+        raise ValueError(f"{file}: [tune] has nothing to do, as no arm has a regularizer")
+    if bare := [arm for arm in tune.arms if arm not in {place.arm for place in tunable}]:
+        raise ValueError(f"{file}: tune.arms: {bare[0]} has no regularizer to tune")
+    if not all(place.recipe.data.validation for place in tunable):
+        raise ValueError(f"{file}: [tune] goes by validation accuracy; set data.validation above 0")

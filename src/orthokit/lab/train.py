@@ -90,6 +90,7 @@ def train(
         if run.environment() != before:
             raise BlockingIOError(f"another process has begun {run.name} meanwhile; the same command goes on from there")
         if first:
+            run.divergence.unlink(missing_ok=True)
             write(run.folder / "recipe.toml", run.recipe.to_toml())
             if before is None:
                 write(run.folder / "environment.json", to_json(environment(fabric)))
@@ -356,11 +357,11 @@ class Training:
 
     def _diverged(self, what: str) -> DivergenceError:
         epoch, place = divmod(self.step, self.steps)
+        where = f"in epoch {epoch + 1}, step {place + 1}"
+        if self.fabric.is_global_zero:
+            self.run.diverge(f"{what} {where}")
         kept = f"{self.run.checkpoint} is from before" if self.run.checkpoint.is_file() else "no checkpoint was saved before"
-        return DivergenceError(
-            f"{self.run.name} diverged in epoch {epoch + 1}, step {place + 1}: {what}; {kept}. "
-            "Lower train.lr, or add train.warmup"
-        )
+        return DivergenceError(f"{self.run.name} diverged {where}: {what}; {kept}. Lower train.lr, or add train.warmup")
 
     # ------------------------------------------------------------------------------------------------------------------------
 
