@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 WORK   := OMP_NUM_THREADS=1
 
-.PHONY: help setup demo test check docs clean
+.PHONY: help setup demo test check bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ check: $(VENV)/.ready ## what continuous integration checks besides the tests: s
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+bench: $(VENV)/.ready ## what every penalty costs, into benchmarks/cost.json; about an hour on an idle machine
+	@$(BIN)/python benchmarks/cost.py
 
 docs: $(VENV)/.ready ## the documentation as a site in site/
 	@$(PIP) install --quiet --constraint $(VENV)/torch.txt --editable '.[docs]'
