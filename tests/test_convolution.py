@@ -51,7 +51,7 @@ def minimise(layer):
         return ok.Lorth()(replace(kernel, weight=flat.reshape(kernel.weight.shape))).sum()
 
     flat = layer.weight.detach().flatten()
-    for _ in range(25):
+    for _ in range(40):
         flat = flat.requires_grad_()
         (gradient,) = torch.autograd.grad(value(flat), flat)
         curvature, directions = torch.linalg.eigh(torch.autograd.functional.hessian(value, flat, vectorize=True))

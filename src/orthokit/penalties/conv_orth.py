@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import short_repr
-from orthokit.gram import full_precision, self_convolution
+from orthokit.gram import convolution_distance, full_precision
 from orthokit.kernel import Kernel
 
 
@@ -41,8 +41,8 @@ def convolution_orthogonality(
 
     Source: Wang, Chen, Chakraborty, Yu 2020, arXiv 1911.12207.
     """
-    difference = _residual(weight, stride)
-    return difference.square().sum(-1) if squared else torch.linalg.vector_norm(difference, dim=-1)
+    square = convolution_distance(weight, stride)
+    return square if squared else square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
 
 
 @full_precision
@@ -63,16 +63,7 @@ def lorth(weight: Float[Tensor, "..."], *, stride: tuple[int, ...] = ()) -> Floa
     """
     o, i, *size = weight.shape[weight.ndim - 2 - len(stride) :]
     inputs = i * math.prod(min(k, s) for k, s in zip(size, stride, strict=True))
-    return (_residual(weight, stride).square().sum(-1) - max(0, o - inputs)).relu()
-
-
-def _residual(weight: Float[Tensor, "..."], stride: tuple[int, ...]) -> Float[Tensor, "*b entries"]:
-    """``conv(K, K) - I_0``: the self-convolution less the identity at lag zero, flat."""
-    products = self_convolution(weight, stride)
-    o, lags = products.shape[-2:]
-    identity = products.new_zeros(o, o, lags)
-    identity.diagonal()[lags // 2] = 1
-    return (products - identity).flatten(-3)
+    return convolution_distance(weight, stride, less=max(0, o - inputs)).relu()
 
 
 @dataclass(frozen=True, kw_only=True)
