@@ -160,6 +160,8 @@ class RegularizerSection(Section):
     """Multiplies an unsquared penalty of each layer."""
     decay: bool = True
     """Whether weight decay acts on the regularized kernels too, as it does where there is no penalty."""
+    every: int = Field(1, ge=1)
+    """Steps from one gradient of the penalty to the next."""
 
     @field_validator("penalty", "strength", "where")
     @classmethod
@@ -176,6 +178,7 @@ class RegularizerSection(Section):
             strength=schedule_of(self.strength),
             where=where_of(self.where),
             scale=None if self.scale is None else SCALES[self.scale],
+            every=self.every,
         )
 
 

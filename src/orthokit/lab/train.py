@@ -185,7 +185,7 @@ class Training:
         """The steps of an epoch that are still to be done."""
         self.model.train()
         if self.ortho is not None:
-            self.ortho.load_state_dict({"steps": epoch})
+            self.ortho.load_state_dict({"steps": epoch, "calls": {"": self.step}})
         order, start, shown = self.batches.order(epoch), time.perf_counter() - self.elapsed, time.monotonic()
         for place in range(self.step % self.steps, self.steps):
             self.clock.on = self.device.type == "cpu" or place % SAMPLED == 0
