@@ -51,7 +51,7 @@ def coherence(k):
 def srip(k, steps=2, squared=False, side="smaller", start=None):
     k = side_of(k, side)
     a = np.array(gram_entries(k)) - np.eye(len(k))
-    v = torch.randn(len(k), generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy() if start is None else start
+    v = np.sin(12.9898 * np.arange(1, len(k) + 1)) * 43758.5453 % 1 - 0.5 if start is None else start
     for _ in range(steps):
         v = a @ (v / math.sqrt(sum(v * v)))
     value = math.sqrt(sum(v * v))

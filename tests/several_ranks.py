@@ -20,7 +20,7 @@ import orthokit as ok
 
 PENALTIES = {"strict": ok.Disentangled(), "welch": ok.Disentangled(relax=ok.share(0.1), form="welch"), "SO": ok.SO()}
 RANKS = (1, 2, 3)
-WAYS = ("loss", "add_grad_", "attach")
+WAYS = ("loss", "add_grad_", "attach", "shard")
 STEPS, BATCH, ACCUMULATED = 3, 12, 2
 
 
@@ -77,7 +77,7 @@ def train(way, penalty, wrap=None, accumulated=1, rank=0, ranks=1):
     """The weights after a few steps on this rank's part of each batch."""
     m = model()
     net = m if wrap is None else WRAPS[wrap](m)
-    ortho = ok.Regularizer(net, PENALTIES[penalty], strength=0.05, where=ok.layers)
+    ortho = ok.Regularizer(net, PENALTIES[penalty], strength=0.05, where=ok.layers, shard=way == "shard")
     optimizer = torch.optim.SGD(ortho.param_groups(net, weight_decay=1e-3), lr=0.1, momentum=0.9)
     if way == "attach":
         ok.attach(ortho, optimizer)
@@ -90,7 +90,7 @@ def train(way, penalty, wrap=None, accumulated=1, rank=0, ranks=1):
                 if last and hasattr(net, "set_requires_gradient_sync"):
                     net.set_requires_gradient_sync(True)
                 loss = F.cross_entropy(net(images.chunk(ranks)[rank]), labels.chunk(ranks)[rank])
-                if way == "loss":
+                if way in ("loss", "shard"):
                     loss = loss + ortho()
                 (loss / accumulated).backward()
         if way == "add_grad_":
@@ -173,7 +173,7 @@ def whole():
 def combinations():
     """Of wrapper, way, penalty and number of accumulated parts."""
     for wrap in WRAPS:
-        for way in WAYS:
+        for way in WAYS if wrap == "DDP" else WAYS[:-1]:
             yield wrap, way, "strict", 1
             yield wrap, way, "welch", ACCUMULATED
         yield wrap, "loss", "SO", 1

@@ -255,11 +255,16 @@ class _OfGram(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor, None, None]:
         matrix, slope = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Somebody differentiates twice: the slope again, with its own graph.
-            slope = ctx.rule(gram(matrix, "rows" if ctx.by_rows else "cols"))[1]
-        slope = of_value[..., None, None] * slope
-        return slope @ matrix if ctx.by_rows else matrix @ slope, None, None
+        with outside_autocast(matrix.device):  # whoever calls backward under it
+            if is_differentiated():
+                slope = ctx.rule(gram(matrix, "rows" if ctx.by_rows else "cols"))[1]
+            slope = of_value[..., None, None] * slope
+            return slope @ matrix if ctx.by_rows else matrix @ slope, None, None
+
+
+def is_differentiated() -> bool:
+    """Whether the backward pass at hand is to be differentiated: what it saved as numbers must be computed again, with a graph."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 CosineRule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -370,11 +375,12 @@ class _OfSpectrum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor, Tensor]:
         x, y, real, imaginary = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            real, imaginary = _complex_residual(x, y)
-        scale = 4 * of_value[..., None, None]
-        real, imaginary = scale * real, scale * imaginary
-        return real @ x - imaginary @ y, real @ y + imaginary @ x
+        with outside_autocast(x.device):
+            if is_differentiated():
+                real, imaginary = _complex_residual(x, y)
+            scale = 4 * of_value[..., None, None]
+            real, imaginary = scale * real, scale * imaginary
+            return real @ x - imaginary @ y, real @ y + imaginary @ x
 
 
 def _complex_residual(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ def lorth(weight: Float[Tensor, "..."], *, stride: tuple[int, ...] = ()) -> Floa
     Source: Achour, Malgouyres, Mamalet 2022, arXiv 2108.05623; the minimum for kernels smaller than the stride ours.
     """
     o, i, *size = weight.shape[weight.ndim - 2 - len(stride) :]
-    inputs = i * math.prod(min(k, s) for k, s in zip(size, stride, strict=True))
+    inputs = i * math.prod([min(k, s) for k, s in zip(size, stride, strict=True)])
     return convolution_distance(weight, stride, less=max(0, o - inputs)).relu()
 
 

@@ -8,13 +8,24 @@ given weights is always the same.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, check_count, short_repr
-from orthokit.gram import SIDES, Side, full_precision, is_by_rows, is_finite, polar
+from orthokit.gram import (
+    SIDES,
+    Side,
+    full_precision,
+    is_by_rows,
+    is_differentiated,
+    is_finite,
+    outside_autocast,
+    polar,
+    reciprocal,
+)
 from orthokit.kernel import Kernel
 
 
@@ -52,21 +63,64 @@ def spectral_restricted_isometry(
         raise ValueError(
             f"start must be a vector of {size} numbers, as this side's Gram matrix has; got {vector.squeeze(-1).shape}"
         )
-    length = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
+    length = torch.linalg.vector_norm(vector)
     if start is not None and not is_finite(1 / length):
         raise ValueError("start must not be zero")
-    for _ in range(steps):
-        # At an exactly orthonormal kernel the product is zero and stays zero, with zero gradient.
-        unit = (vector / torch.where(length == 0, 1.0, length)).expand(*matrix.shape[:-2], size, 1)
-        vector = left @ (left.mT @ unit) - unit  # the residual itself is never formed
-        length = torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
-    norm: Tensor = length.squeeze((-2, -1))
+    norm = cast(Tensor, _PowerIteration.apply(left, vector / length, steps))  # type: ignore[no-untyped-call]
     return norm**2 if squared else norm
+
+
+class _PowerIteration(torch.autograd.Function):
+    """The length of the last of some products of ``R = A A^T - I`` with a unit vector, each but the last made a unit vector.
+
+    The residual is never formed: a product with it is two with ``A``, and the gradient has the rank of twice the steps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Float[Tensor, "*b m k"], unit: Float[Tensor, "m 1"], steps: int) -> Float[Tensor, "*b"]:
+        units, folded, norms = _iterate(matrix, unit, steps)
+        ctx.save_for_backward(matrix, *units, *folded, *norms)
+        return norms[-1].squeeze((-2, -1))
+
+    @staticmethod
+    def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor, None, None]:
+        matrix, *saved = ctx.saved_tensors
+        steps = len(saved) // 3
+        with outside_autocast(matrix.device):
+            if is_differentiated():
+                units, folded, norms = _iterate(matrix, saved[0], steps)
+            else:
+                units, folded, norms = saved[: steps + 1], saved[steps + 1 : 2 * steps + 1], saved[2 * steps + 1 :]
+            pull = of_value[..., None, None] * units[steps]
+            left, right = [], []
+            for step in reversed(range(steps)):
+                back = matrix.mT @ pull
+                left += [pull, units[step]]
+                right += [folded[step], back]
+                if step:
+                    along = matrix @ back - pull
+                    turned = along - units[step] * (units[step] * along).sum(-2, keepdim=True)
+                    pull = turned * reciprocal(norms[step - 1])
+            return torch.cat(left, -1) @ torch.cat(right, -1).mT, None, None
+
+
+def _iterate(matrix: Tensor, unit: Tensor, steps: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The unit vectors before and after each step, ``A^T`` times those before, and the norms of the products."""
+    units, folded, norms = [unit.expand(*matrix.shape[:-1], 1)], [], []
+    for _ in range(steps):
+        folded.append(matrix.mT @ units[-1])
+        vector = matrix @ folded[-1] - units[-1]
+        norms.append(torch.linalg.vector_norm(vector, dim=-2, keepdim=True))
+        # At an exactly orthonormal kernel the product is zero and stays zero, with zero gradient.
+        units.append(vector * reciprocal(norms[-1]))
+    return units, folded, norms
 
 
 @cache
 def _start(size: int) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+    """Numbers from -1/2 to 1/2 without visible order: of no generator, which no compiler would follow."""
+    scattered = torch.arange(1, size + 1, dtype=torch.float64, device="cpu").mul(12.9898).sin() * 43758.5453
+    return scattered - scattered.floor() - 0.5
 
 
 @dataclass(frozen=True, kw_only=True)

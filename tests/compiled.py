@@ -1,0 +1,81 @@
+"""Compiles every penalty, and a step that contains one: ``python compiled.py``; test_cost.py looks at how it ends."""
+
+import warnings
+
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import orthokit as ok
+from cases import CASES
+
+
+def model():
+    """Stacks of wide and tall layers, a grouped, a strided and a transposed one."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2),
+        nn.Conv2d(8, 12, 1),
+        nn.Conv2d(12, 8, 1),
+        nn.Conv2d(8, 12, 1),
+        nn.ConvTranspose2d(12, 4, 2, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
+
+
+def gradients(m, value):
+    m.zero_grad()
+    value.backward()
+    return [p.grad.clone() for p in m.parameters() if p.grad is not None]
+
+
+def penalty_alone(penalty):
+    """No graph break, one compilation for several weights, and what it is without a compiler."""
+    torch._dynamo.reset()
+    m = model()
+    ortho = ok.Regularizer(m, penalty, strength=0.3)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda: ortho(), fullgraph=True, backend=counter)
+    for _ in range(3):
+        value, wanted = compiled(), ortho()
+        assert torch.allclose(value, wanted, rtol=1e-4), (penalty, value, wanted)
+        for found, expected in zip(gradients(m, value), gradients(m, wanted), strict=True):
+            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5), penalty
+        with torch.no_grad():
+            for parameter in m.parameters():
+                parameter.add_(0.01)
+    assert counter.frame_count == 1, (penalty, counter.frame_count)
+
+
+def step():
+    """20 steps of training with one compilation."""
+    torch._dynamo.reset()
+    m = model()
+    ortho = ok.Regularizer(m, ok.Disentangled(), strength=0.01)
+    counter = CompileCounterWithBackend("aot_eager")
+    optimizer = torch.optim.SGD(m.parameters(), lr=0.01)
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def loss(images, labels):
+        return nn.functional.cross_entropy(m(images), labels) + ortho()
+
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        value = loss(torch.ones(4, 3, 8, 8), torch.arange(4))
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert counter.frame_count == 1, counter.frame_count
+    assert losses[-1] < losses[0]
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", "form='pairs'")
+    for case in CASES:
+        penalty_alone(case.penalty)
+    step()
