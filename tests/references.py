@@ -4,7 +4,6 @@ import itertools
 import math
 
 import numpy as np
-import torch
 
 
 def gram_entries(k):

@@ -182,8 +182,8 @@ def test_the_checkpoint_holds_the_schedule(tmp_path):
     settings = {"out": tmp_path, "save_strategy": "epoch", "restore_callback_states_from_checkpoint": True}
     train(resnet(), callback(), callback(step="batch", name="heads", where=ok.linears), **settings)
     states = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())["stateful_callbacks"]
-    assert states["orthokit/ortho"] == {"steps": 1, "step": "epoch"}
-    assert states["orthokit/heads"] == {"steps": 4, "step": "batch"}
+    assert states["orthokit/ortho"] == {"steps": 1, "calls": {}, "step": "epoch"}
+    assert states["orthokit/heads"] == {"steps": 4, "calls": {}, "step": "batch"}
     first, second = callback(), callback(step="batch", name="heads", where=ok.linears)
     train(resnet(), first, second, resume=str(tmp_path / "checkpoint-4"), **settings)
     assert (first.ortho.steps, second.ortho.steps) == (2, 8)

@@ -263,13 +263,13 @@ class _OfGram(torch.autograd.Function):
 
 
 def is_differentiated() -> bool:
-    """Whether the backward pass at hand is to be differentiated: what it saved as numbers must be computed again, with a graph."""
+    """Whether the backward pass at hand is to be differentiated: what it saved as numbers must then get a graph of its own."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 CosineRule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""``(squares, c) -> (value, by_squares, by_cosines)``: squared lengths ``(*b, o)`` and cosines ``(*b, o, o)``, symmetric with zeros
-on the diagonal; derivatives by the squares, and by each pair's cosine, symmetric."""
+"""``(squares, c) -> (value, by_squares, by_cosines)``: squared lengths ``(*b, o)`` and cosines ``(*b, o, o)``, symmetric with
+zeros on the diagonal; derivatives by the squares, and by each pair's cosine, symmetric."""
 
 
 def of_cosines(matrix: Float[Tensor, "*b o n"], rule: CosineRule) -> Float[Tensor, "*b"]:

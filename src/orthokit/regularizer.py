@@ -31,9 +31,9 @@ class _Stack(NamedTuple):
 
     layers: list[Layer]
     kernel: Kernel
-    weights: list[nn.Parameter] = []
-    """The parameters, where they are the weights themselves: :attr:`joined` holds them, detached if asked for."""
-    joined: Tensor = torch.empty(0)
+    weights: Sequence[nn.Parameter] = ()
+    """The parameters, where they are the weights themselves: ``joined`` holds them, detached if asked for."""
+    joined: Tensor | None = None
 
 
 class Regularizer:
@@ -187,7 +187,7 @@ class Regularizer:
             mine: places of the layers; by default all.
         """
         reshard(self.model)
-        plain: dict[tuple[object, ...], list[tuple[Layer, nn.Parameter]]] = {}
+        plain: dict[tuple[View, int | None, bool, tuple[object, ...]], list[tuple[Layer, nn.Parameter]]] = {}
         computed: dict[tuple[object, ...], list[tuple[Layer, Kernel]]] = {}
         for place, (layer, view) in enumerate(zip(self.layers, self._views, strict=True)):
             if mine is not None and place not in mine:
@@ -195,14 +195,14 @@ class Regularizer:
             rank = self.ranks.get(layer.name)
             if view is not None and (weight := plain_weight(layer.module)) is not None:
                 if weight.requires_grad or self.include_frozen:
-                    key = view, rank, weight.requires_grad, weight.shape, weight.dtype, weight.device
-                    plain.setdefault(key, []).append((layer, weight))
+                    layout = weight.shape, weight.dtype, weight.device
+                    plain.setdefault((view, rank, weight.requires_grad, layout), []).append((layer, weight))
                 continue
             with torch.enable_grad():  # without it the kernel would not tell whether it trains
                 kernel = replace(layer.kernel, rank=rank)
             if self.include_frozen or kernel.weight.requires_grad or any(p.requires_grad for p in sources(layer.module, kernel)):
                 computed.setdefault(kernel.layout, []).append((layer, kernel))
-        for (view, rank, trains, *_), members in plain.items():
+        for (view, rank, trains, _), members in plain.items():
             size = members[0][1].numel() * members[0][1].element_size()
             many = max(1, STACKED // size) if size else len(members)
             for start in range(0, len(members), many):
@@ -263,7 +263,7 @@ class Regularizer:
                     values.append(value.detach())
                     if not stack.weights:
                         computed.append(value)
-                    elif stack.joined.requires_grad:
+                    elif stack.joined is not None and stack.joined.requires_grad:
                         (gradient,) = torch.autograd.grad(value, stack.joined, torch.full_like(value, strength))
                         _add_grads(stack.weights, gradient.unbind(), scale, wanted)
                 if computed:
@@ -347,19 +347,18 @@ class Regularizer:
         return f"Regularizer({self.penalty!r}, strength={strength}, {len(self.layers)} layers)"
 
 
-def _add_grads(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], scale: float | Tensor, wanted: set[int] | None
-) -> None:
+def _add_grads(parameters: Sequence[Tensor], gradients: Sequence[Tensor], scale: float | Tensor, wanted: set[int] | None) -> None:
     """Add ``scale`` times the gradients to ``.grad`` of those parameters that are wanted."""
-    pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if wanted is None or id(p) in wanted]
-    if not pairs:
-        return
-    for parameter, _ in pairs:
+    grads, added = [], []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if wanted is not None and id(parameter) not in wanted:
+            continue
         if parameter.grad is None:
             # Fused optimizers want the gradient laid out as the parameter, e.g. channels_last.
             parameter.grad = torch.zeros_like(parameter)
-    grads, added = [p.grad for p, _ in pairs], [g for _, g in pairs]
-    if isinstance(scale, Tensor):
-        torch._foreach_add_(grads, torch._foreach_mul(added, scale))
-    else:
-        torch._foreach_add_(grads, added, alpha=scale)
+        grads.append(parameter.grad)
+        added.append(gradient)
+    if grads and isinstance(scale, Tensor):
+        torch._foreach_add_(grads, list(torch._foreach_mul(added, scale)))
+    elif grads:
+        torch._foreach_add_(grads, added, alpha=float(scale))

@@ -3,6 +3,7 @@
 ``pytorch_lightning``, the same framework under its older name, is used where it alone is installed.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,6 +53,7 @@ class OrthoCallback(Callback):
         where: ``(name, module) -> bool`` on the submodules of the ``LightningModule``; every convolution by default.
         scale: multiplies an unsquared penalty of each layer, e.g. :func:`orthokit.sqrt_filters`.
         include_frozen: let training start though all layers are frozen (to be thawed later), and log frozen layers too.
+        every: act in each ``every``-th step of an optimizer only; see :class:`~orthokit.Regularizer`.
         step: the unit of the schedule: ``"epoch"``, or ``"batch"``, a batch after which an optimizer stepped (the accumulated
             batches before it do not count).
         log_every: after how many such batches to log ``{name}/{layer}`` (each layer's penalty), ``{name}/total`` (what the
@@ -79,6 +81,7 @@ class OrthoCallback(Callback):
         where: Where = convs,
         scale: Callable[[Kernel], float] | None = None,
         include_frozen: bool = False,
+        every: int = 1,
         step: Literal["epoch", "batch"] = "epoch",
         log_every: int | None = None,
         name: str = "ortho",
@@ -88,9 +91,12 @@ class OrthoCallback(Callback):
         if log_every is not None:
             check_count("log_every", log_every, 0)
         self.penalty, self.strength, self.where, self.scale = penalty, strength, where, scale
-        self.include_frozen, self.step, self.log_every, self.name = include_frozen, step, log_every, name
+        check_count("every", every)
+        self.include_frozen, self.every = include_frozen, every
+        self.step, self.log_every, self.name = step, log_every, name
         self.ortho: Regularizer | None = None
         self._steps, self._seen, self._began = 0, -1, 0
+        self._calls: Counter[str] = Counter()  # the regularizer's own
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -101,7 +107,7 @@ class OrthoCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew with every new Trainer; comes before a checkpoint is loaded."""
         if stage == "fit" and trainer.global_step == trainer.current_epoch == 0:
-            self._steps, self._seen = 0, -1
+            self._steps, self._seen, self._calls = 0, -1, Counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the layers and attach to the optimizers, which exist from here on."""
@@ -118,8 +124,10 @@ class OrthoCallback(Callback):
             where=self.where,
             scale=self.scale,
             include_frozen=self.include_frozen,
+            every=self.every,
         )
         self.ortho.load_state_dict({"steps": self._steps})
+        self.ortho.calls = self._calls
         if self._seen < 0:
             self._seen = self._count(trainer)
         check_trained(self.ortho, *trainer.optimizers)
@@ -157,7 +165,7 @@ class OrthoCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the schedule, its unit, and the Trainer's count at that step."""
-        return {"steps": self._steps, "step": self.step, "seen": self._seen}
+        return {"steps": self._steps, "step": self.step, "seen": self._seen, "calls": dict(self._calls)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the step of a saved :meth:`state_dict`.
@@ -170,6 +178,7 @@ class OrthoCallback(Callback):
                 f"the checkpoint's schedule counts in step={unit!r}, this OrthoCallback in {self.step!r}; pass the same"
             )
         self._steps, self._seen = state_dict["steps"], state_dict["seen"]
+        self._calls = Counter(state_dict.get("calls", {}))
 
     def _count(self, trainer: Trainer) -> int:
         return int(trainer.current_epoch if self.step == "epoch" else trainer.global_step)

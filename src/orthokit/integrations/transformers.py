@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from orthokit.checks import check_choice
+from orthokit.checks import check_choice, check_count
 from orthokit.integrations.logs import measured
 from orthokit.integrations.optimizer import attach
 from orthokit.kernel import Kernel, KernelMeasure
@@ -39,6 +39,7 @@ class OrthoTrainerCallback(TrainerCallback):
         where: ``(name, module) -> bool``; every convolution by default. For a transformer, e.g. ``orthokit.linears``.
         scale: multiplies an unsquared penalty of each layer, e.g. :func:`orthokit.sqrt_filters`.
         include_frozen: let training start though all layers are frozen (to be thawed later), and log frozen layers too.
+        every: act in each ``every``-th step of the optimizer only; see :class:`~orthokit.Regularizer`.
         step: the unit of the schedule: ``"epoch"``, or ``"batch"``, a step of the optimizer (all batches accumulated for it).
         name: tells this callback's logs and state from those of others of its kind.
 
@@ -65,12 +66,15 @@ class OrthoTrainerCallback(TrainerCallback):
         where: Where = convs,
         scale: Callable[[Kernel], float] | None = None,
         include_frozen: bool = False,
+        every: int = 1,
         step: Literal["epoch", "batch"] = "epoch",
         name: str = "ortho",
     ) -> None:
         check_choice("step", step, ("epoch", "batch"))
+        check_count("every", every)
         self.penalty, self.strength, self.where, self.scale = penalty, strength, where, scale
-        self.include_frozen, self.step, self.name = include_frozen, step, name
+        check_count("every", every)
+        self.include_frozen, self.every, self.step, self.name = include_frozen, every, step, name
         self.ortho: Regularizer | None = None
         self._advanced, self._strength = False, 0.0
         self._handle: RemovableHandle | None = None
@@ -104,6 +108,7 @@ class OrthoTrainerCallback(TrainerCallback):
             where=self.where,
             scale=self.scale,
             include_frozen=self.include_frozen,
+            every=self.every,
         )
         self._advanced = False
         states: Any = state.stateful_callbacks  # a dictionary, whatever its annotation says

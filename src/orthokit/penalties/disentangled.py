@@ -152,7 +152,7 @@ def _by_frame(
 
 
 def _norm(norm: Tensor, squared: bool, budget: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
-    """``max(0, norm - budget)``, squared or not, and its derivative by an entry of what ``norm`` is the norm of, over the entry."""
+    """``max(0, norm - budget)``, squared or not, and its derivative by an entry whose norm it is, divided by that entry."""
     per_entry = reciprocal(norm)
     if isinstance(budget, Tensor) or budget > 0:
         norm = (norm - budget).relu()
