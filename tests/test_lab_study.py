@@ -18,7 +18,7 @@ from orthokit.lab.tuning import RULE, Choice, Trial
 from tiny import TINY
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
-UNFINISHED = {"depth"}
+UNFINISHED = {"near", "transfer"}
 STUDY = """
 title = "Tiny"
 recipe = "base.toml"
@@ -230,6 +230,9 @@ def test_studies_of_the_repository(file, tmp_path):
     left = plan.left()
     assert bool(left) == (file.stem in UNFINISHED)
     assert plan.strangers() == []
+    if not (plan.folder / "README.md").exists():  # not begun, or still choosing strengths
+        assert left
+        return
     written = (plan.folder / "README.md").read_text()
     verdicts = plan.comparison().verdicts()
     assert verdicts

@@ -172,8 +172,7 @@ def _excess(c: Float[Tensor, "*b o o"], ceiling: float | Tensor) -> Float[Tensor
 
 def _without_largest(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[Tensor, "*b o o"]:
     """``c`` without its ``count`` largest pairs in absolute value, the earlier of equal ones first."""
-    c = c.tril(-1)
-    sizes = c.detach().abs().flatten(-2)
+    sizes = c.detach().tril(-1).abs_().flatten(-2)
     counts = torch.as_tensor(count, device=c.device).expand(sizes.shape[:-1]).unsqueeze(-1)
     least = _nth_largest(sizes, counts if isinstance(count, Tensor) else count)
     free = sizes >= least
@@ -181,8 +180,8 @@ def _without_largest(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[T
     if not is_visible(c) or int(free.count_nonzero()) > int(counts.sum()):
         larger, equal = sizes > least, sizes == least
         free = larger | (equal & (equal.cumsum(-1) <= counts - larger.sum(-1, keepdim=True)))
-    kept = torch.where(free.unflatten(-1, c.shape[-2:]), 0.0, c)
-    return kept + kept.mT
+    free = free.unflatten(-1, c.shape[-2:])
+    return c.masked_fill(free | free.mT, 0.0)
 
 
 def _nth_largest(sizes: Float[Tensor, "*b m"], count: int | Tensor) -> Float[Tensor, "*b 1"]:
