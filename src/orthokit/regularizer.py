@@ -53,8 +53,9 @@ class Regularizer:
         where: ``(name, module) -> bool``; every convolution by default.
         scale: multiplies an unsquared penalty of each layer, e.g. :func:`sqrt_filters`; a function ``Kernel -> float``.
         include_frozen: count layers none of whose parameters ask for a gradient, too. They are left out at each call otherwise.
-        every: act at each ``every``-th call only, the first one included; a squared penalty then pulls ``every`` times as hard.
-            Other calls give 0. Calls that can train are counted: not those under ``torch.no_grad()``, nor :meth:`per_layer`.
+        every: act at each ``every``-th call only, the first one included, then ``every`` times as hard; other calls give 0. Calls
+            that can train are counted: not those under ``torch.no_grad()``, nor :meth:`per_layer`. A squared penalty overshoots,
+            and diverges, where ``lr * strength * every / (1 - momentum)`` is not well below 1/4; an unsquared one does not.
         shard: under DistributedDataParallel each rank measures a part of the layers, of about equal cost, and the averaging of
             gradients brings the parts together. The value of a call is then this rank's part times the number of ranks.
 
@@ -146,13 +147,13 @@ class Regularizer:
         return torch.stack([value.to(values[0].device) for value in values]).sum()
 
     def _due(self, key: str = "") -> float:
-        """The strength of this call, counted under ``key``: 0 but for each ``every``-th."""
+        """The strength of this call, counted under ``key``: 0 but for each ``every``-th, which makes up for the others."""
         strength = self.strength
         if self.every == 1:
             return strength
         due = self.calls[key] % self.every == 0
         self.calls[key] += 1
-        return due * strength * (self.every if self._squared else 1)
+        return due * strength * self.every
 
     def per_layer(self) -> dict[str, float]:
         """Each layer's penalty by name, before the strength; their sum times :attr:`strength` is what a call returns."""
