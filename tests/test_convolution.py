@@ -50,13 +50,16 @@ def minimise(layer):
     def value(flat):
         return ok.Lorth()(replace(kernel, weight=flat.reshape(kernel.weight.shape))).sum()
 
-    flat = layer.weight.detach().flatten()
+    flat, damping = layer.weight.detach().flatten(), 1e-9
     for _ in range(40):
         flat = flat.requires_grad_()
         (gradient,) = torch.autograd.grad(value(flat), flat)
         curvature, directions = torch.linalg.eigh(torch.autograd.functional.hessian(value, flat, vectorize=True))
         with torch.no_grad():
-            flat = flat - directions @ ((directions.T @ gradient) / (curvature.abs() + 1e-9))
+            before, step = value(flat), directions.T @ gradient
+            while value(lower := flat - directions @ (step / (curvature.abs() + damping))) > before and damping < 1:
+                damping *= 10
+            flat, damping = lower, max(1e-9, damping / 100)
     with torch.no_grad():
         layer.weight.copy_(flat.reshape(shape))
 
