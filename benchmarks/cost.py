@@ -14,7 +14,6 @@ Peak memory is what PyTorch's allocator holds at most, above what it held before
     python benchmarks/cost.py --markdown benchmarks/cost.json          # tables of it
 """
 
-import inspect
 import json
 import math
 import os
@@ -218,11 +217,10 @@ class Bench:
             loss.backward()
             optimizer.step()
 
-        rarely: dict[str, Any] = {"every": EVERY} if "every" in inspect.signature(ok.Regularizer).parameters else {}
         regularizers = {
-            (name, every): ok.Regularizer(network, ARMS[name].penalty, strength=STRENGTH, **(rarely if every > 1 else {}))
+            (name, every): ok.Regularizer(network, ARMS[name].penalty, strength=STRENGTH, every=every)
             for name in self.names
-            for every in ([1, EVERY] if rarely else [1])
+            for every in (1, EVERY)
         }
         steps: list[float] = []
         shares: dict[tuple[str, int], list[float]] = {key: [] for key in regularizers}

@@ -20,20 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:form='pairs'")
 
 
 def model():
-    """Stacks of wide and tall layers, a grouped, a strided and a transposed one, and a weight that is computed."""
-    torch.manual_seed(0)
-    m = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)),
-        nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2),
-        nn.Conv2d(8, 12, 1),
-        nn.Conv2d(12, 8, 1),
-        nn.Conv2d(8, 12, 1),
-        nn.ConvTranspose2d(12, 4, 2, stride=2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 5),
-    )
+    """The one that is compiled, with a weight that is computed."""
+    m = here.model()
     nn.utils.parametrizations.weight_norm(m[6])
     return m
 
