@@ -202,7 +202,7 @@ def train(make_optimizer, way, *, penalty=STRICT, precision=None, scaler=False, 
         optimizer.zero_grad()
         for x, y in data[step : step + accumulate]:
             with torch.autocast("cpu", dtype=precision or torch.bfloat16, enabled=precision is not None):
-                loss = F.cross_entropy(m(x), y) / accumulate
+                loss = F.cross_entropy(m(x.to(next(m.parameters()).dtype)), y) / accumulate
             if way == "loss":
                 loss = loss + ortho() / accumulate
             scale.scale(loss).backward()
@@ -227,11 +227,11 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("way", ["add_grad_", "attach"])
 def test_every_way_gives_the_same_weights(way, optimizer, scaler):
-    make = OPTIMIZERS[optimizer]
-    through_loss = train(make, "loss", scaler=scaler)
-    unpenalised = train(make, "none", scaler=scaler)
-    error = (train(make, way, scaler=scaler) - through_loss).abs().max().item()
-    assert error < 2e-6
+    # In float64, as Adam turns the rounding errors of a gradient that is zero into steps.
+    found, through_loss, unpenalised = [
+        train(OPTIMIZERS[optimizer], way, scaler=scaler, m=model().double()) for way in (way, "loss", "none")
+    ]
+    assert (found - through_loss).abs().max().item() < 1e-8
     assert (unpenalised - through_loss).abs().max().item() > 1e-3
 
 

@@ -128,19 +128,25 @@ def less_identity(product: Float[Tensor, "*b m m"]) -> Float[Tensor, "*b m m"]:
 def distance_to_identity(
     matrix: Float[Tensor, "*b o n"], side: Side = "rows", *, squared: bool = True, less: int = 0
 ) -> Float[Tensor, "*b"]:
-    """``||G - I||_F``, squared or not, by :func:`of_gram` on the smaller side; ``less`` is taken from the square, exactly.
+    """``||G - I||_F``, squared or not, by :func:`of_gram` on the smaller side; ``less`` is taken from the square, exactly."""
+    return of_gram(matrix, *distance_rule(matrix.shape[-2], matrix.shape[-1], side, squared=squared, less=less))
+
+
+def distance_rule(
+    o: int, n: int, side: Side = "rows", *, squared: bool = True, less: int = 0, times: int = 1
+) -> tuple["GramRule", Side]:
+    """:func:`distance_to_identity`, ``times`` the square, as a rule for :func:`of_gram`.
 
     The sides differ by a constant: ``||K K^T - I||^2 = ||K^T K - I||^2 + o - n``.
     """
-    o, n = matrix.shape[-2:]
-    more = max(0, o - n if is_by_rows(matrix, side) else n - o) - less
-    return of_gram(matrix, functools.partial(_by_residual, more=more, squared=squared), "smaller")
+    more = {"rows": max(0, o - n), "cols": max(0, n - o), "smaller": 0}[side] * times - less
+    return functools.partial(_by_residual, more=more, squared=squared, times=times), "smaller"
 
 
-def _by_residual(product: Float[Tensor, "*b m m"], *, more: int, squared: bool) -> tuple[Tensor, Tensor]:
+def _by_residual(product: Float[Tensor, "*b m m"], *, more: int, squared: bool, times: int) -> tuple[Tensor, Tensor]:
     difference = less_identity(product)
     if squared:
-        return sum_of_squares(difference) + more, 4 * difference
+        return times * sum_of_squares(difference) + more, (4 * times) * difference
     norm = frobenius(difference)
     if more:
         norm = (norm.square() + more).sqrt()
@@ -148,8 +154,8 @@ def _by_residual(product: Float[Tensor, "*b m m"], *, more: int, squared: bool) 
 
 
 def reciprocal(norm: Tensor) -> Tensor:
-    """``1 / norm``; where the norm is 0 a finite number, as what it is multiplied with is 0 there."""
-    return norm.clamp(min=torch.finfo(norm.dtype).tiny).reciprocal()
+    """``1 / norm``; where the norm is 0, as is then what it is multiplied with, a number that no other factor makes infinite."""
+    return norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.4).reciprocal()
 
 
 def sum_of_squares(matrix: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b"]:
@@ -209,7 +215,7 @@ def squares_and_directions(matrix: Float[Tensor, "*b o n"]) -> tuple[Float[Tenso
 
 def _inverse_lengths(squares: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
     """``1 / ||k_i||``; 0 for a filter without direction, or whose square overflowed."""
-    return squares.rsqrt().masked_fill(squares <= torch.finfo(squares.dtype).tiny, 0.0)  # `<=` so that NaN stays visible
+    return F.threshold(squares, torch.finfo(squares.dtype).tiny, math.inf).rsqrt()  # NaN stays visible
 
 
 class _SquaresAndDirections(torch.autograd.Function):
@@ -239,6 +245,9 @@ def of_gram(matrix: Float[Tensor, "*b o n"], rule: GramRule, side: Side = "rows"
 
     ``slope @ K`` by rows, ``K @ slope`` by columns: nothing else of size ``o x n`` is made. A rule consists of differentiable
     operations, for whoever differentiates twice.
+
+    A penalty that is such a value and nothing else may say so by a method ``gram_rule(o, n, rank) -> (rule, side)``, or None for
+    layers of a shape where it is not. Its gradient then needs no graph: see :meth:`orthokit.Regularizer.add_grad_`.
     """
     by_rows = is_by_rows(matrix, side)
     return cast(Tensor, _OfGram.apply(matrix, rule, by_rows))  # type: ignore[no-untyped-call]
@@ -272,27 +281,47 @@ CosineRule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 zeros on the diagonal; derivatives by the squares, and by each pair's cosine, symmetric."""
 
 
-def of_cosines(matrix: Float[Tensor, "*b o n"], rule: CosineRule) -> Float[Tensor, "*b"]:
-    """The value that ``rule`` gives squared lengths and cosines, all of one Gram matrix: see :func:`of_gram`.
+def cosine_rule(rule: CosineRule) -> tuple[GramRule, Side]:
+    """For :func:`of_gram`: the value that ``rule`` gives squared lengths and cosines, all of one Gram matrix.
 
     A filter whose square is ``tiny(dtype)`` or less has no direction: its cosines are zero, and have gradient zero.
     """
-    return of_gram(matrix, functools.partial(_by_cosines, rule))
+    return functools.partial(_by_cosines, rule), "rows"
 
 
 def _by_cosines(rule: CosineRule, product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
+    squares, inverse, c = lengths_and_cosines(product)
+    value, by_squares, by_cosines = rule(squares, c)
+    return value, by_filters(inverse, 2 * by_squares, by_cosines, (by_cosines * c).sum(-1))
+
+
+def lengths_and_cosines(
+    product: Float[Tensor, "*b o o"],
+) -> tuple[Float[Tensor, "*b o"], Float[Tensor, "*b o"], Float[Tensor, "*b o o"]]:
+    """Squared lengths, inverse lengths, and cosines with zeros on the diagonal, which take the place of the Gram matrix."""
     diagonal = product.diagonal(dim1=-2, dim2=-1)
     squares = diagonal.clone()
     diagonal.zero_()
     inverse = _inverse_lengths(squares)
-    scaling = inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-    c = product * scaling
-    value, by_squares, by_cosines = rule(squares, c)
-    # Moving a filter along itself changes no cosine: what of the pull is parallel to it is taken away.
-    along = (by_cosines * c).sum(-1) * inverse.square()
-    slope = by_cosines * scaling
-    slope.diagonal(dim1=-2, dim2=-1).copy_(2 * by_squares - along)
-    return value, slope
+    return squares, inverse, product.mul_(inverse.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
+
+
+def by_filters(
+    inverse: Float[Tensor, "*b o"],
+    lengthwise: Float[Tensor, "*b o"],
+    by_cosines: Float[Tensor, "*b o o"],
+    along: Float[Tensor, "*b o"],
+    times: Float[Tensor, "*b 1"] | None = None,
+) -> Float[Tensor, "*b o o"]:
+    """The slope of a rule, of its derivatives by squared lengths, twice, and by cosines.
+
+    Moving a filter along itself changes no cosine: what of the pull is parallel to it, ``along``, the rows of
+    ``by_cosines * c`` summed, is taken away. ``times`` multiplies these two.
+    """
+    factor = inverse if times is None else inverse * times
+    slope = (by_cosines * factor.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
+    slope.diagonal(dim1=-2, dim2=-1).copy_(lengthwise - along * factor * inverse)
+    return slope
 
 
 def self_convolution(weight: Float[Tensor, "..."], stride: tuple[int, ...]) -> Float[Tensor, "*b o o lags"]:

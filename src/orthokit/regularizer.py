@@ -2,15 +2,16 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from orthokit.checks import check_count, check_number, warn_once
-from orthokit.gram import is_finite, outside_autocast, upcast
+from orthokit.gram import GramRule, Side, gram, is_by_rows, is_differentiated, is_finite, outside_autocast, upcast
 from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources
 from orthokit.schedules import Schedule, as_schedule, constant
 from orthokit.select import Layer, Where, convs, reshard, select
@@ -26,14 +27,111 @@ STACKED = 2**21
 products. A larger weight is read where it is."""
 
 
-class _Stack(NamedTuple):
-    """Layers whose kernels have one layout, and these kernels as one."""
+LARGE = 2**14
+"""Numbers from which on a weight's gradient is not computed as one of a stack, on a CPU: it costs more time to write it down
+than to call for each."""
+
+
+class _Form(NamedTuple):
+    """What weights have in common that can be stacked: parameters as they are, read in one way."""
+
+    view: View
+    rank: int | None
+    size: torch.Size
+    trains: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Layers whose kernels have one layout.
+
+    Attributes:
+        layers: the layers.
+        weights: the parameters, where they are the weights as they are; else empty.
+        form: theirs.
+        computed: the kernels as one, where they are computed.
+    """
 
     layers: list[Layer]
-    kernel: Kernel
-    weights: Sequence[nn.Parameter] = ()
-    """The parameters, where they are the weights themselves: ``joined`` holds them, detached if asked for."""
-    joined: Tensor | None = None
+    weights: list[nn.Parameter] = field(default_factory=list)
+    form: _Form | None = None
+    computed: Kernel | None = None
+
+    def joined(self) -> Tensor:
+        """The weights as one tensor, along a new first dimension."""
+        weights: Sequence[Tensor] = self.weights
+        return torch.stack(tuple(weights)) if len(weights) > 1 else weights[0].unsqueeze(0)
+
+    def kernel(self, joined: Tensor | None = None) -> Kernel:
+        """The kernels as one, whose weights are ``joined``."""
+        if self.form is None:
+            return cast(Kernel, self.computed)
+        return self.form.view.kernel(self.joined() if joined is None else joined, self.form.rank)
+
+
+class _Pull(NamedTuple):
+    """A gradient before it is multiplied out: ``scale * slope @ matrix``, or ``matrix @ slope``."""
+
+    matrix: Float[Tensor, "k o n"]
+    slope: Tensor
+    by_rows: bool
+    scale: float
+
+    def gradients(self, weights: Sequence[Tensor], times: Tensor | None = None) -> list[Tensor]:
+        """Of each weight of the stack; before the scale if no other factor is given."""
+        slope = self.slope if times is None else times * self.scale * self.slope
+        product = slope @ self.matrix if self.by_rows else self.matrix @ slope
+        return list(product.view(-1, *weights[0].shape).unbind())
+
+    def add_(self, weights: Sequence[Tensor], scale: float | Tensor, wanted: set[int] | None) -> None:
+        """Add ``scale`` times the gradients to ``.grad`` of those weights that are wanted."""
+        places = [i for i, weight in enumerate(weights) if wanted is None or id(weight) in wanted]
+        grads = [_grad(weights[i]) for i in places]
+        if isinstance(scale, Tensor) or not all(map(_takes_products, grads)):
+            if grads:
+                _add_grads(weights, self.gradients(weights), scale * self.scale, wanted)
+            return
+        shape, groups = (-1, *self.matrix.shape[1:]), len(self.matrix) // len(weights)
+        for i, grad in zip(places, grads, strict=True):
+            own = slice(i * groups, (i + 1) * groups)
+            slope, matrix = self.slope[own], self.matrix[own]
+            factors = (slope, matrix) if self.by_rows else (matrix, slope)
+            grad.view(shape).baddbmm_(*factors, alpha=scale * self.scale)
+
+
+def _takes_products(grad: Tensor) -> bool:
+    """Whether a product is best added to ``grad`` while it is computed, not as one of a stack."""
+    return grad.device.type == "cpu" and grad.numel() >= LARGE and grad.is_contiguous()
+
+
+class _OfWeights(torch.autograd.Function):
+    """The sum of the values of stacks whose penalty is a rule of their Gram matrices: the gradient is known with it."""
+
+    @staticmethod
+    def forward(ctx: Any, ortho: "Regularizer", stacks: Sequence[_Stack], *weights: Tensor) -> Tensor:
+        values, pulls = zip(*map(ortho._pull, stacks), strict=True)
+        ctx.ortho, ctx.stacks, ctx.known = ortho, stacks, [(pull.by_rows, pull.scale) for pull in pulls]
+        ctx.save_for_backward(*(pull.matrix for pull in pulls), *(pull.slope for pull in pulls))
+        return ortho._total(values)
+
+    @staticmethod
+    def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor | None, ...]:
+        stacks: Sequence[_Stack] = ctx.stacks
+        if is_differentiated():
+            weights = [weight for stack in stacks for weight in stack.weights]
+            value = ctx.ortho._total([ctx.ortho._measure(stack).sum() for stack in stacks])
+            return None, None, *torch.autograd.grad(value, weights, of_value, create_graph=True, allow_unused=True)
+        found: list[Tensor | None] = []
+        tensors = ctx.saved_tensors
+        for stack, matrix, slope, known in zip(stacks, tensors, tensors[len(stacks) :], ctx.known, strict=False):
+            if stack.form is not None and stack.form.trains:
+                with outside_autocast(matrix.device):  # whoever calls backward under it
+                    found += _Pull(matrix, slope, *known).gradients(stack.weights, of_value.to(matrix.device))
+            else:
+                found += [None] * len(stack.weights)
+        return None, None, *found
 
 
 class Regularizer:
@@ -110,6 +208,7 @@ class Regularizer:
             warn_once(f"scale= does nothing here: it applies to unsquared penalties, and {penalty!r} is squared")
         self.ranks: dict[str, int] = {}
         self._views: list[View | None] = []
+        self._rules: dict[tuple[View, int | None, torch.Size], tuple[GramRule, Side] | None] = {}
         self._costs: list[int] = []
         for layer in self.layers:
             kernel = layer.kernel
@@ -138,10 +237,18 @@ class Regularizer:
         """
         strength = self._due() if torch.is_grad_enabled() else self.strength
         mine = self._share() if self.shard else None
-        values = [self._measure(stack).sum() for stack in self._stacks(mine=mine)] if strength > 0 else []
+        values, closed = [], []
+        for stack in self._stacks(mine) if strength > 0 else ():
+            if torch.compiler.is_compiling() or self._rule(stack) is None:
+                values.append(self._measure(stack).sum())
+            else:
+                closed.append(stack)
+        if closed:
+            weights = [weight for stack in closed for weight in stack.weights]
+            values.append(cast(Tensor, _OfWeights.apply(self, closed, *weights)))  # type: ignore[no-untyped-call]
         return strength * (1 if mine is None else dist.get_world_size()) * self._total(values)
 
-    def _total(self, values: list[Tensor]) -> Tensor:
+    def _total(self, values: Sequence[Tensor]) -> Tensor:
         if not values:
             return torch.zeros((), device=self.layers[0].device)
         return torch.stack([value.to(values[0].device) for value in values]).sum()
@@ -180,15 +287,10 @@ class Regularizer:
             load[rank] += self._costs[place]
         return shares[dist.get_rank()]
 
-    def _stacks(self, *, apart: bool = False, mine: Collection[int] | None = None) -> Iterator[_Stack]:
-        """The layers, stacked.
-
-        Args:
-            apart: detach the kernels from the parameters that are their weights.
-            mine: places of the layers; by default all.
-        """
+    def _stacks(self, mine: Collection[int] | None = None) -> Iterator[_Stack]:
+        """The layers, or those in the places ``mine``, that count now, stacked."""
         reshard(self.model)
-        plain: dict[tuple[View, int | None, bool, tuple[object, ...]], list[tuple[Layer, nn.Parameter]]] = {}
+        plain: dict[_Form, list[tuple[Layer, nn.Parameter]]] = {}
         computed: dict[tuple[object, ...], list[tuple[Layer, Kernel]]] = {}
         for place, (layer, view) in enumerate(zip(self.layers, self._views, strict=True)):
             if mine is not None and place not in mine:
@@ -196,28 +298,61 @@ class Regularizer:
             rank = self.ranks.get(layer.name)
             if view is not None and (weight := plain_weight(layer.module)) is not None:
                 if weight.requires_grad or self.include_frozen:
-                    layout = weight.shape, weight.dtype, weight.device
-                    plain.setdefault((view, rank, weight.requires_grad, layout), []).append((layer, weight))
+                    form = _Form(view, rank, weight.shape, weight.requires_grad, weight.dtype, weight.device)
+                    plain.setdefault(form, []).append((layer, weight))
                 continue
             with torch.enable_grad():  # without it the kernel would not tell whether it trains
                 kernel = replace(layer.kernel, rank=rank)
             if self.include_frozen or kernel.weight.requires_grad or any(p.requires_grad for p in sources(layer.module, kernel)):
                 computed.setdefault(kernel.layout, []).append((layer, kernel))
-        for (view, rank, trains, _), members in plain.items():
-            size = members[0][1].numel() * members[0][1].element_size()
-            many = max(1, STACKED // size) if size else len(members)
+        for form, members in plain.items():
+            many = max(1, STACKED // max(1, form.size.numel() * form.dtype.itemsize))
             for start in range(0, len(members), many):
                 layers, weights = map(list, zip(*members[start : start + many], strict=True))
-                joined = torch.stack(weights) if len(weights) > 1 else weights[0].unsqueeze(0)
-                if apart:
-                    joined = joined.detach().requires_grad_(trains)
-                yield _Stack(layers, view.kernel(joined, rank), weights, joined)
+                yield _Stack(layers, weights, form)
         for together in computed.values():
             layers, kernels = map(list, zip(*together, strict=True))
-            yield _Stack(layers, Kernel.stack(kernels))
+            yield _Stack(layers, computed=Kernel.stack(kernels))
 
-    def _measure(self, stack: _Stack) -> Tensor:
-        layers, kernel = stack.layers, stack.kernel
+    def _rule(self, stack: _Stack) -> tuple[GramRule, Side] | None:
+        """The rule of the stack's Gram matrices that the penalty is, where it says so: see :func:`orthokit.gram.of_gram`."""
+        form = stack.form
+        if form is None or form.view.transposed or form.dtype.itemsize < 4:
+            return None
+        key = form.view, form.rank, form.size
+        if key not in self._rules:
+            rule = None
+            # Not that of a class whose call was overridden.
+            owner = {
+                name: next((c for c in type(self.penalty).__mro__ if name in vars(c)), object)
+                for name in ("__call__", "gram_rule")
+            }
+            if issubclass(owner["gram_rule"], owner["__call__"]):
+                kernel = stack.layers[0].kernel
+                rule = cast(Any, self.penalty).gram_rule(kernel.o, kernel.n, form.rank)
+            self._rules[key] = rule
+        return self._rules[key]
+
+    @torch.no_grad()
+    def _pull(self, stack: _Stack) -> tuple[Tensor, _Pull]:
+        """The summed value of a stack that has a rule, and its gradient."""
+        rule, side = cast(tuple[GramRule, Side], self._rule(stack))
+        form = cast(_Form, stack.form)
+        joined = stack.joined()
+        groups, scale = form.view.groups, 1.0
+        matrix = joined.reshape(-1, form.size[0] // groups, form.size[1:].numel())
+        by_rows = is_by_rows(matrix, side)
+        with outside_autocast(form.device):  # Note [full precision]
+            values, slope = rule(gram(matrix, "rows" if by_rows else "cols"))
+        value = values.sum()
+        if not is_finite(value):
+            self._measure(stack)  # says which layer it is
+        if not self._squared:
+            scale = (float(self.scale(stack.kernel(joined))) if self.scale else 1.0) / groups**0.5
+        return value if scale == 1 else scale * value, _Pull(matrix, slope, by_rows, scale)
+
+    def _measure(self, stack: _Stack, joined: Tensor | None = None) -> Tensor:
+        layers, kernel = stack.layers, stack.kernel(joined)
         if kernel.weight.dtype.itemsize < 4:
             kernel = replace(kernel, weight=upcast(kernel.weight))
         try:
@@ -256,23 +391,32 @@ class Regularizer:
             raise RuntimeError("with shard=True the ranks' shares meet where gradients do: add the value of a call to the loss")
         wanted = None if only is None else set(map(id, only))
         strength = self._due(self._first(wanted))
-        values, computed = [], []
-        if strength > 0:
-            with torch.enable_grad():
-                for stack in self._stacks(apart=True):
-                    value = self._measure(stack).sum()
-                    values.append(value.detach())
-                    if not stack.weights:
-                        computed.append(value)
-                    elif stack.joined is not None and stack.joined.requires_grad:
-                        (gradient,) = torch.autograd.grad(value, stack.joined, torch.full_like(value, strength))
-                        _add_grads(stack.weights, gradient.unbind(), scale, wanted)
-                if computed:
-                    value = strength * self._total(computed)
-                    parameters = leaves(value)
-                    if parameters:
-                        _add_grads(parameters, torch.autograd.grad(value, parameters), scale, wanted)
+        values = []
+        for stack in self._stacks() if strength > 0 else ():
+            if self._rule(stack) is not None:
+                value, pull = self._pull(stack)
+                if cast(_Form, stack.form).trains:
+                    pull.add_(stack.weights, strength * scale, wanted)
+            else:
+                value = self._add_grad(stack, strength * scale, wanted)
+            values.append(value)
         return strength * self._total(values)
+
+    @torch.enable_grad()
+    def _add_grad(self, stack: _Stack, scale: float | Tensor, wanted: set[int] | None) -> Tensor:
+        """The same of one stack, by way of autograd."""
+        parameters: Sequence[Tensor] = stack.weights
+        if stack.form is not None:
+            joined = stack.joined().detach().requires_grad_(stack.form.trains)
+            value = self._measure(stack, joined).sum()
+            gradients: Sequence[Tensor] = torch.autograd.grad(value, joined)[0].unbind() if value.requires_grad else ()
+        else:
+            value = self._measure(stack).sum()
+            parameters = leaves(value)
+            gradients = torch.autograd.grad(value, parameters) if parameters else ()
+        if gradients:
+            _add_grads(parameters, gradients, scale, wanted)
+        return value.detach()
 
     def _first(self, wanted: set[int] | None) -> str:
         """Under which name calls for some of the parameters are counted: optimizers of one model step at their own pace."""
@@ -299,7 +443,7 @@ class Regularizer:
             raise TypeError(f"{self.penalty!r} knows no nearest minimum in closed form; use SO, DSO, SRIP or Disentangled")
         moves = []
         for stack in self._stacks():
-            for layer, target in zip(stack.layers, nearest(stack.kernel), strict=True):
+            for layer, target in zip(stack.layers, nearest(stack.kernel()), strict=True):
                 with torch.enable_grad():
                     own = layer.kernel
                 weight, behind = own.weight.detach(), sources(layer.module, own)
@@ -354,12 +498,17 @@ def _add_grads(parameters: Sequence[Tensor], gradients: Sequence[Tensor], scale:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if wanted is not None and id(parameter) not in wanted:
             continue
-        if parameter.grad is None:
-            # Fused optimizers want the gradient laid out as the parameter, e.g. channels_last.
-            parameter.grad = torch.zeros_like(parameter)
-        grads.append(parameter.grad)
+        grads.append(_grad(parameter))
         added.append(gradient)
     if grads and isinstance(scale, Tensor):
         torch._foreach_add_(grads, list(torch._foreach_mul(added, scale)))
     elif grads:
         torch._foreach_add_(grads, added, alpha=float(scale))
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    """``parameter.grad``, zeros where there was none."""
+    if parameter.grad is None:
+        # Fused optimizers want the gradient laid out as the parameter, e.g. channels_last.
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

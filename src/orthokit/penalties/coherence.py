@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, short_repr
-from orthokit.gram import full_precision, less_identity, of_cosines, of_gram
+from orthokit.gram import GramRule, Side, cosine_rule, full_precision, less_identity, of_gram
 from orthokit.kernel import Kernel
 
 NORMS = ("max", "rowsum")
@@ -33,7 +33,7 @@ def mutual_coherence(matrix: Float[Tensor, "*b o n"], *, norm: Literal["max", "r
     Source: Bansal, Chen, Wang 2018, arXiv 1810.09102.
     """
     check_choice("norm", norm, NORMS)
-    return of_gram(matrix, _by_largest_entry if norm == "max" else _by_largest_row)
+    return of_gram(matrix, RULES[norm])
 
 
 def _by_largest_entry(product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
@@ -46,6 +46,9 @@ def _by_largest_row(product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
     value, of_rows = _largest(difference.abs().sum(-1), (-1,))
     slope = of_rows.unsqueeze(-1) * difference.sign()
     return value, slope + slope.mT
+
+
+RULES: dict[str, GramRule] = {"max": _by_largest_entry, "rowsum": _by_largest_row}
 
 
 def _largest(entries: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -67,7 +70,7 @@ def coherence(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b"]:
 
     Source: Welch 1974; as a penalty ours.
     """
-    return of_cosines(matrix, _by_largest_cosine)
+    return of_gram(matrix, *cosine_rule(_by_largest_cosine))
 
 
 def _by_largest_cosine(squares: Float[Tensor, "*b o"], c: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,6 +93,10 @@ class MC:
     def __call__(self, kernel: Kernel) -> Tensor:
         return mutual_coherence(kernel.matrix, norm=self.norm)
 
+    def gram_rule(self, o: int, n: int, rank: int | None = None) -> tuple[GramRule, Side]:
+        """See :func:`orthokit.gram.of_gram`."""
+        return RULES[self.norm], "rows"
+
 
 @dataclass(frozen=True)
 class Coherence:
@@ -99,3 +106,7 @@ class Coherence:
 
     def __call__(self, kernel: Kernel) -> Tensor:
         return coherence(kernel.matrix)
+
+    def gram_rule(self, o: int, n: int, rank: int | None = None) -> tuple[GramRule, Side]:
+        """See :func:`orthokit.gram.of_gram`."""
+        return cosine_rule(_by_largest_cosine)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_number, short_repr
-from orthokit.gram import directions, full_precision, of_cosines, self_convolution, sum_of_squares
+from orthokit.gram import GramRule, Side, cosine_rule, directions, full_precision, of_gram, self_convolution, sum_of_squares
 from orthokit.kernel import Kernel
 
 
@@ -41,8 +41,8 @@ def angular_dispersion(
     """
     _check(theta, weight)
     o, n = matrix.shape[-2:]
-    value = _dispersion(matrix, 1.0, theta, weight)
-    return value + _dispersion(matrix.mT, o / n, theta, weight) if double else value
+    value = of_gram(matrix, *_rule(1.0, theta, weight))
+    return value + of_gram(matrix.mT, *_rule(o / n, theta, weight)) if double else value
 
 
 @full_precision
@@ -76,8 +76,8 @@ def convolution_angular_dispersion(
     return (1 - length).square().sum(-1) + weight * _hinge(others, theta)[0].square().sum((-3, -2, -1))
 
 
-def _dispersion(matrix: Float[Tensor, "*b o n"], target: float, theta: float, weight: float) -> Float[Tensor, "*b"]:
-    return of_cosines(matrix, partial(_by_angles, target=target, theta=theta, weight=weight))
+def _rule(target: float, theta: float, weight: float) -> tuple[GramRule, Side]:
+    return cosine_rule(partial(_by_angles, target=target, theta=theta, weight=weight))
 
 
 def _by_angles(
@@ -120,6 +120,10 @@ class EADK:
 
     def __call__(self, kernel: Kernel) -> Tensor:
         return angular_dispersion(kernel.matrix, theta=self.theta, weight=self.weight, double=self.double)
+
+    def gram_rule(self, o: int, n: int, rank: int | None = None) -> tuple[GramRule, Side] | None:
+        """See :func:`orthokit.gram.of_gram`."""
+        return None if self.double else _rule(1.0, self.theta, self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)

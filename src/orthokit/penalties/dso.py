@@ -10,7 +10,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.gram import distance_to_identity, full_precision, polar
+from orthokit.gram import GramRule, Side, distance_rule, full_precision, of_gram, polar
 from orthokit.kernel import Kernel
 
 
@@ -26,8 +26,11 @@ def double_soft_orthogonality(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, 
 
     Source: Bansal, Chen, Wang 2018, arXiv 1810.09102.
     """
-    o, n = matrix.shape[-2:]
-    return 2 * distance_to_identity(matrix, "smaller") + abs(o - n)
+    return of_gram(matrix, *_rule(*matrix.shape[-2:]))
+
+
+def _rule(o: int, n: int) -> tuple[GramRule, Side]:
+    return distance_rule(o, n, "smaller", times=2, less=-abs(o - n))
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class DSO:
 
     def __call__(self, kernel: Kernel) -> Tensor:
         return double_soft_orthogonality(kernel.matrix)
+
+    def gram_rule(self, o: int, n: int, rank: int | None = None) -> tuple[GramRule, Side]:
+        """See :func:`orthokit.gram.of_gram`."""
+        return _rule(o, n)
 
     def nearest(self, kernel: Kernel) -> Tensor:
         """The nearest kernel matrix at its minimum: orthonormal rows, or columns if tall."""

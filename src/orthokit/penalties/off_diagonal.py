@@ -10,7 +10,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.gram import full_precision, of_gram, sum_of_squares
+from orthokit.gram import GramRule, Side, full_precision, of_gram, sum_of_squares
 from orthokit.kernel import Kernel
 
 
@@ -50,3 +50,7 @@ class OffDiagonal:
 
     def __call__(self, kernel: Kernel) -> Tensor:
         return off_diagonal_orthogonality(kernel.matrix)
+
+    def gram_rule(self, o: int, n: int, rank: int | None = None) -> tuple[GramRule, Side] | None:
+        """See :func:`orthokit.gram.of_gram`."""
+        return (_by_pairs, "rows") if o <= n else None

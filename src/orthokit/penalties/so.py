@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, short_repr
-from orthokit.gram import SIDES, Side, distance_to_identity, full_precision, polar
+from orthokit.gram import SIDES, GramRule, Side, distance_rule, distance_to_identity, full_precision, polar
 from orthokit.kernel import Kernel
 
 
@@ -50,6 +50,10 @@ class SO:
 
     def __call__(self, kernel: Kernel) -> Tensor:
         return soft_orthogonality(kernel.matrix, side=self.side, squared=self.squared)
+
+    def gram_rule(self, o: int, n: int, rank: int | None = None) -> tuple[GramRule, Side]:
+        """See :func:`orthokit.gram.of_gram`."""
+        return distance_rule(o, n, self.side, squared=self.squared)
 
     def nearest(self, kernel: Kernel) -> Tensor:
         """The nearest kernel matrix at its minimum: orthonormal rows, or columns if tall."""
