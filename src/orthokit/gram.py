@@ -6,7 +6,7 @@ bfloat16 autocast ``||K K^T - I||^2`` near orthogonality is off by orders of mag
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Concatenate, Literal, ParamSpec, cast
 
@@ -106,12 +106,12 @@ def check_weight(weight: Tensor) -> None:
 
 def gram(matrix: Float[Tensor, "*b o n"], side: Side = "rows") -> Float[Tensor, "*b m m"]:
     """``K K^T`` (rows), ``K^T K`` (cols), or the smaller of the two."""
-    return matrix @ matrix.mT if is_by_rows(matrix, side) else matrix.mT @ matrix
+    return matrix @ matrix.mT if is_by_rows(matrix.shape, side) else matrix.mT @ matrix
 
 
-def is_by_rows(matrix: Float[Tensor, "*b o n"], side: Side) -> bool:
-    """Whether ``side`` means the rows of ``matrix``."""
-    return side == "rows" or (side == "smaller" and matrix.shape[-2] <= matrix.shape[-1])
+def is_by_rows(shape: Sequence[int], side: Side) -> bool:
+    """Whether ``side`` means the rows of matrices ``(*b, o, n)`` of this shape."""
+    return side == "rows" or (side == "smaller" and shape[-2] <= shape[-1])
 
 
 def residual(matrix: Float[Tensor, "*b o n"], side: Side = "rows") -> Float[Tensor, "*b m m"]:
@@ -249,7 +249,7 @@ def of_gram(matrix: Float[Tensor, "*b o n"], rule: GramRule, side: Side = "rows"
     A penalty that is such a value and nothing else may say so by a method ``gram_rule(o, n, rank) -> (rule, side)``, or None for
     layers of a shape where it is not. Its gradient then needs no graph: see :meth:`orthokit.Regularizer.add_grad_`.
     """
-    by_rows = is_by_rows(matrix, side)
+    by_rows = is_by_rows(matrix.shape, side)
     return cast(Tensor, _OfGram.apply(matrix, rule, by_rows))  # type: ignore[no-untyped-call]
 
 

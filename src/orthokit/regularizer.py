@@ -1,17 +1,19 @@
 """The Regularizer: binds a penalty to the layers of a model."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from orthokit.checks import check_count, check_number, warn_once
-from orthokit.gram import GramRule, Side, gram, is_by_rows, is_differentiated, is_finite, outside_autocast, upcast
+from orthokit.closed import Batch, Measured, add_grads_, add_up, identity, in_batches, total
+from orthokit.gram import GramRule, Side, is_by_rows, is_finite, outside_autocast, upcast
 from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources
 from orthokit.schedules import Schedule, as_schedule, constant
 from orthokit.select import Layer, Where, convs, reshard, select
@@ -22,25 +24,41 @@ def sqrt_filters(kernel: Kernel) -> float:
     return float((kernel.groups * kernel.o) ** 0.5)
 
 
+RULED = "gram_rule", "__call__"
 STACKED = 2**21
 """Bytes up to which weights of equal shape are copied into one stack: small enough for a core's cache, large enough for its
 products. A larger weight is read where it is."""
 
 
-LARGE = 2**14
-"""Numbers from which on a weight's gradient is not computed as one of a stack, on a CPU: it costs more time to write it down
-than to call for each."""
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """How a weight is read, and the transition dimension that was chosen for it; the same object for equal ones."""
+
+    view: View
+    rank: int | None
 
 
 class _Form(NamedTuple):
     """What weights have in common that can be stacked: parameters as they are, read in one way."""
 
-    view: View
-    rank: int | None
+    reading: _Reading
     size: torch.Size
     trains: bool
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def o(self) -> int:
+        """Filters per group."""
+        return self.size[0] // self.reading.view.groups
+
+    @property
+    def n(self) -> int:
+        """Weights per filter."""
+        return self.size[1:].numel()
+
+
+_Plain = dict[_Form, list[tuple[Layer, nn.Parameter]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,83 +73,20 @@ class _Stack:
     """
 
     layers: list[Layer]
-    weights: list[nn.Parameter] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
     form: _Form | None = None
     computed: Kernel | None = None
 
     def joined(self) -> Tensor:
         """The weights as one tensor, along a new first dimension."""
-        weights: Sequence[Tensor] = self.weights
-        return torch.stack(tuple(weights)) if len(weights) > 1 else weights[0].unsqueeze(0)
+        return torch.stack(self.weights) if len(self.weights) > 1 else self.weights[0].unsqueeze(0)
 
     def kernel(self, joined: Tensor | None = None) -> Kernel:
         """The kernels as one, whose weights are ``joined``."""
         if self.form is None:
             return cast(Kernel, self.computed)
-        return self.form.view.kernel(self.joined() if joined is None else joined, self.form.rank)
-
-
-class _Pull(NamedTuple):
-    """A gradient before it is multiplied out: ``scale * slope @ matrix``, or ``matrix @ slope``."""
-
-    matrix: Float[Tensor, "k o n"]
-    slope: Tensor
-    by_rows: bool
-    scale: float
-
-    def gradients(self, weights: Sequence[Tensor], times: Tensor | None = None) -> list[Tensor]:
-        """Of each weight of the stack; before the scale if no other factor is given."""
-        slope = self.slope if times is None else times * self.scale * self.slope
-        product = slope @ self.matrix if self.by_rows else self.matrix @ slope
-        return list(product.view(-1, *weights[0].shape).unbind())
-
-    def add_(self, weights: Sequence[Tensor], scale: float | Tensor, wanted: set[int] | None) -> None:
-        """Add ``scale`` times the gradients to ``.grad`` of those weights that are wanted."""
-        places = [i for i, weight in enumerate(weights) if wanted is None or id(weight) in wanted]
-        grads = [_grad(weights[i]) for i in places]
-        if isinstance(scale, Tensor) or not all(map(_takes_products, grads)):
-            if grads:
-                _add_grads(weights, self.gradients(weights), scale * self.scale, wanted)
-            return
-        shape, groups = (-1, *self.matrix.shape[1:]), len(self.matrix) // len(weights)
-        for i, grad in zip(places, grads, strict=True):
-            own = slice(i * groups, (i + 1) * groups)
-            slope, matrix = self.slope[own], self.matrix[own]
-            factors = (slope, matrix) if self.by_rows else (matrix, slope)
-            grad.view(shape).baddbmm_(*factors, alpha=scale * self.scale)
-
-
-def _takes_products(grad: Tensor) -> bool:
-    """Whether a product is best added to ``grad`` while it is computed, not as one of a stack."""
-    return grad.device.type == "cpu" and grad.numel() >= LARGE and grad.is_contiguous()
-
-
-class _OfWeights(torch.autograd.Function):
-    """The sum of the values of stacks whose penalty is a rule of their Gram matrices: the gradient is known with it."""
-
-    @staticmethod
-    def forward(ctx: Any, ortho: "Regularizer", stacks: Sequence[_Stack], *weights: Tensor) -> Tensor:
-        values, pulls = zip(*map(ortho._pull, stacks), strict=True)
-        ctx.ortho, ctx.stacks, ctx.known = ortho, stacks, [(pull.by_rows, pull.scale) for pull in pulls]
-        ctx.save_for_backward(*(pull.matrix for pull in pulls), *(pull.slope for pull in pulls))
-        return ortho._total(values)
-
-    @staticmethod
-    def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor | None, ...]:
-        stacks: Sequence[_Stack] = ctx.stacks
-        if is_differentiated():
-            weights = [weight for stack in stacks for weight in stack.weights]
-            value = ctx.ortho._total([ctx.ortho._measure(stack).sum() for stack in stacks])
-            return None, None, *torch.autograd.grad(value, weights, of_value, create_graph=True, allow_unused=True)
-        found: list[Tensor | None] = []
-        tensors = ctx.saved_tensors
-        for stack, matrix, slope, known in zip(stacks, tensors, tensors[len(stacks) :], ctx.known, strict=False):
-            if stack.form is not None and stack.form.trains:
-                with outside_autocast(matrix.device):  # whoever calls backward under it
-                    found += _Pull(matrix, slope, *known).gradients(stack.weights, of_value.to(matrix.device))
-            else:
-                found += [None] * len(stack.weights)
-        return None, None, *found
+        reading = self.form.reading
+        return reading.view.kernel(self.joined() if joined is None else joined, reading.rank)
 
 
 class Regularizer:
@@ -207,14 +162,16 @@ class Regularizer:
         if scale is not None and self._squared:
             warn_once(f"scale= does nothing here: it applies to unsquared penalties, and {penalty!r} is squared")
         self.ranks: dict[str, int] = {}
-        self._views: list[View | None] = []
-        self._rules: dict[tuple[View, int | None, torch.Size], tuple[GramRule, Side] | None] = {}
+        self._readings: list[_Reading | None] = []
+        self._rules: dict[tuple[_Reading, torch.Size], tuple[GramRule, Side] | None] = {}
+        readings: dict[tuple[View, int | None], _Reading] = {}
         self._costs: list[int] = []
         for layer in self.layers:
             kernel = layer.kernel
             if (transition := getattr(penalty, "transition", None)) is not None:
                 self.ranks[layer.name] = transition(kernel.o, kernel.n, layer.name)
-            self._views.append(plain_view(layer.module))
+            view, rank = plain_view(layer.module), self.ranks.get(layer.name)
+            self._readings.append(None if view is None else readings.setdefault((view, rank), _Reading(view, rank)))
             self._costs.append(kernel.groups * kernel.o * kernel.n * min(kernel.o, kernel.n))
         _ = self.strength  # a schedule that gives no valid strength fails here
 
@@ -237,21 +194,18 @@ class Regularizer:
         """
         strength = self._due() if torch.is_grad_enabled() else self.strength
         mine = self._share() if self.shard else None
-        values, closed = [], []
-        for stack in self._stacks(mine) if strength > 0 else ():
-            if torch.compiler.is_compiling() or self._rule(stack) is None:
-                values.append(self._measure(stack).sum())
-            else:
-                closed.append(stack)
+        closed, stacks = self._read(mine, apart=not torch.compiler.is_compiling()) if strength > 0 else ({}, ())
+        values = [self._measure(stack).sum() for stack in stacks]
         if closed:
-            weights = [weight for stack in closed for weight in stack.weights]
-            values.append(cast(Tensor, _OfWeights.apply(self, closed, *weights)))  # type: ignore[no-untyped-call]
+            again = partial(self._by_autograd, closed)
+            values.append(total(self._batches(closed), self._measure_closed, again))
         return strength * (1 if mine is None else dist.get_world_size()) * self._total(values)
 
+    def _by_autograd(self, plain: _Plain) -> Tensor:
+        return add_up([self._measure(stack).sum() for stack in _stacked(plain)])
+
     def _total(self, values: Sequence[Tensor]) -> Tensor:
-        if not values:
-            return torch.zeros((), device=self.layers[0].device)
-        return torch.stack([value.to(values[0].device) for value in values]).sum()
+        return add_up(values) if values else torch.zeros((), device=self.layers[0].device)
 
     def _due(self, key: str = "") -> float:
         """The strength of this call, counted under ``key``: 0 but for each ``every``-th, which makes up for the others."""
@@ -267,7 +221,7 @@ class Regularizer:
         with torch.no_grad():
             found = {
                 layer.name: value
-                for stack in self._stacks()
+                for stack in self._read()[1]
                 for layer, value in zip(stack.layers, self._measure(stack).tolist(), strict=True)
             }
         return {layer.name: found[layer.name] for layer in self.layers if layer.name in found}
@@ -287,69 +241,77 @@ class Regularizer:
             load[rank] += self._costs[place]
         return shares[dist.get_rank()]
 
-    def _stacks(self, mine: Collection[int] | None = None) -> Iterator[_Stack]:
-        """The layers, or those in the places ``mine``, that count now, stacked."""
+    def _read(self, mine: Collection[int] | None = None, *, apart: bool = False) -> tuple[_Plain, Iterable[_Stack]]:
+        """The layers, or those in the places ``mine``, that count now.
+
+        Returns:
+            The weights of those for which the penalty is a rule of Gram matrices, if they are asked for ``apart``; and stacks of
+            the others.
+        """
         reshard(self.model)
-        plain: dict[_Form, list[tuple[Layer, nn.Parameter]]] = {}
+        plain: _Plain = {}
         computed: dict[tuple[object, ...], list[tuple[Layer, Kernel]]] = {}
-        for place, (layer, view) in enumerate(zip(self.layers, self._views, strict=True)):
+        for place, (layer, reading) in enumerate(zip(self.layers, self._readings, strict=True)):
             if mine is not None and place not in mine:
                 continue
-            rank = self.ranks.get(layer.name)
-            if view is not None and (weight := plain_weight(layer.module)) is not None:
-                if weight.requires_grad or self.include_frozen:
-                    form = _Form(view, rank, weight.shape, weight.requires_grad, weight.dtype, weight.device)
-                    plain.setdefault(form, []).append((layer, weight))
+            if reading is not None and (weight := plain_weight(layer.module)) is not None:
+                trains = weight.requires_grad
+                if trains or self.include_frozen:
+                    # A tuple is found as a form is, and made faster.
+                    form = reading, weight.shape, trains, weight.dtype, weight.device
+                    if (members := plain.get(cast(_Form, form))) is None:
+                        members = plain[_Form(*form)] = []
+                    members.append((layer, weight))
                 continue
             with torch.enable_grad():  # without it the kernel would not tell whether it trains
-                kernel = replace(layer.kernel, rank=rank)
+                kernel = replace(layer.kernel, rank=self.ranks.get(layer.name))
             if self.include_frozen or kernel.weight.requires_grad or any(p.requires_grad for p in sources(layer.module, kernel)):
                 computed.setdefault(kernel.layout, []).append((layer, kernel))
-        for form, members in plain.items():
-            many = max(1, STACKED // max(1, form.size.numel() * form.dtype.itemsize))
-            for start in range(0, len(members), many):
-                layers, weights = map(list, zip(*members[start : start + many], strict=True))
-                yield _Stack(layers, weights, form)
-        for together in computed.values():
-            layers, kernels = map(list, zip(*together, strict=True))
-            yield _Stack(layers, computed=Kernel.stack(kernels))
+        closed = {form: members for form, members in plain.items() if apart and self._rule(form) is not None}
+        return closed, chain(
+            _stacked({form: members for form, members in plain.items() if form not in closed}),
+            (
+                _Stack([layer for layer, _ in members], computed=Kernel.stack([kernel for _, kernel in members]))
+                for members in computed.values()
+            ),
+        )
 
-    def _rule(self, stack: _Stack) -> tuple[GramRule, Side] | None:
-        """The rule of the stack's Gram matrices that the penalty is, where it says so: see :func:`orthokit.gram.of_gram`."""
-        form = stack.form
-        if form is None or form.view.transposed or form.dtype.itemsize < 4:
-            return None
-        key = form.view, form.rank, form.size
+    def _rule(self, form: _Form) -> tuple[GramRule, Side] | None:
+        """The rule of Gram matrices that the penalty is on such weights, if it is one."""
+        key, (view, rank) = form[:2], (form.reading.view, form.reading.rank)
         if key not in self._rules:
-            rule = None
+            owner = {name: next((c for c in type(self.penalty).__mro__ if name in vars(c)), object) for name in RULED}
+            found = None
             # Not that of a class whose call was overridden.
-            owner = {
-                name: next((c for c in type(self.penalty).__mro__ if name in vars(c)), object)
-                for name in ("__call__", "gram_rule")
-            }
-            if issubclass(owner["gram_rule"], owner["__call__"]):
-                kernel = stack.layers[0].kernel
-                rule = cast(Any, self.penalty).gram_rule(kernel.o, kernel.n, form.rank)
-            self._rules[key] = rule
-        return self._rules[key]
+            if issubclass(owner["gram_rule"], owner["__call__"]) and not view.transposed:
+                found = cast(Any, self.penalty).gram_rule(form.o, form.n, rank)
+            # Equal ones are one.
+            same = (known for known in self._rules.values() if known and found and identity(known) == identity(found))
+            self._rules[key] = next(same, found)
+        return self._rules[key] if form.dtype.itemsize >= 4 else None
 
-    @torch.no_grad()
-    def _pull(self, stack: _Stack) -> tuple[Tensor, _Pull]:
-        """The summed value of a stack that has a rule, and its gradient."""
-        rule, side = cast(tuple[GramRule, Side], self._rule(stack))
-        form = cast(_Form, stack.form)
-        joined = stack.joined()
-        groups, scale = form.view.groups, 1.0
-        matrix = joined.reshape(-1, form.size[0] // groups, form.size[1:].numel())
-        by_rows = is_by_rows(matrix, side)
-        with outside_autocast(form.device):  # Note [full precision]
-            values, slope = rule(gram(matrix, "rows" if by_rows else "cols"))
-        value = values.sum()
-        if not is_finite(value):
-            self._measure(stack)  # says which layer it is
-        if not self._squared:
-            scale = (float(self.scale(stack.kernel(joined))) if self.scale else 1.0) / groups**0.5
-        return value if scale == 1 else scale * value, _Pull(matrix, slope, by_rows, scale)
+    def _batches(self, closed: _Plain) -> list[Batch]:
+        """Weights for which the penalty is a rule, in batches."""
+        found = []
+        for form, members in closed.items():
+            rule, side = cast(tuple[GramRule, Side], self._rule(form))
+            weights: list[Tensor] = [weight for _, weight in members]
+            view, scale = form.reading.view, 1.0
+            if not self._squared:
+                scale = float(self.scale(view.kernel(weights[0].unsqueeze(0)))) if self.scale else 1.0
+                scale /= view.groups**0.5
+            by_rows = is_by_rows((form.o, form.n), side)
+            found.append(Batch([weights], view.groups, rule, by_rows, scale, form.trains))
+        return list(in_batches(found))
+
+    def _measure_closed(self, batch: Batch) -> Measured:
+        measured = batch.measure()
+        if not is_finite(measured.value):
+            weights = {id(weight) for part in batch.parts for weight in part}
+            for stack in self._read()[1]:
+                if any(id(weight) in weights for weight in stack.weights):
+                    self._measure(stack)  # says which layer it is
+        return measured
 
     def _measure(self, stack: _Stack, joined: Tensor | None = None) -> Tensor:
         layers, kernel = stack.layers, stack.kernel(joined)
@@ -391,15 +353,14 @@ class Regularizer:
             raise RuntimeError("with shard=True the ranks' shares meet where gradients do: add the value of a call to the loss")
         wanted = None if only is None else set(map(id, only))
         strength = self._due(self._first(wanted))
+        closed, stacks = self._read(apart=True) if strength > 0 else ({}, ())
         values = []
-        for stack in self._stacks() if strength > 0 else ():
-            if self._rule(stack) is not None:
-                value, pull = self._pull(stack)
-                if cast(_Form, stack.form).trains:
-                    pull.add_(stack.weights, strength * scale, wanted)
-            else:
-                value = self._add_grad(stack, strength * scale, wanted)
-            values.append(value)
+        for batch in self._batches(closed):
+            measured = self._measure_closed(batch)
+            if batch.trains:
+                measured.add_grads_(strength * scale, wanted)
+            values.append(measured.value)
+        values += [self._add_grad(stack, strength * scale, wanted) for stack in stacks]
         return strength * self._total(values)
 
     @torch.enable_grad()
@@ -415,7 +376,7 @@ class Regularizer:
             parameters = leaves(value)
             gradients = torch.autograd.grad(value, parameters) if parameters else ()
         if gradients:
-            _add_grads(parameters, gradients, scale, wanted)
+            add_grads_(parameters, gradients, scale, wanted)
         return value.detach()
 
     def _first(self, wanted: set[int] | None) -> str:
@@ -442,7 +403,7 @@ class Regularizer:
         if nearest is None:
             raise TypeError(f"{self.penalty!r} knows no nearest minimum in closed form; use SO, DSO, SRIP or Disentangled")
         moves = []
-        for stack in self._stacks():
+        for stack in self._read()[1]:
             for layer, target in zip(stack.layers, nearest(stack.kernel()), strict=True):
                 with torch.enable_grad():
                     own = layer.kernel
@@ -492,23 +453,9 @@ class Regularizer:
         return f"Regularizer({self.penalty!r}, strength={strength}, {len(self.layers)} layers)"
 
 
-def _add_grads(parameters: Sequence[Tensor], gradients: Sequence[Tensor], scale: float | Tensor, wanted: set[int] | None) -> None:
-    """Add ``scale`` times the gradients to ``.grad`` of those parameters that are wanted."""
-    grads, added = [], []
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if wanted is not None and id(parameter) not in wanted:
-            continue
-        grads.append(_grad(parameter))
-        added.append(gradient)
-    if grads and isinstance(scale, Tensor):
-        torch._foreach_add_(grads, list(torch._foreach_mul(added, scale)))
-    elif grads:
-        torch._foreach_add_(grads, added, alpha=float(scale))
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    """``parameter.grad``, zeros where there was none."""
-    if parameter.grad is None:
-        # Fused optimizers want the gradient laid out as the parameter, e.g. channels_last.
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+def _stacked(plain: _Plain) -> Iterator[_Stack]:
+    for form, members in plain.items():
+        many = max(1, STACKED // max(1, form.size.numel() * form.dtype.itemsize))
+        for start in range(0, len(members), many):
+            some = members[start : start + many]
+            yield _Stack([layer for layer, _ in some], [weight for _, weight in some], form)

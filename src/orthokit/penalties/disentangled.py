@@ -199,12 +199,12 @@ def _without_largest(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[T
     sizes = pairs.detach().abs()
     counts = torch.as_tensor(count, device=c.device).expand(sizes.shape[:-1]).unsqueeze(-1)
     least = _nth_largest(sizes, counts if isinstance(count, Tensor) else count)
-    free = sizes >= least
-    # No row has fewer than asked for; more only where several are equal.
-    if not is_visible(c) or int(free.count_nonzero()) > int(counts.sum()):
+    counted = sizes < least
+    # Every row has as many as are to stay, or fewer where several are equal.
+    if not is_visible(c) or int(counted.count_nonzero()) < sizes.numel() - int(counts.sum()):
         larger, equal = sizes > least, sizes == least
-        free = larger | (equal & (equal.cumsum(-1) <= counts - larger.sum(-1, keepdim=True)))
-    kept = pairs.masked_fill(free, 0.0).index_select(-1, mirrored).unflatten(-1, (o, o))
+        counted |= equal & (equal.cumsum(-1) > counts - larger.sum(-1, keepdim=True))
+    kept: Tensor = (pairs * counted).index_select(-1, mirrored).unflatten(-1, (o, o))
     kept.diagonal(dim1=-2, dim2=-1).zero_()
     return kept
 
@@ -229,8 +229,7 @@ def _nth_largest(sizes: Float[Tensor, "*b m"], count: int | Tensor) -> Float[Ten
     if not is_visible(sizes):
         return sizes.kthvalue(place + 1, keepdim=True).values
     # Many times faster than kthvalue on a CPU.
-    least = np.partition(sizes.numpy(), place)[..., place : place + 1]
-    return torch.as_tensor(least)
+    return torch.from_numpy(np.partition(sizes.numpy(), place)[..., place : place + 1])
 
 
 @dataclass(frozen=True, kw_only=True)

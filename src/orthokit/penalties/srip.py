@@ -56,7 +56,7 @@ def spectral_restricted_isometry(
     """
     check_choice("side", side, SIDES)
     check_count("steps", steps)
-    left = matrix if is_by_rows(matrix, side) else matrix.mT
+    left = matrix if is_by_rows(matrix.shape, side) else matrix.mT
     size = left.shape[-2]
     vector = (_start(size) if start is None else start).to(matrix).unsqueeze(-1)
     if vector.shape != (size, 1):
