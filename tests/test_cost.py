@@ -11,7 +11,7 @@ from torch import nn
 import compiled as here
 import orthokit as ok
 from cases import CASES
-from orthokit import regularizer
+from orthokit import closed, regularizer
 from orthokit.integrations.optimizer import add_in_step
 
 PENALTIES = [case.penalty for case in CASES]
@@ -97,6 +97,111 @@ def test_a_layer_that_changes_its_kind_is_read_anew():
     assert after["1"] == pytest.approx(ok.SO()(ok.kernel_of(2 * m[1].parametrizations.weight.original.detach())).item())
     assert abs(after["1"] - before["1"]) > 0.1
     assert all(after[name] == pytest.approx(value, rel=1e-5) for name, value in before.items() if name != "1")
+
+
+# Without autograd
+
+
+def wide():
+    """Layers large enough to be read where they are, in ``channels_last`` or not, and small ones."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(32, 64, 3),
+        nn.Conv2d(64, 48, 3, groups=2),
+        nn.Conv2d(48, 64, 3),
+        nn.Conv2d(64, 64, 3),
+        nn.Conv2d(64, 320, 1),
+        nn.Conv2d(320, 4, 3),
+        nn.Conv2d(4, 4, 3),
+        nn.Conv2d(4, 4, 3),
+    )
+
+
+@pytest.mark.parametrize("large", [1, 2**14, 2**30])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("penalty", [ok.SO(side="smaller"), ok.Disentangled(), ok.Disentangled(relax=ok.share(0.1))], ids=repr)
+def test_closed_gradients_are_those_of_autograd(penalty, layout, large, monkeypatch):
+    monkeypatch.setattr(closed, "large", lambda device: large)
+    monkeypatch.setattr(closed, "GRAMS", 2**16)
+    m = wide().to(memory_format=layout)
+    squared = getattr(penalty, "squared", True)
+    alone = 0.3 * sum(penalty(ok.kernel_of(layer)).sum() / (1 if squared else layer.groups**0.5) for layer in m)
+    alone.backward()
+    wanted = gradients(m)
+    for way in ("loss", "add_grad_"):
+        value, found = penalised(m, way, penalty)
+        assert torch.allclose(value, alone, rtol=1e-5)
+        for name, gradient in found.items():
+            assert torch.allclose(gradient, wanted[name], rtol=1e-4, atol=1e-6), (way, name)
+    for layer in m:
+        assert layer.weight.grad.stride() == layer.weight.stride()
+    ok.Regularizer(m, penalty, strength=0.3).add_grad_(2.0, only=[m[0].weight, m[7].weight])
+    for name, gradient in gradients(m).items():
+        times = 3 if name in ("0.weight", "7.weight") else 1
+        assert torch.allclose(gradient, times * wanted[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_autograd_is_left_out(monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("autograd")
+
+    m = wide()
+    ortho = ok.Regularizer(m, ok.Disentangled(relax=ok.share(0.1), ceiling=0.9), strength=0.3)
+    monkeypatch.setattr(torch.autograd, "grad", forbidden)
+    ortho.add_grad_()
+    ortho().backward()
+    with pytest.raises(AssertionError, match="autograd"):
+        ok.Regularizer(m, ok.SRIP(), strength=0.3).add_grad_()
+
+
+def test_second_derivatives_of_a_regularizer():
+    m = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 7, 1)).double()
+    ortho = ok.Regularizer(m, ok.Disentangled(), strength=0.3)
+    weights = [layer.weight for layer in m]
+    direction = [torch.randn_like(weight) for weight in weights]
+
+    def slope():
+        found = torch.autograd.grad(ortho(), weights, create_graph=True)
+        return sum((g * d).sum() for g, d in zip(found, direction, strict=True))
+
+    curvature = torch.autograd.grad(slope(), weights)
+    for weight, second in zip(weights, curvature, strict=True):
+        step = torch.randn_like(weight)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight.add_(step, alpha=sign * 1e-6)
+            values.append(slope().item())
+            with torch.no_grad():
+                weight.sub_(step, alpha=sign * 1e-6)
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx((second * step).sum().item(), rel=1e-4, abs=1e-7)
+
+
+class Halved(ok.SO):
+    """Inherits a rule that is not its own."""
+
+    def __call__(self, kernel):
+        return super().__call__(kernel) / 2
+
+
+def test_an_overridden_call_has_no_inherited_rule():
+    m = wide()
+    for way in ("loss", "add_grad_"):
+        (value, found), (whole, twice) = penalised(m, way, Halved()), penalised(m, way, ok.SO())
+        assert torch.allclose(2 * value, whole)
+        assert all(torch.allclose(2 * found[name], gradient, atol=1e-6) for name, gradient in twice.items())
+
+
+@pytest.mark.parametrize("way", ["loss", "add_grad_"])
+def test_broken_layers_are_named_and_no_gradient_of_theirs_added(way):
+    m = wide()
+    for layer, value in ((m[2], math.nan), (m[6], math.inf)):
+        layer.weight.data[0, 0, 0, 0] = value
+        ortho = ok.Regularizer(m, ok.Disentangled(), strength=0.3)
+        with pytest.raises(FloatingPointError, match=f"layer {list(m).index(layer)}: "):
+            ortho() if way == "loss" else ortho.add_grad_()
+        assert layer.weight.grad is None
+        layer.weight.data[0, 0, 0, 0] = 0.1
 
 
 # Skipped calls
