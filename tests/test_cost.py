@@ -111,6 +111,7 @@ def wide():
         nn.Conv2d(48, 64, 3),
         nn.Conv2d(64, 64, 3),
         nn.Conv2d(64, 320, 1),
+        nn.Conv2d(8, 320, 3),
         nn.Conv2d(320, 4, 3),
         nn.Conv2d(4, 4, 3),
         nn.Conv2d(4, 4, 3),
@@ -135,9 +136,9 @@ def test_closed_gradients_are_those_of_autograd(penalty, layout, large, monkeypa
             assert torch.allclose(gradient, wanted[name], rtol=1e-4, atol=1e-6), (way, name)
     for layer in m:
         assert layer.weight.grad.stride() == layer.weight.stride()
-    ok.Regularizer(m, penalty, strength=0.3).add_grad_(2.0, only=[m[0].weight, m[7].weight])
+    ok.Regularizer(m, penalty, strength=0.3).add_grad_(2.0, only=[m[0].weight, m[8].weight])
     for name, gradient in gradients(m).items():
-        times = 3 if name in ("0.weight", "7.weight") else 1
+        times = 3 if name in ("0.weight", "8.weight") else 1
         assert torch.allclose(gradient, times * wanted[name], rtol=1e-4, atol=1e-6), name
 
 
@@ -195,7 +196,7 @@ def test_an_overridden_call_has_no_inherited_rule():
 @pytest.mark.parametrize("way", ["loss", "add_grad_"])
 def test_broken_layers_are_named_and_no_gradient_of_theirs_added(way):
     m = wide()
-    for layer, value in ((m[2], math.nan), (m[6], math.inf)):
+    for layer, value in ((m[2], math.nan), (m[7], math.inf)):
         layer.weight.data[0, 0, 0, 0] = value
         ortho = ok.Regularizer(m, ok.Disentangled(), strength=0.3)
         with pytest.raises(FloatingPointError, match=f"layer {list(m).index(layer)}: "):

@@ -17,8 +17,9 @@ from orthokit.cli import main
 from orthokit.lab import formats, results
 from orthokit.lab.compare import compare
 from orthokit.lab.files import to_json
+from orthokit.lab.page import page
 from orthokit.lab.recipe import Recipe
-from orthokit.lab.statistics import ALPHA, Sample, detectable, differences, holm, pooled_sd, power, seeds_needed
+from orthokit.lab.statistics import ALPHA, Sample, detectable, differences, holm, pooled_sd, power, seeds_needed, trend
 
 ARMS = {"none": 0.0, "so": 2.0, "strict": 0.0, "welch": -2.0}
 
@@ -139,6 +140,37 @@ def test_power_by_simulation_and_back():
         seeds_needed(1.0, 1.0, chance=1.0)
 
 
+def test_a_trend_by_hand():
+    random = np.random.default_rng(2)
+    arm, none = ({x: Sample(tuple(random.normal(0, sd, n))) for x, sd, n in ((3, 1, 4), (6, 2, 5), (12, 3, 6))} for _ in "ab")
+    found = trend(arm, none)
+    ends = [arm[12], none[12], arm[3], none[3]]  # the middle one has no weight
+    parts = [each.sd**2 / each.n / 4 for each in ends]
+    freedom = sum(parts) ** 2 / sum(part**2 / (each.n - 1) for part, each in zip(parts, ends, strict=True))
+    wanted = (arm[12].mean - none[12].mean - arm[3].mean + none[3].mean) / 2
+    assert found.mean == pytest.approx(wanted)
+    assert found.interval == pytest.approx(stats.t.interval(0.95, freedom, loc=wanted, scale=math.sqrt(sum(parts))))
+    assert found.raw == pytest.approx(2 * stats.t.sf(abs(wanted) / math.sqrt(sum(parts)), freedom))
+    for other in ({x: Sample((1.0,)) for x in none}, {x: Sample((1.0, 1.0)) for x in none}):
+        assert trend(other, other).raw is None
+
+
+def test_trends_are_found_as_often_as_they_should_be():
+    """500 studies: without a trend, however the means lie, 5% wrong; intervals that hold the planted one in 95%."""
+    random = np.random.default_rng(3)
+    depths, bent = (8, 14, 20, 32), {8: 3.0, 14: -1.0, 20: 2.0, 32: 0.0}
+    wrong = held = 0
+    for _ in range(500):
+        none, flat, rising = (
+            {x: Sample(tuple(random.normal(bent[x] + slope * math.log2(x), 0.5, 5))) for x in depths} for slope in (0.0, 0.0, 0.4)
+        )
+        wrong += trend(flat, none).raw < 0.05
+        low, high = trend(rising, none).interval
+        held += low < 0.4 < high
+    assert 0.02 <= wrong / 500 <= 0.08
+    assert 0.92 <= held / 500 <= 0.98
+
+
 @pytest.mark.parametrize(
     ("gain", "seeds", "low", "high"),
     [
@@ -207,6 +239,35 @@ def test_adjusted_over_all_panels():
     cells = [c for arms in comparison.cells(comparison.primary).values() for c in arms.values() if c.difference]
     assert [c.difference.holm for c in cells] == pytest.approx(holm([c.difference.welch for c in cells]))
     assert len(cells) == 6
+
+
+def test_trends_over_panels_that_grow():
+    gains = {8: 0.0, 16: 1.0, 32: 2.0, 64: 3.0}
+    runs = [
+        run for depth, gain in gains.items() for run in made_up({"none": 0, "so": 1, "strict": gain, "welch": -gain}, [depth], 4)
+    ]
+    comparison = compare(runs)
+    assert comparison.grows == "network.depth"
+    assert [comparison.changes(arm) for arm in ("so", "strict", "welch")] == ["not resolved", "rises", "falls"]
+    assert comparison.trends["strict"].mean == pytest.approx(0.01, abs=0.003)
+    raw = [each.raw for each in comparison.trends.values()]
+    assert [each.holm for each in comparison.trends.values()] == pytest.approx(holm(raw))
+    for text in (shown(comparison), formats.markdown(comparison), formats.latex(comparison), page(comparison)):
+        assert "per doubling" in text
+        assert "network.depth from 8 to 64" in text.replace("\\_", "_")
+    (row,) = [row for row in csv.DictReader(io.StringIO(formats.to_csv(comparison))) if row["verdict"] == "rises"]
+    assert (row["panel"], row["arm"]) == ("per doubling of network.depth", "strict")
+    # Two panels are no trend, nor are panels that differ in a word.
+    assert not compare(made_up(ARMS)).trends
+    words = [
+        with_recipe(run, "network", shortcut="projection") if run.recipe.to_dict()["network"]["depth"] > 8 else run
+        for run in runs
+    ]
+    assert compare(words).grows is None
+    assert "per doubling" not in formats.markdown(compare(words))
+    # An arm that is missing somewhere has none.
+    short = [run for run in runs if not (run.summary["study"]["arm"] == "so" and run.recipe.to_dict()["network"]["depth"] == 16)]
+    assert list(compare(short).trends) == ["strict", "welch"]
 
 
 def test_what_is_not_finite_is_missing():

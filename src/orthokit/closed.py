@@ -40,10 +40,9 @@ class _Piece(NamedTuple):
         return [each.permute(back) for each in product.view(-1, *size).unbind()]
 
     def as_matrix(self, grad: Tensor) -> Float[Tensor, "k o n"] | None:
-        """The gradient of the only weight as it lies in memory; None if it lies there otherwise than the weight."""
-        if grad.stride() != self.weights[0].stride():
-            return None
-        return (grad if self.order is None else grad.permute(self.order)).view(self.matrix.shape)
+        """The gradient of the only weight as it lies in memory; None if it lies there otherwise than the matrix."""
+        ordered = grad if self.order is None else grad.permute(self.order)
+        return ordered.view(self.matrix.shape) if ordered.is_contiguous() else None
 
 
 @dataclass(frozen=True, eq=False)

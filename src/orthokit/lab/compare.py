@@ -16,7 +16,19 @@ from orthokit.config import penalty_of
 from orthokit.lab.fairness import Panel, flags, incomparable, plain, refusals, repeated, under
 from orthokit.lab.recipe import Recipe
 from orthokit.lab.results import COST, MEASURED, METRICS, Metric, Result, metric_of
-from orthokit.lab.statistics import ALPHA, POWER, Difference, Sample, detectable, differences, holm, pooled_sd, seeds_needed
+from orthokit.lab.statistics import (
+    ALPHA,
+    POWER,
+    Difference,
+    Sample,
+    Trend,
+    detectable,
+    differences,
+    holm,
+    pooled_sd,
+    seeds_needed,
+    trend,
+)
 from orthokit.lab.tuning import Choice
 
 FACTOR = ("regularizer",)
@@ -123,6 +135,38 @@ class Comparison:
     def verdicts(self) -> list[str]:
         """The sentences of :meth:`told`, with their panel where there are several."""
         return [f"{self._titled(panel)}{sentence}" for panel, each in self.told().items() for _, sentence in each]
+
+    @cached_property
+    def grows(self) -> str | None:
+        """The one key that tells panels apart, if it is a number, above 0, and there are three or more."""
+        keys = {key for panel in self.panels for key in panel.values}
+        numbers = [value for panel in self.panels for value in panel.values.values()]
+        if len(keys) != 1 or len(set(numbers)) < 3 or not all(type(value) in (int, float) and value > 0 for value in numbers):
+            return None
+        return keys.pop()
+
+    @cached_property
+    def trends(self) -> dict[str, Trend]:
+        """How each arm's difference from the baseline, in the primary metric, changes as panels grow."""
+        if self.grows is None:
+            return {}
+        samples: dict[str, dict[float, Sample]] = {}
+        cells = self.cells(self.primary)
+        for panel in self.panels:
+            for arm, cell in cells.get(panel.name, {}).items():
+                samples.setdefault(arm, {})[panel.values[self.grows]] = cell.sample
+        whole = {arm: each for arm, each in samples.items() if len(each) == len(self.panels)}
+        if self.baseline not in whole:
+            return {}
+        found = {arm: trend(each, whole[self.baseline]) for arm, each in whole.items() if arm != self.baseline}
+        raw = {arm: each.raw for arm, each in found.items() if each.raw is not None}
+        adjusted = dict(zip(raw, holm(list(raw.values())), strict=True))
+        return {arm: replace(each, holm=adjusted.get(arm)) for arm, each in found.items()}
+
+    def changes(self, arm: str) -> str:
+        """Whether an arm's difference from the baseline changes as panels grow: ``rises``, ``falls`` or ``not resolved``."""
+        each = self.trends[arm]
+        return "not resolved" if not each.resolved else "rises" if each.mean > 0 else "falls"
 
     def power(self) -> list[str]:
         """What the present seeds could have resolved in the primary metric, and how many seeds would resolve less."""

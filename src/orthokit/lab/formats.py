@@ -24,12 +24,16 @@ GROUPS: dict[Group, str] = {
     "features": "Features",
     "cost": "Cost",
 }
-STYLES = {"better": "bold green", "worse": "bold red", "not resolved": "dim"}
+STYLES = {"better": "bold green", "worse": "bold red", "not resolved": "dim", "rises": "bold", "falls": "bold"}
 MARKS = {"better": "+", "worse": "-", "higher": "↑", "lower": "↓"}
 """Beside a mean that differs from the baseline's; only where that is resolved."""
 COLUMNS = (
     "Under and over: layers that can be orthogonal, and those with more filters than weights per filter. Copies: pairs with "
     "|c| > .99. Robustness: accuracy, the mean over all strengths. Features: penultimate."
+)
+CONTRAST = (
+    "A linear contrast of the differences over the binary logarithm of what grows, with Satterthwaite's degrees of freedom; p is "
+    "adjusted after Holm over the arms."
 )
 LEGEND = f"Mean ± sd; + better, - worse, ↑ higher, ↓ lower than the baseline, where resolved. {COLUMNS}"
 
@@ -92,6 +96,20 @@ def secondary(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, lis
         yield title, ["arm", *(metric.heading for metric in metrics)], lines
 
 
+def trends(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, list[Line]]]]:
+    """Title, headers and lines of how differences from the baseline change over the panels, if these grow."""
+    if not comparison.trends:
+        return
+    metric, ends = comparison.primary, [str(panel.values[comparison.grows or ""]) for panel in comparison.panels]
+    lines = []
+    for arm, each in comparison.trends.items():
+        change = metric.show(each.mean, sign=True), interval(metric, each.interval, sign=True)
+        lines.append([arm, *change, p(each.raw), p(each.holm), comparison.changes(arm)])
+    headers = ["arm", "change per doubling", "95% interval", "p", "Holm p", "verdict"]
+    title = f"Trend: the difference from {comparison.baseline} in {metric.heading}"
+    yield title, headers, {f"{comparison.grows} from {ends[0]} to {ends[-1]}": lines}
+
+
 def chosen(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, list[Line]]]]:
     """Title, headers and lines of each panel, of how strengths were chosen, if they were."""
     if not comparison.choices:
@@ -148,15 +166,17 @@ class Shown:
             yield table
         yield from (Text(each) for each in comparison.verdicts())
         yield Text()
-        if self.more:
-            for title, names, parts in secondary(comparison):
+        for tables, legend in (
+            (trends(comparison), CONTRAST),
+            (secondary(comparison) if self.more else (), LEGEND),
+            (chosen(comparison), RULE),
+        ):
+            found = list(tables)
+            for title, names, parts in found:
                 for panel, rows in parts.items():
                     yield Wide(f"{title}: {panel}", names, rows)
-            yield Text(LEGEND, style="dim")
-        for title, names, parts in chosen(comparison):
-            for panel, rows in parts.items():
-                yield Wide(f"{title}: {panel}", names, rows)
-            yield Text(RULE, style="dim")
+            if found:
+                yield Text(legend, style="dim")
         yield from (Text(f"power: {each}") for each in comparison.power())
         yield Padding(Text("\n".join([comparison.explanation, *comparison.notes]), style="dim"), (1, 0, 0, 0))
 
@@ -212,11 +232,15 @@ def markdown(comparison: Comparison, *, figures: Sequence[tuple[str, str]] = (),
     parts += ["\n".join(f"* {_plain(each)}" for each in comparison.verdicts())]
     parts += ["\n".join(f"* {_plain(each)}" for each in comparison.power()), _plain(comparison.explanation)]
     parts += [f"![{_plain(words)}]({file})" for file, words in figures]
-    for title, names, each in secondary(comparison):
-        parts += [f"## {title}", *(f"**{_plain(panel)}**\n\n{_pipes(names, rows)}" for panel, rows in each.items())]
-    parts += [LEGEND, *comparison.notes]
-    for title, names, each in chosen(comparison):
-        parts += [f"## {title}", *(f"**{_plain(panel)}**\n\n{_pipes(names, rows)}" for panel, rows in each.items()), RULE]
+    for tables, legend in (
+        (trends(comparison), [CONTRAST]),
+        (secondary(comparison), [LEGEND, *comparison.notes]),
+        (chosen(comparison), [RULE]),
+    ):
+        found = list(tables)
+        for title, names, each in found:
+            parts += [f"## {_plain(title)}", *(f"**{_plain(panel)}**\n\n{_pipes(names, rows)}" for panel, rows in each.items())]
+        parts += legend if found else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -252,7 +276,7 @@ SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
 def latex(comparison: Comparison) -> str:
     r"""As LaTeX tables, which need ``\usepackage{booktabs}``: the primary metric, every group of the others, chosen strengths."""
     headers, lines = primary(comparison)
-    tables = [(comparison.primary.heading, headers, lines), *secondary(comparison), *chosen(comparison)]
+    tables = [(comparison.primary.heading, headers, lines), *trends(comparison), *secondary(comparison), *chosen(comparison)]
     cautions = "".join(f"% CAUTION: {' '.join(flag.split())}\n" for flag in comparison.flags)
     return f"{cautions}% {LEGEND}\n" + "\n".join(_tabular(comparison.title, *table) for table in tables)
 
@@ -279,6 +303,11 @@ def to_csv(comparison: Comparison) -> str:
         for panel, arms in comparison.cells(metric).items():
             for arm, cell in arms.items():
                 writer.writerow({"metric": metric.key, "panel": panel, "arm": arm} | _raw(cell))
+    for arm, found in comparison.trends.items():
+        ends = dict(zip(("difference_low", "difference_high"), found.interval or (None, None), strict=True))
+        tested = {"difference": found.mean, "p_welch": found.raw, "p_holm": found.holm, "verdict": comparison.changes(arm)}
+        panel = f"per doubling of {comparison.grows}"
+        writer.writerow({"metric": comparison.primary.key, "panel": panel, "arm": arm} | ends | tested)
     for choice in comparison.choices:
         for trial in choice.trials:
             said = "diverged" if trial.diverged else "chosen" * (trial is choice.chosen)

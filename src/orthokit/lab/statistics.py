@@ -93,6 +93,55 @@ def differences(arms: Mapping[str, Sample], baseline: str) -> dict[str, Differen
     return found
 
 
+@dataclass(frozen=True)
+class Trend:
+    """How much a difference changes per doubling of a number; no interval and p of single runs, and where no value differs."""
+
+    mean: float
+    interval: tuple[float, float] | None
+    raw: float | None
+    holm: float | None = None
+    """The p-value, adjusted over all trends of the metric."""
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the seeds suffice to tell that there is one."""
+        return self.holm is not None and self.holm < ALPHA
+
+
+def trend(arm: Mapping[float, Sample], control: Mapping[float, Sample]) -> Trend:
+    """The linear contrast of an arm's differences from the baseline, over the binary logarithm of a number.
+
+    A weighted sum of means, ``sum_x w_x (arm_x - control_x)`` with ``w_x = (log2 x - mean) / sum (log2 x - mean)^2``. Its error
+    comes from the seeds of each mean alone, however the means lie; the degrees of freedom are Satterthwaite's.
+
+    Args:
+        arm: its values by the number; three numbers at least, above 0.
+        control: the baseline's, by the same numbers.
+
+    >>> from orthokit.lab.statistics import Sample, trend
+    >>> none = {x: Sample((90.0, 90.2, 90.4)) for x in (8, 16, 32)}
+    >>> arm = {8: Sample((90.0, 90.2, 90.4)), 16: Sample((90.5, 90.7, 90.9)), 32: Sample((91.0, 91.2, 91.4))}
+    >>> found = trend(arm, none)
+    >>> round(found.mean, 3), [round(x, 3) for x in found.interval], round(found.raw, 4)
+    (0.5, [0.244, 0.756], 0.0026)
+    """
+    logs = {x: math.log2(x) for x in arm}
+    middle = statistics.fmean(logs.values())
+    total = sum((log - middle) ** 2 for log in logs.values())
+    weights = {x: (log - middle) / total for x, log in logs.items()}
+    mean = sum(weight * (arm[x].mean - control[x].mean) for x, weight in weights.items())
+    samples = [(weight, each) for x, weight in weights.items() for each in (arm[x], control[x])]
+    parts = [(weight**2 * each.sd**2 / each.n, each.n) for weight, each in samples if each.sd is not None]
+    variance = sum(part for part, _ in parts)
+    if len(parts) < len(samples) or not variance:
+        return Trend(mean, None, None)
+    freedom = variance**2 / sum(part**2 / (n - 1) for part, n in parts if part)
+    error = math.sqrt(variance)
+    half = float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error
+    return Trend(mean, (mean - half, mean + half), float(2 * stats.t.sf(abs(mean) / error, freedom)))
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """SciPy warns where values hardly spread, as seeds may in small tests of few images."""
