@@ -152,7 +152,7 @@ def test_autograd_is_left_out(monkeypatch):
     ortho.add_grad_()
     ortho().backward()
     with pytest.raises(AssertionError, match="autograd"):
-        ok.Regularizer(m, ok.SRIP(), strength=0.3).add_grad_()
+        ok.Regularizer(m, ok.ConvOrth(), strength=0.3).add_grad_()
 
 
 def test_second_derivatives_of_a_regularizer():

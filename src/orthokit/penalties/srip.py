@@ -6,8 +6,9 @@ https://arxiv.org/abs/1810.09102 (SRIP). The spectral norm of the Gram residual,
 given weights is always the same.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -17,16 +18,21 @@ from torch import Tensor
 from orthokit.checks import check_choice, check_count, short_repr
 from orthokit.gram import (
     SIDES,
+    GramRule,
     Side,
     full_precision,
     is_by_rows,
     is_differentiated,
     is_finite,
+    less_identity,
     outside_autocast,
     polar,
     reciprocal,
 )
 from orthokit.kernel import Kernel
+
+SMALL = 64
+"""Rows of a Gram matrix up to which it is formed: a few products with vectors take longer then than one with the matrix."""
 
 
 @full_precision
@@ -78,42 +84,61 @@ class _PowerIteration(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Float[Tensor, "*b m k"], unit: Float[Tensor, "m 1"], steps: int) -> Float[Tensor, "*b"]:
-        units, folded, norms = _iterate(matrix, unit, steps)
-        ctx.save_for_backward(matrix, *units, *folded, *norms)
+        units, norms = _iterate(partial(_times_residual, matrix), unit.expand(*matrix.shape[:-1], 1), steps)
+        ctx.save_for_backward(matrix, *units, *norms)
         return norms[-1].squeeze((-2, -1))
 
     @staticmethod
     def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor, None, None]:
         matrix, *saved = ctx.saved_tensors
-        steps = len(saved) // 3
+        steps = len(saved) // 2
         with outside_autocast(matrix.device):
-            if is_differentiated():
-                units, folded, norms = _iterate(matrix, saved[0], steps)
-            else:
-                units, folded, norms = saved[: steps + 1], saved[steps + 1 : 2 * steps + 1], saved[2 * steps + 1 :]
-            pull = of_value[..., None, None] * units[steps]
-            left, right = [], []
-            for step in reversed(range(steps)):
-                back = matrix.mT @ pull
-                left += [pull, units[step]]
-                right += [folded[step], back]
-                if step:
-                    along = matrix @ back - pull
-                    turned = along - units[step] * (units[step] * along).sum(-2, keepdim=True)
-                    pull = turned * reciprocal(norms[step - 1])
-            return torch.cat(left, -1) @ torch.cat(right, -1).mT, None, None
+            times = partial(_times_residual, matrix)
+            units, norms = _iterate(times, saved[0], steps) if is_differentiated() else (saved[: steps + 1], saved[steps + 1 :])
+            left, right = _slope(times, units, norms)
+            return of_value[..., None, None] * left @ (right.mT @ matrix), None, None
 
 
-def _iterate(matrix: Tensor, unit: Tensor, steps: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The unit vectors before and after each step, ``A^T`` times those before, and the norms of the products."""
-    units, folded, norms = [unit.expand(*matrix.shape[:-1], 1)], [], []
+def _times_residual(matrix: Tensor, vector: Tensor) -> Tensor:
+    return matrix @ (matrix.mT @ vector) - vector
+
+
+def _iterate(times: Callable[[Tensor], Tensor], unit: Tensor, steps: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The unit vectors before and after each step, and the norms of the products."""
+    units, norms = [unit], []
     for _ in range(steps):
-        folded.append(matrix.mT @ units[-1])
-        vector = matrix @ folded[-1] - units[-1]
+        vector = times(units[-1])
         norms.append(torch.linalg.vector_norm(vector, dim=-2, keepdim=True))
         # At an exactly orthonormal kernel the product is zero and stays zero, with zero gradient.
         units.append(vector * reciprocal(norms[-1]))
-    return units, folded, norms
+    return units, norms
+
+
+def _slope(times: Callable[[Tensor], Tensor], units: Sequence[Tensor], norms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Twice the derivative of the last norm by the Gram matrix, as two factors: ``left @ right.mT``."""
+    pull = units[-1]
+    left, right = [], []
+    for step in reversed(range(len(norms))):
+        left += [pull, units[step]]
+        right += [units[step], pull]
+        if step:
+            along = times(pull)
+            turned = along - units[step] * (units[step] * along).sum(-2, keepdim=True)
+            pull = turned * reciprocal(norms[step - 1])
+    return torch.cat(left, -1), torch.cat(right, -1)
+
+
+def _by_power(product: Float[Tensor, "*b m m"], *, steps: int, squared: bool) -> tuple[Tensor, Tensor]:
+    """The same of a Gram matrix that is there."""
+    times = less_identity(product).matmul
+    unit = _start(product.shape[-1]).to(product).unsqueeze(-1)
+    unit = unit / torch.linalg.vector_norm(unit)
+    units, norms = _iterate(times, unit.expand(*product.shape[:-1], 1), steps)
+    left, right = _slope(times, units, norms)
+    norm = norms[-1]
+    if squared:
+        left, norm = 2 * norm * left, norm**2
+    return norm.squeeze((-2, -1)), left @ right.mT
 
 
 @cache
@@ -138,6 +163,11 @@ class SRIP:
 
     def __call__(self, kernel: Kernel) -> Tensor:
         return spectral_restricted_isometry(kernel.matrix, steps=self.steps, squared=self.squared, side=self.side)
+
+    def gram_rule(self, o: int, n: int, rank: int | None = None) -> tuple[GramRule, Side] | None:
+        """See :func:`orthokit.gram.of_gram`."""
+        m = o if is_by_rows((o, n), self.side) else n
+        return (partial(_by_power, steps=self.steps, squared=self.squared), self.side) if m <= SMALL else None
 
     def nearest(self, kernel: Kernel) -> Tensor:
         """The nearest kernel matrix at its minimum: orthonormal rows, or columns if tall."""
