@@ -24,6 +24,7 @@ from orthokit.integrations.transformers import OrthoTrainerCallback
 
 PENALTY = ok.Disentangled()
 STRENGTH = ok.linear(0.3, 0.0, steps=24)
+RATE = 0.1
 EXAMPLES, BATCH = 16, 4
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*'pin_memory' argument is set as true but no accelerator")
@@ -70,11 +71,10 @@ def weights(model):
 
 
 def train(model, *callbacks, out, resume=None, data=None, first=None, **options):
-    options = {"num_train_epochs": 2, "save_strategy": "no", "max_grad_norm": 0.0, **options}
+    options = {"num_train_epochs": 2, "save_strategy": "no", "max_grad_norm": 0.0, "learning_rate": 0.01, **options}
     args = TrainingArguments(
         out,
         per_device_train_batch_size=BATCH,
-        learning_rate=0.01,
         lr_scheduler_type="constant",
         use_cpu=True,
         report_to=[],
@@ -105,7 +105,8 @@ def plain(make, where, *, penalty=True, epochs=2, accumulate=1, clip=0.0, unit="
     model, data = make(), Images()
     model.train()
     ortho = ok.Regularizer(model, PENALTY, strength=STRENGTH, where=where)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    # Not Adam, which turns the rounding errors of a gradient that is zero into steps.
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     for _ in range(epochs):
         for index, start in enumerate(range(0, EXAMPLES, BATCH)):
             x, y = data.x[start : start + BATCH], data.y[start : start + BATCH]
@@ -146,10 +147,12 @@ def test_same_weights_as_the_penalty_in_the_loss(make, where, options, tmp_path)
     settings = {"gradient_accumulation_steps": options.get("accumulate", 1), "max_grad_norm": options.get("clip", 0.0)}
     if "precision" in options:
         settings["bf16"] = True
-    train(model, callback(where=where, step=options.get("unit", "epoch")), out=tmp_path, optim="adamw_torch", **settings)
+    train(
+        model, callback(where=where, step=options.get("unit", "epoch")), out=tmp_path, optim="sgd", learning_rate=RATE, **settings
+    )
     wanted = plain(make, where, **options)
     error = (weights(model) - wanted).abs().max().item()
-    assert error < 2e-6
+    assert error < (5e-5 if "precision" in options else 2e-6)  # a sum may round to another bfloat16
     assert (plain(make, where, penalty=False, **options) - wanted).abs().max().item() > 1e-2
 
 

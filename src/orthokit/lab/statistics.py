@@ -124,7 +124,7 @@ def trend(arm: Mapping[float, Sample], control: Mapping[float, Sample]) -> Trend
     >>> arm = {8: Sample((90.0, 90.2, 90.4)), 16: Sample((90.5, 90.7, 90.9)), 32: Sample((91.0, 91.2, 91.4))}
     >>> found = trend(arm, none)
     >>> round(found.mean, 3), [round(x, 3) for x in found.interval], round(found.raw, 4)
-    (0.5, [0.244, 0.756], 0.0026)
+    (0.5, [0.234, 0.766], 0.0025)
     """
     logs = {x: math.log2(x) for x in arm}
     middle = statistics.fmean(logs.values())
