@@ -296,10 +296,8 @@ class Regularizer:
         for form, members in closed.items():
             rule, side = cast(tuple[GramRule, Side], self._rule(form))
             weights: list[Tensor] = [weight for _, weight in members]
-            view, scale = form.reading.view, 1.0
-            if not self._squared:
-                scale = float(self.scale(view.kernel(weights[0].unsqueeze(0)))) if self.scale else 1.0
-                scale /= view.groups**0.5
+            view = form.reading.view
+            scale = self._factor(view.groups, _Stack([members[0][0]], weights[:1], form).kernel)
             by_rows = is_by_rows((form.o, form.n), side)
             found.append(Batch([weights], view.groups, rule, by_rows, scale, form.trains))
         return list(in_batches(found))
@@ -330,10 +328,14 @@ class Regularizer:
             broken = [layer.name for layer in layers if not layer.kernel.weight.isfinite().all()]
             raise FloatingPointError(f"layer {', '.join(broken or [layer.name for layer in layers])}: {error}") from None
         values = values.flatten(1)
+        factor = self._factor(values.shape[-1], lambda: kernel)
+        return values.sum(-1) if factor == 1 else values.sum(-1) * factor
+
+    def _factor(self, groups: int, kernel: Callable[[], Kernel]) -> float:
+        """What the values of a layer in so many groups are multiplied with."""
         if self._squared:
-            return values.sum(-1)
-        scale = float(self.scale(kernel)) if self.scale else 1.0
-        return values.sum(-1) * (scale / float(values.shape[-1] ** 0.5))
+            return 1.0
+        return (float(self.scale(kernel())) if self.scale else 1.0) / float(groups**0.5)
 
     def add_grad_(self, scale: float | Tensor = 1.0, *, only: Collection[Tensor] | None = None) -> Tensor:
         """Add the gradient of ``self()`` times ``scale`` to ``.grad`` of the parameters behind the kernels; return the value.

@@ -6,11 +6,11 @@ Results are those of the last epoch.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from string import Template
-from typing import Any
+from typing import Any, TypeVar
 
 from orthokit.config import penalty_of
 from orthokit.lab.fairness import Panel, flags, incomparable, plain, refusals, repeated, under
@@ -31,6 +31,7 @@ from orthokit.lab.statistics import (
 )
 from orthokit.lab.tuning import Choice
 
+Key = TypeVar("Key", bound=Hashable)
 FACTOR = ("regularizer",)
 PANELS = ("network", "data.name")
 
@@ -95,8 +96,7 @@ class Comparison:
                 cells[panel.name] = {arm: Cell(sample) for arm, sample in samples.items()}
             if self.baseline in samples and metric.group != "cost":  # machines and their load differ
                 found |= {(panel.name, arm): each for arm, each in differences(samples, self.baseline).items()}
-        raw = {key: each.welch for key, each in found.items() if each.welch is not None}
-        adjusted = dict(zip(raw, holm(list(raw.values())), strict=True))
+        adjusted = _adjusted({key: each.welch for key, each in found.items()})
         for (name, arm), each in found.items():
             each = replace(each, holm=adjusted.get((name, arm)))
             cells[name][arm] = Cell(cells[name][arm].sample, each, _verdict(metric, each))
@@ -159,8 +159,7 @@ class Comparison:
         if self.baseline not in whole:
             return {}
         found = {arm: trend(each, whole[self.baseline]) for arm, each in whole.items() if arm != self.baseline}
-        raw = {arm: each.raw for arm, each in found.items() if each.raw is not None}
-        adjusted = dict(zip(raw, holm(list(raw.values())), strict=True))
+        adjusted = _adjusted({arm: each.raw for arm, each in found.items()})
         return {arm: replace(each, holm=adjusted.get(arm)) for arm, each in found.items()}
 
     def changes(self, arm: str) -> str:
@@ -204,6 +203,12 @@ class Comparison:
             f"verdicts need p < {ALPHA:g}. Beside it Dunnett's test over the arms of each panel, which assumes equal variances. "
             "Every metric is adjusted by itself."
         )
+
+
+def _adjusted(raw: Mapping[Key, float | None]) -> dict[Key, float]:
+    """The p-values that there are, after Holm."""
+    tested = {key: p for key, p in raw.items() if p is not None}
+    return dict(zip(tested, holm(list(tested.values())), strict=True))
 
 
 def _verdict(metric: Metric, difference: Difference) -> str:
