@@ -132,7 +132,6 @@ def _by_power(product: Float[Tensor, "*b m m"], *, steps: int, squared: bool) ->
     """The same of a Gram matrix that is there."""
     times = less_identity(product).matmul
     unit = _start(product.shape[-1]).to(product).unsqueeze(-1)
-    unit = unit / torch.linalg.vector_norm(unit)
     units, norms = _iterate(times, unit.expand(*product.shape[:-1], 1), steps)
     left, right = _slope(times, units, norms)
     norm = norms[-1]
@@ -143,9 +142,11 @@ def _by_power(product: Float[Tensor, "*b m m"], *, steps: int, squared: bool) ->
 
 @cache
 def _start(size: int) -> Tensor:
-    """Numbers from -1/2 to 1/2 without visible order: of no generator, which no compiler would follow."""
+    """A unit vector of numbers without visible order: of no generator, which no compiler would follow."""
     scattered = torch.arange(1, size + 1, dtype=torch.float64, device="cpu").mul(12.9898).sin() * 43758.5453
-    return scattered - scattered.floor() - 0.5
+    centred = scattered - scattered.floor() - 0.5
+    unit: Tensor = centred / torch.linalg.vector_norm(centred)
+    return unit
 
 
 @dataclass(frozen=True, kw_only=True)
