@@ -18,7 +18,7 @@ from orthokit.lab.tuning import RULE, Choice, Trial
 from tiny import TINY
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
-UNFINISHED = {"decay", "near", "transfer"}
+UNFINISHED = {"decay", "depth-tuned", "near", "transfer", "transfer-wide"}
 STUDY = """
 title = "Tiny"
 recipe = "base.toml"
@@ -182,6 +182,7 @@ def test_what_is_finished_is_kept_when_interrupted(folder, monkeypatch, capsys):
         ("seeds = [0, 1]", "seeds = [0, 0]", "seeds must differ"),
         ("seeds", "seed", "unknown key seed; did you mean 'seeds'?"),
         ('"base.toml"', '"bass.toml"', "no recipe"),
+        ("title", 'reuse = ["tony.toml"]\ntitle', "no study tony.toml to reuse runs of"),
         ('"noise"', '"nose"', "no part 'nose'; did you mean 'noise'?"),
         ("title", 'baseline = "non"\ntitle', "no arm 'non'"),
         ("title", 'metric = "acuracy"\ntitle', "none is called 'acuracy'"),
@@ -210,6 +211,26 @@ def test_mistakes_are_told(folder, capsys, old, new, message):
     assert main(["study", "tiny.toml"]) == 2
     assert message in words(capsys.readouterr().err)
     assert not (folder / "runs").exists()
+
+
+def test_what_another_study_keeps_is_not_trained_again(folder, in_process, capsys):
+    assert main(["study", "tiny.toml", "--jobs", "1"]) == 0
+    shutil.rmtree(folder / "runs")
+    third = '[arms]\ndso = { regularizer = { strength = 0.1, penalty = "dso" } }\nbare = {}'
+    second = STUDY.replace("[arms]\nnone = {}", third).replace("[0, 1]", "[1, 2]").replace("title", 'baseline = "bare"\ntitle')
+    (folder / "second.toml").write_text('reuse = ["tiny.toml"]\n' + second)
+    in_process.clear()
+    capsys.readouterr()
+    assert main(["study", "second.toml", "--jobs", "1"]) == 0
+    assert in_process == ["dso/1", "dso/2", "bare/2", "so/2"]
+    assert "! 2 of the runs are those of the study tiny" in words(capsys.readouterr().out)
+    plan = study.plan(folder / "second.toml", out=folder / "runs", results=folder / "results")
+    lent = {task.arm: task.result().summary for task in plan.tasks if task.lent}
+    assert {arm: (found["seed"], found["study"]["arm"]) for arm, found in lent.items()} == {"bare": (1, "bare"), "so": (1, "so")}
+    assert lent["so"]["test"] == json.loads((folder / "results/tiny/runs/so/1/summary.json").read_text())["test"]
+    assert len(list((folder / "results/second").rglob("summary.json"))) == 4
+    (folder / "second.toml").write_text('reuse = ["tiny.toml"]\n' + second.replace("images = 20", "images = 10"))
+    assert len(study.plan(folder / "second.toml", out=folder / "runs", results=folder / "results").left()) == 6
 
 
 def test_a_baseline_that_failed(folder, monkeypatch, capsys):

@@ -5,6 +5,7 @@
     title = "Four penalties on a small budget"
     recipe = "../recipes/nano_cifar10_none.toml"     # or several, merged in order
     seeds = [0, 1, 2]
+    reuse = ["depth.toml"]                           # what this study keeps of the same runs need not be trained again
 
     [arms]                                           # parts of recipes, laid over it; the first one is the baseline
     none = {}
@@ -31,6 +32,7 @@ are chosen, below ``tuning`` and with their strength in the name; of one that di
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,6 +52,10 @@ from orthokit.lab.results import METRICS, TUNING, Result, metric_of, read_one
 from orthokit.lab.tuning import Choice, Trial, Tune, distinct
 
 Partial = dict[str, Any]
+Lent = dict[tuple[str, int], Path]
+"""Where what is kept of a run is, by its recipe and seed."""
+RUNS = "runs"
+"""In the folder of a study: the runs that are compared, ``runs/<name>/<seed>``."""
 STRENGTH = "regularizer.strength"
 
 
@@ -87,6 +93,8 @@ class Study(Section):
     """Keys or sections of the recipe in which arms may differ."""
     metric: str = METRICS[0].key
     """What verdicts go by."""
+    reuse: Annotated[list[str], Field(default_factory=list)]
+    """Files of other studies, relative to this one's: what they keep serves where recipe, seed and evaluation are the same."""
     tune: Tune | None = None
     evaluate: Annotated[Evaluation, Field(default_factory=lambda: Evaluation.model_validate({}))]
 
@@ -116,12 +124,20 @@ class Task:
     kept: Path
     parts: Mapping[str, Partial] = field(default_factory=dict)
     """Of the evaluation: their settings."""
+    lent: Path | None = None
+    """Where another study keeps the result of the same run."""
 
     def result(self) -> Result | None:
         """What is kept of it."""
-        if not self.kept.is_file() or (kept := read_one(self.kept)).recipe != self.run.recipe:
-            return None
-        return kept
+        for file in filter(None, (self.kept, self.lent)):
+            if file.is_file() and (found := read_one(file)).recipe == self.run.recipe:
+                return replace(found, summary=found.summary | {"study": self.place})
+        return None
+
+    @property
+    def place(self) -> dict[str, str]:
+        """Arm and panel, as a result names them."""
+        return {"arm": self.arm, "panel": self.panel}
 
     @property
     def record(self) -> Run:
@@ -170,12 +186,12 @@ class Plan:
                 continue
             small = read_one(task.run.folder / "summary.json").small()
             small["environment"] = {key: value for key, value in small["environment"].items() if key != "platform"}
-            write(task.kept, to_json(small | {"study": {"arm": task.arm, "panel": task.panel}}))
+            write(task.kept, to_json(small | {"study": task.place}))
 
     def strangers(self) -> list[Path]:
         """What is kept of runs that are no longer part of it."""
         known = {file for task in (*self.tuning, *self.tasks) for file in (task.kept, task.record.divergence)}
-        kept = [path for part in ("runs", TUNING) for path in sorted((self.folder / part).rglob("*.json"))]
+        kept = [path for part in (RUNS, TUNING) for path in sorted((self.folder / part).rglob("*.json"))]
         return [path for path in kept if path not in known]
 
     def comparison(self) -> Comparison:
@@ -185,6 +201,7 @@ class Plan:
             ValueError: there is too little of it; arms differ in more than the study's factor.
         """
         results, diverged = _found(self.tasks)
+        lent = Counter(lender for each in results if (lender := each.source.parents[3]) != self.folder)
         missing, said = len(self.tasks) - len(results), self.said
         which = f", {diverged} of which diverged" if diverged else ""
         flagged = (
@@ -197,7 +214,11 @@ class Plan:
             by=["network", "data.name", *(said.factors), *_panel_keys(said)],
             baseline=said.baseline or next(iter(said.arms)),
             metric=said.metric,
-            flagged=[*flagged, *(choice.warning for choice in self.choices if choice.warning)],
+            flagged=[
+                *flagged,
+                *(f"{count} of the runs are those of the study {lender.name}" for lender, count in lent.items()),
+                *(choice.warning for choice in self.choices if choice.warning),
+            ],
         )
         return replace(compared, choices=self.choices)
 
@@ -273,13 +294,13 @@ def plan(file: Path, *, out: Path, results: Path) -> Plan:
     """
     said = read_section(Study, file)
     tune, trained, kept = said.tune, out / file.stem, results / file.stem
-    places = _places(said, file)
+    places, lent = _places(said, file), _lent(said.reuse, file, results)
     tuning, choices = list[Task](), dict[tuple[str, str, tuple[str, ...]], Choice]()
     if tune is not None:
         _check_tuning(file, tune, places)
         for place in places:
             if place.tunable and tune.network in (None, place.network):
-                tried = {strength: _trial(place, strength, tune.seeds, trained, kept) for strength in tune.of(place.arm)}
+                tried = {strength: _trial(place, strength, tune.seeds, trained, kept, lent) for strength in tune.of(place.arm)}
                 tuning += itertools.chain(*tried.values())
                 if not any(map(_left, tried.values())):
                     choices[place.arm, place.network, place.settings] = _choice(
@@ -291,15 +312,30 @@ def plan(file: Path, *, out: Path, results: Path) -> Plan:
         final = place
         if tune is not None and place.tunable:
             final = place.of(choices[place.arm, tune.network or place.network, place.settings].chosen.strength)
-        tasks += _tasks(final, said.seeds, trained / final.folder, kept / "runs" / place.folder, parts)
+        tasks += _tasks(final, said.seeds, trained / final.folder, kept / RUNS / place.folder, parts, lent[RUNS])
     return Plan(file, said, kept, tuple(tuning), tuple(choices.values()) if complete else (), tuple(tasks))
 
 
-def _trial(place: _Place, strength: float, seeds: Sequence[int], trained: Path, kept: Path) -> list[Task]:
+def _lent(reuse: Sequence[str], file: Path, results: Path) -> dict[str, Lent]:
+    """What other studies keep of the runs of either stage."""
+    found: dict[str, Lent] = {RUNS: {}, TUNING: {}}
+    for other in (file.parent / name for name in reuse):
+        if not other.is_file():
+            raise FileNotFoundError(f"{file}: no study {other} to reuse runs of")
+        for stage, runs in found.items():
+            for path in sorted((results / other.stem / stage).glob("*/*/summary.json")):
+                kept = read_one(path)
+                runs.setdefault((kept.recipe.to_toml(), kept.seed), path)
+    return found
+
+
+def _trial(
+    place: _Place, strength: float, seeds: Sequence[int], trained: Path, kept: Path, lent: Mapping[str, Lent]
+) -> list[Task]:
     """The runs that try a strength; by its name they are an arm of its own."""
     each = place.of(strength)
-    folder = Path(TUNING, each.folder)
-    return _tasks(replace(each, arm=f"{place.arm}, {each.settings[-1]}"), seeds, trained / folder, kept / folder, {})
+    each, folder = replace(each, arm=f"{place.arm}, {each.settings[-1]}"), Path(TUNING, each.folder)
+    return _tasks(each, seeds, trained / folder, kept / folder, {}, lent[TUNING])
 
 
 def _choice(file: Path, place: _Place, tried: Mapping[float, Sequence[Task]], *, shared: bool) -> Choice:
@@ -313,11 +349,16 @@ def _choice(file: Path, place: _Place, tried: Mapping[float, Sequence[Task]], *,
     return choice
 
 
-def _tasks(place: _Place, seeds: Sequence[int], trained: Path, kept: Path, parts: Mapping[str, Partial]) -> list[Task]:
-    return [
-        Task(place.arm, place.panel, Run(place.recipe, seed, trained / str(seed)), kept / str(seed) / "summary.json", parts)
-        for seed in seeds
-    ]
+def _tasks(
+    place: _Place, seeds: Sequence[int], trained: Path, kept: Path, parts: Mapping[str, Partial], lent: Lent
+) -> list[Task]:
+    toml = place.recipe.to_toml()
+
+    def task(seed: int) -> Task:
+        run, file = Run(place.recipe, seed, trained / str(seed)), kept / str(seed) / "summary.json"
+        return Task(place.arm, place.panel, run, file, parts, lent.get((toml, seed)))
+
+    return [task(seed) for seed in seeds]
 
 
 def _places(said: Study, file: Path) -> list[_Place]:
