@@ -196,7 +196,7 @@ def weight_of(layer: nn.Module) -> Tensor:
         parametrization = cast(nn.ModuleDict, layer.parametrizations)["weight"]
         # Its own call rather than `layer.weight`, which would leave this reading in the cache of `parametrize.cached()`.
         sharded = {name: whole(part) for name, part in parametrization.named_parameters() if hasattr(part, "full_tensor")}
-        with _evaluating(parametrization):
+        with evaluating(parametrization):
             return cast(Tensor, functional_call(parametrization, sharded, ()) if sharded else parametrization())
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == "weight":
@@ -249,7 +249,7 @@ def leaves(value: Tensor) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, with each submodule's own mode restored."""
     modes = [(part, part.training) for part in module.modules()]
     try:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthokit.checks import check_choice, check_count, check_number
+from orthokit.kernel import evaluating
 
 Norm = Literal["linf", "l2"]
 NORMS: tuple[Norm, ...] = ("linf", "l2")
@@ -56,14 +57,11 @@ class Pixels(nn.Module):
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, its parameters without gradients; afterwards as it was."""
-    modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model.eval().requires_grad_(False)
-        yield
+        with evaluating(model.requires_grad_(False)):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter, requires_grad in wanted:
             parameter.requires_grad_(requires_grad)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from orthokit.checks import check_choice, check_count, check_number, did_you_mean
+from orthokit.kernel import evaluating
 from orthokit.report import report
 from orthokit.select import convs, layers, state_of
 from orthokit.tables import Row
@@ -392,15 +393,9 @@ def flops(model: nn.Module, input_shape: Iterable[int]) -> int:
         model: on any device.
         input_shape: of one input, without the batch dimension: ``(channels, height, width)``.
     """
-    modes = [(module, module.training) for module in model.modules()]
     like = next(model.parameters(), torch.empty(0))
-    try:
-        model.eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(like.new_zeros((1, *input_shape)))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(like.new_zeros((1, *input_shape)))
     return int(counter.get_total_flops()) // 2
 
 
