@@ -1,6 +1,8 @@
 """Sphinx configuration; ``make docs`` builds the site."""
 
+import shutil
 from importlib.metadata import version as _version
+from pathlib import Path
 
 project = "orthokit"
 copyright = "2026, the orthokit authors"
@@ -19,3 +21,8 @@ napoleon_use_ivar = True
 napoleon_numpy_docstring = False
 python_use_unqualified_type_names = True
 nitpicky = False
+
+# A copy, as links between pages are not found through a symbolic link.
+_docs = Path(__file__).parent
+shutil.rmtree(_docs / "evidence", ignore_errors=True)
+shutil.copytree(_docs.parent / "results", _docs / "evidence", ignore=shutil.ignore_patterns("runs", "tuning", "*.html", "*.tex"))

@@ -14,7 +14,7 @@ from orthokit.lab.hardware import Hardware
 from orthokit.lab.results import read
 from orthokit.lab.statistics import Sample
 from orthokit.lab.train import DivergenceError, train
-from orthokit.lab.tuning import RULE, Choice, Trial
+from orthokit.lab.tuning import RULE, Choice, Trial, cautions
 from tiny import TINY
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
@@ -283,9 +283,9 @@ def choice(**tried):
         # sd is sqrt(2) everywhere, hence 1 of the mean of two
         ({"s1": (88, 90), "s2": (89, 91), "s3": (88, 90), "s4": (80, 82)}, 1, 2, 3, None),
         ({"s1": (88, 90), "s2": (89, 91), "s3": (87.9, 89.9), "s4": (80, 82)}, 1, 2, 2, None),
-        ({"s1": (89, 91), "s2": (80, 82), "s3": (70, 72)}, 1, 1, 1, "so: the chosen strength, 1, is at the edge"),
-        ({"s1": (89, 91), "s2": (88.5, 90.5), "s3": (70, 72)}, 1, 1, 2, "so: the best strength, 1, is at the edge"),
-        ({"s1": (89, 91), "s2": (88.5, 90.5)}, 1, 1, 2, "the chosen strength, 2, and the best strength, 1, are at the edge"),
+        ({"s1": (89, 91), "s2": (80, 82), "s3": (70, 72)}, 1, 1, 1, "so (chosen 1)"),
+        ({"s1": (89, 91), "s2": (88.5, 90.5), "s3": (70, 72)}, 1, 1, 2, "so (best 1)"),
+        ({"s1": (89, 91), "s2": (88.5, 90.5)}, 1, 1, 2, "so (chosen 2, best 1)"),
         # variances 0 and 4, pooled 2
         ({"s1": (80, 80), "s2": (90 - 2**0.5, 90 + 2**0.5), "s3": (80, 82 - 2)}, (4 / 3 / 2) ** 0.5, 2, 2, None),
         # without spread only equal means are near
@@ -293,15 +293,14 @@ def choice(**tried):
         # what diverged is out, but was looked at: 2 is no edge
         ({"s1": (88, 90), "s2": (89, 91), "s3": ("x", 99)}, 1, 2, 2, None),
         ({"s1": (88, 90), "s2": (89, 91), "s3": ("x", "x")}, 1, 2, 2, None),
-        ({"s1": (88, 90)}, 1, 1, 1, "so: the chosen strength, 1, is at the edge"),
+        ({"s1": (88, 90)}, 1, 1, 1, "so (chosen 1)"),
     ],
 )
 def test_the_strongest_within_a_standard_error_of_the_best(tried, error, best, chosen, warned):
     found = choice(**tried)
     assert found.error == pytest.approx(error)
     assert (found.best.strength, found.chosen.strength) == (best, chosen)
-    assert (found.warning is None) == (warned is None)
-    assert warned is None or warned in found.warning
+    assert found.edge == warned
 
 
 def test_strengths_are_chosen_first(folder, in_process, capsys):
@@ -333,7 +332,7 @@ def test_strengths_are_chosen_first(folder, in_process, capsys):
     written = (kept / "README.md").read_text()
     assert f"| so | 2 | {strength:g} | {found.error:.2f} | {cells} |" in written
     assert RULE in written
-    assert f"> **Caution.** {found.warning}" in written
+    assert f"> **Caution.** {cautions([found])[0]}" in written
     assert "](figures/tuning.svg)" in written
     assert (kept / "figures/tuning.svg").is_file()
     page = (kept / "report.html").read_text()

@@ -49,7 +49,7 @@ from orthokit.lab.files import to_json, write
 from orthokit.lab.recipe import Recipe, Section, differences, extended, flattened, inline, label, merged, parsed, read_section
 from orthokit.lab.record import Run, Seeds
 from orthokit.lab.results import METRICS, TUNING, Result, metric_of, read_one
-from orthokit.lab.tuning import Choice, Trial, Tune, distinct
+from orthokit.lab.tuning import Choice, Trial, Tune, cautions, distinct
 
 Partial = dict[str, Any]
 Lent = dict[tuple[str, int], Path]
@@ -217,7 +217,7 @@ class Plan:
             flagged=[
                 *flagged,
                 *(f"{count} of the runs are those of the study {lender.name}" for lender, count in lent.items()),
-                *(choice.warning for choice in self.choices if choice.warning),
+                *cautions(self.choices),
             ],
         )
         return replace(compared, choices=self.choices)

@@ -133,12 +133,19 @@ class Choice:
         return max(near, key=lambda trial: trial.strength)
 
     @property
-    def warning(self) -> str | None:
-        """Where the chosen or the best value is the first or the last one tried."""
+    def edge(self) -> str | None:
+        """The arm, if its chosen or its best value is the first or the last one tried, and which of the two is."""
         ends = self.trials[0], self.trials[-1]
         named = {"chosen": self.chosen} | ({"best": self.best} if self.best is not self.chosen else {})
-        if not (told := [f"the {name} strength, {trial.strength:g}," for name, trial in named.items() if trial in ends]):
-            return None
-        where = ": ".join(filter(None, [self.panel, self.arm]))
-        verb = "is" if len(told) == 1 else "are"
-        return f"{where}: {' and '.join(told)} {verb} at the edge of those tried; a better one may lie beyond"
+        told = [f"{name} {trial.strength:g}" for name, trial in named.items() if trial in ends]
+        return f"{self.arm} ({', '.join(told)})" if told else None
+
+
+def cautions(choices: Iterable[Choice]) -> list[str]:
+    """A sentence for each panel that chose strengths at an edge."""
+    found: dict[str, list[str]] = {}
+    for choice in choices:
+        if choice.edge is not None:
+            found.setdefault(choice.panel, []).append(choice.edge)
+    said = "strengths at the edge of those tried, beyond which better ones may lie"
+    return [": ".join(filter(None, [panel, said, "; ".join(arms)])) for panel, arms in found.items()]
