@@ -194,7 +194,7 @@ def test_parts_that_do_not_compare_are_not_drawn():
 def test_one_panel_and_another_primary_metric_and_factor():
     outline = Outline(page(compare(made_up({"none": 0, "so": 1}, (8,)), metric="nll", factor=("regularizer", "train.epochs"))))
     assert "1 panel, 2 arms" in outline.text
-    assert "NLL against near-orthogonality: " in outline.text
+    assert "Near-orthogonality and NLL, the most orthogonal arm first: " in outline.text
     assert "regularizer, train.epochs" in outline.text
     assert "epochs = 20" in outline.text
 

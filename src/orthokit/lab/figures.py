@@ -255,28 +255,43 @@ def _training(comparison: Comparison, panel: Panel) -> Drawing | None:
 
 
 def _trade(comparison: Comparison, panel: Panel) -> Drawing | None:
-    """The primary metric against near-orthogonality."""
+    """Near-orthogonality and the primary metric side by side, a row for each arm, the most orthogonal one first."""
     across, up = metric_of("under_cos"), comparison.primary
     xs, ys = (comparison.cells(metric).get(panel.name, {}) for metric in (across, up))
     arms = [arm for arm in panel.arms if arm in xs and arm in ys and min(xs[arm].sample.values) > 0]
     if not arms:
         return None
-    figure, look = _sheet(comparison, arms)
-    axis = figure.subplots()
+    arms.sort(key=lambda arm: xs[arm].sample.mean)
+    look, labels = _looks(comparison.arms), [_wrapped(arm, 18, 2) for arm in arms]
+    figure = Figure(figsize=(WIDTH, max(2.3, 0.9 + 0.24 * len(arms))), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
     least = 0.7 * min(min(xs[arm].sample.values) for arm in arms)  # an interval may reach below 0
-    for arm in arms:
-        x, y = xs[arm].sample, ys[arm].sample
-        _faint(axis, x.values, y.values, look[arm])
-        if x.interval is not None:
-            axis.hlines(y.mean, max(least, x.interval[0]), x.interval[1], color=look[arm]["color"], linewidth=1)
-        if y.interval is not None:
-            axis.vlines(x.mean, *y.interval, color=look[arm]["color"], linewidth=1)
-        axis.plot([x.mean], [y.mean], **look[arm] | {"linestyle": "", "markersize": 7, "markeredgecolor": "white"}, zorder=4)
-    _log(axis.xaxis, [np.array(xs[arm].sample.values) for arm in arms])
-    axis.set(xlabel="mean |c| of under-determined layers", ylabel=up.heading)
+    for axis, cells in ((left, xs), (right, ys)):
+        for place, arm in enumerate(arms):
+            sample = cells[arm].sample
+            _faint(axis, sample.values, [place] * sample.n, look[arm])
+            if sample.interval is not None:
+                low, high = sample.interval
+                axis.hlines(place, max(least, low) if axis is left else low, high, color=look[arm]["color"], linewidth=1)
+            style = look[arm] | {"linestyle": "", "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.5}
+            axis.plot([sample.mean], [place], **style, zorder=4)
+        axis.grid(visible=False, axis="y")
+        axis.tick_params(axis="y", length=0)
+        axis.spines["left"].set_visible(False)
+    if comparison.baseline in arms:
+        right.axvline(ys[comparison.baseline].sample.mean, color="#999999", linewidth=0.8, linestyle=LINES[1])
+    _log(left.xaxis, [np.array(xs[arm].sample.values) for arm in arms])
+    left.xaxis.set_minor_locator(NullLocator())
+    left.set(ylim=(len(arms) - 0.5, -0.5), xlabel=across.heading)
+    left.set_yticks(range(len(arms)), labels, fontsize=8)
+    right.xaxis.set_major_locator(MaxNLocator(4))
+    right.set(xlabel=up.heading)
     _title(figure, comparison, panel)
     points = {arm: f"{across.show(xs[arm].sample.mean)} and {up.show(ys[arm].sample.mean)}" for arm in arms}
-    caption = f"{_capital(up.label)} against near-orthogonality{_of(comparison, panel)}: {_spread(ys[arm] for arm in arms)}."
+    caption = (
+        f"Near-orthogonality and {up.label}{_of(comparison, panel)}, the most orthogonal arm first: "
+        f"{_spread(ys[arm] for arm in arms)}."
+    )
     return _drawn(figure, caption, points)
 
 
