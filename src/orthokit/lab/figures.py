@@ -157,6 +157,10 @@ def _by_panel(comparison: Comparison, metric: Metric) -> Drawing:
     words = [str(depth) for depth in depths] if by_depth else [_wrapped(p.name, max(8, 44 // len(panels)), 3) for p in panels]
     axis.set_xticks(range(len(panels)), words)
     axis.set(xlim=(-0.5, len(panels) - 0.5), ylabel=metric.heading)
+    values = np.array([value for each in cells.values() for cell in each.values() for value in cell.sample.values])
+    if metric.group == "orthogonality" and 0 < 100 * values.min() < values.max():
+        _log(axis.yaxis, [values])
+        axis.set_ylim(0.7 * values.min(), 1.4 * values.max())  # an interval may reach below 0
     axis.grid(visible=False, axis="x")
     for place in range(1, len(panels)):
         axis.axvline(place - 0.5, color="#e8e8e8", linewidth=0.6)
