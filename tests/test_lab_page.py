@@ -191,6 +191,18 @@ def test_parts_that_do_not_compare_are_not_drawn():
     assert not any(name.startswith(("robustness", "features")) for name in figures(compare(results)))
 
 
+def test_near_orthogonality_over_decades_is_on_a_logarithmic_axis():
+    results = made_up({"none": 0, "one": 0, "two": 0}, (8,))
+    levels = {arm: re.findall(r">([\d.e-]+)</text>", _drawn(results, arm)) for arm in ("one", "two")}
+    assert {"0.001", "0.01", "0.1"} <= set(levels["one"])  # 0.11 and 0.0004
+    assert "0.001" not in levels["two"]  # 0.11 and 0.03
+
+
+def _drawn(results, arm):
+    some = [result for result in results if result.summary["study"]["arm"] in ("none", arm)]
+    return figures(compare(some, metric="under_cos"))["result-under_cos"].svg
+
+
 def test_one_panel_and_another_primary_metric_and_factor():
     outline = Outline(page(compare(made_up({"none": 0, "so": 1}, (8,)), metric="nll", factor=("regularizer", "train.epochs"))))
     assert "1 panel, 2 arms" in outline.text
