@@ -19,7 +19,18 @@ from orthokit.lab.compare import compare
 from orthokit.lab.files import to_json
 from orthokit.lab.page import page
 from orthokit.lab.recipe import Recipe
-from orthokit.lab.statistics import ALPHA, Sample, detectable, differences, holm, pooled_sd, power, seeds_needed, trend
+from orthokit.lab.statistics import (
+    ALPHA,
+    Sample,
+    contrast,
+    detectable,
+    differences,
+    holm,
+    per_doubling,
+    pooled_sd,
+    power,
+    seeds_needed,
+)
 
 ARMS = {"none": 0.0, "so": 2.0, "strict": 0.0, "welch": -2.0}
 
@@ -140,6 +151,10 @@ def test_power_by_simulation_and_back():
         seeds_needed(1.0, 1.0, chance=1.0)
 
 
+def trend(arm, none):
+    return contrast(per_doubling([*arm]), [*arm.values()], [*none.values()])
+
+
 def test_a_trend_by_hand():
     random = np.random.default_rng(2)
     arm, none = ({x: Sample(tuple(random.normal(0, sd, n))) for x, sd, n in ((3, 1, 4), (6, 2, 5), (12, 3, 6))} for _ in "ab")
@@ -248,17 +263,24 @@ def test_trends_over_panels_that_grow():
     ]
     comparison = compare(runs)
     assert comparison.grows == "network.depth"
-    assert [comparison.changes(arm) for arm in ("so", "strict", "welch")] == ["not resolved", "rises", "falls"]
-    assert comparison.trends["strict"].mean == pytest.approx(1.0, abs=0.3)
-    raw = [each.raw for each in comparison.trends.values()]
-    assert [each.holm for each in comparison.trends.values()] == pytest.approx(holm(raw))
+    mean, change = comparison.contrasts
+    assert [change.verdict(arm) for arm in ("so", "strict", "welch")] == ["not resolved", "rises", "falls"]
+    assert [mean.verdict(arm) for arm in ("so", "strict", "welch")] == ["better", "better", "worse"]
+    assert change.found["strict"].mean == pytest.approx(1.0, abs=0.3)
+    cells = [comparison.cell(comparison.primary, panel.name, "strict").difference.mean for panel in comparison.panels]
+    assert mean.found["strict"].mean == pytest.approx(sum(cells) / 4)
+    for asked in (mean, change):
+        raw = [each.raw for each in asked.found.values()]
+        assert [each.holm for each in asked.found.values()] == pytest.approx(holm(raw))
     for text in (shown(comparison), formats.markdown(comparison), formats.latex(comparison), page(comparison)):
         assert "per doubling" in text
         assert "network.depth from 8 to 64" in " ".join(text.replace("\\_", "_").split())
+        assert "all 4 panels" in text
     (row,) = [row for row in csv.DictReader(io.StringIO(formats.to_csv(comparison))) if row["verdict"] == "rises"]
-    assert (row["panel"], row["arm"]) == ("per doubling of network.depth", "strict")
+    assert (row["panel"], row["arm"]) == ("change per doubling, network.depth from 8 to 64", "strict")
     # Two panels are no trend, nor are panels that differ in a word.
-    assert not compare(made_up(ARMS)).trends
+    assert [asked.name for asked in compare(made_up(ARMS)).contrasts] == ["mean difference"]
+    assert compare(made_up(ARMS, [8])).contrasts == []
     words = [
         with_recipe(run, "network", shortcut="projection") if run.recipe.to_dict()["network"]["depth"] > 8 else run
         for run in runs
@@ -267,7 +289,7 @@ def test_trends_over_panels_that_grow():
     assert "per doubling" not in formats.markdown(compare(words))
     # An arm that is missing somewhere has none.
     short = [run for run in runs if not (run.summary["study"]["arm"] == "so" and run.recipe.to_dict()["network"]["depth"] == 16)]
-    assert list(compare(short).trends) == ["strict", "welch"]
+    assert all(list(asked.found) == ["strict", "welch"] for asked in compare(short).contrasts)
 
 
 def test_what_is_not_finite_is_missing():
@@ -526,7 +548,7 @@ def test_markdown_latex_csv():
     assert "![a picture](figures/x.svg)" in text
     assert "a_b & 50% \\|x\\|" in text
     tex = formats.latex(comparison)
-    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 6
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 7
     assert r"a\_b \& 50\% $|$x$|$" in tex
     assert not re.search(r"[±∞–↑↓]|(?<!\\)[%_#]", re.sub("^%.*", "", tex, flags=re.M))
     for body in re.findall(r"\\begin\{tabular\}\{(l r*|lr*)\}(.*?)\\end\{tabular\}", tex, re.S):

@@ -19,21 +19,24 @@ from orthokit.lab.results import COST, MEASURED, METRICS, Metric, Result, metric
 from orthokit.lab.statistics import (
     ALPHA,
     POWER,
+    Contrast,
     Difference,
     Sample,
-    Trend,
+    contrast,
     detectable,
     differences,
     holm,
+    per_doubling,
     pooled_sd,
     seeds_needed,
-    trend,
 )
 from orthokit.lab.tuning import Choice
 
 Key = TypeVar("Key", bound=Hashable)
 FACTOR = ("regularizer",)
 PANELS = ("network", "data.name")
+WORDS = {1: ("better", "worse"), 0: ("higher", "lower"), -1: ("worse", "better")}
+"""Of differences above 0, and below, by what is better of a metric."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,22 @@ class Cell:
     """From the baseline; None of the baseline itself, and where there is none."""
     verdict: str = ""
     """``better``, ``worse`` or ``not resolved``; ``higher`` or ``lower`` where neither is a merit; empty without a difference."""
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """A question that is put to all panels at once, and what each arm answers."""
+
+    name: str
+    over: str
+    """Which panels."""
+    words: tuple[str, str]
+    """For what is above 0, and below."""
+    found: dict[str, Contrast]
+
+    def verdict(self, arm: str) -> str:
+        """In a word, or ``not resolved``."""
+        return _verdict(self.found[arm], self.words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +118,7 @@ class Comparison:
         adjusted = _adjusted({key: each.welch for key, each in found.items()})
         for (name, arm), each in found.items():
             each = replace(each, holm=adjusted.get((name, arm)))
-            cells[name][arm] = Cell(cells[name][arm].sample, each, _verdict(metric, each))
+            cells[name][arm] = Cell(cells[name][arm].sample, each, _verdict(each, WORDS[metric.better]))
         return cells
 
     def cell(self, metric: Metric, panel: str, arm: str) -> Cell | None:
@@ -146,26 +165,28 @@ class Comparison:
         return keys.pop()
 
     @cached_property
-    def trends(self) -> dict[str, Trend]:
-        """How each arm's difference from the baseline, in the primary metric, changes as panels grow."""
-        if self.grows is None:
-            return {}
-        samples: dict[str, dict[float, Sample]] = {}
-        cells = self.cells(self.primary)
-        for panel in self.panels:
-            for arm, cell in cells.get(panel.name, {}).items():
-                samples.setdefault(arm, {})[panel.values[self.grows]] = cell.sample
-        whole = {arm: each for arm, each in samples.items() if len(each) == len(self.panels)}
-        if self.baseline not in whole:
-            return {}
-        found = {arm: trend(each, whole[self.baseline]) for arm, each in whole.items() if arm != self.baseline}
-        adjusted = _adjusted({arm: each.raw for arm, each in found.items()})
-        return {arm: replace(each, holm=adjusted.get(arm)) for arm, each in found.items()}
+    def contrasts(self) -> list[Contrasts]:
+        """Of the primary metric: over all panels and, where these grow, per doubling."""
+        cells, names = self.cells(self.primary), [panel.name for panel in self.panels]
+        whole = [arm for arm in self.arms if all(arm in cells.get(name, {}) for name in names)]
+        if len(names) < 2 or self.baseline not in whole:
+            return []
+        samples = {arm: [cells[name][arm].sample for name in names] for arm in whole}
 
-    def changes(self, arm: str) -> str:
-        """Whether an arm's difference from the baseline changes as panels grow: ``rises``, ``falls`` or ``not resolved``."""
-        each = self.trends[arm]
-        return "not resolved" if not each.resolved else "rises" if each.mean > 0 else "falls"
+        def tested(weights: Sequence[float]) -> dict[str, Contrast]:
+            found = {
+                arm: contrast(weights, each, samples[self.baseline]) for arm, each in samples.items() if arm != self.baseline
+            }
+            adjusted = _adjusted({arm: each.raw for arm, each in found.items()})
+            return {arm: replace(each, holm=adjusted.get(arm)) for arm, each in found.items()}
+
+        alike = tested([1 / len(names)] * len(names))
+        asked = [Contrasts("mean difference", f"all {len(names)} panels", WORDS[self.primary.better], alike)]
+        if self.grows is not None:
+            numbers = [panel.values[self.grows] for panel in self.panels]
+            over = f"{self.grows} from {numbers[0]} to {numbers[-1]}"
+            asked.append(Contrasts("change per doubling", over, ("rises", "falls"), tested(per_doubling(numbers))))
+        return asked if asked[0].found else []
 
     def power(self) -> list[str]:
         """What the present seeds could have resolved in the primary metric, and how many seeds would resolve less."""
@@ -211,13 +232,8 @@ def _adjusted(raw: Mapping[Key, float | None]) -> dict[Key, float]:
     return dict(zip(tested, holm(list(tested.values())), strict=True))
 
 
-def _verdict(metric: Metric, difference: Difference) -> str:
-    if not difference.resolved:
-        return "not resolved"
-    up = difference.mean > 0
-    if metric.better == 0:
-        return "higher" if up else "lower"
-    return "better" if up == (metric.better > 0) else "worse"
+def _verdict(found: Difference | Contrast, words: tuple[str, str]) -> str:
+    return words[found.mean < 0] if found.resolved else "not resolved"
 
 
 def compare(

@@ -32,7 +32,8 @@ COLUMNS = (
     "|c| > .99. Robustness: accuracy, the mean over all strengths. Features: penultimate."
 )
 CONTRAST = (
-    "A linear contrast of the differences over the binary logarithm of what grows, with Satterthwaite's degrees of freedom; p is "
+    "A contrast of the differences in all panels: their mean, each panel weighing the same, or their change, linear over the "
+    "binary logarithm of what grows. Its error comes from the seeds alone, with Satterthwaite's degrees of freedom; p is "
     "adjusted after Holm over the arms."
 )
 LEGEND = f"Mean ± sd; + better, - worse, ↑ higher, ↓ lower than the baseline, where resolved. {COLUMNS}"
@@ -96,18 +97,16 @@ def secondary(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, lis
         yield title, ["arm", *(metric.heading for metric in metrics)], lines
 
 
-def trends(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, list[Line]]]]:
-    """Title, headers and lines of how differences from the baseline change over the panels, if these grow."""
-    if not comparison.trends:
-        return
-    metric, ends = comparison.primary, [str(panel.values[comparison.grows or ""]) for panel in comparison.panels]
-    lines = []
-    for arm, each in comparison.trends.items():
-        change = metric.show(each.mean, sign=True), interval(metric, each.interval, sign=True)
-        lines.append([arm, *change, p(each.raw), p(each.holm), comparison.changes(arm)])
-    headers = ["arm", "change per doubling", "95% interval", "p", "Holm p", "verdict"]
-    title = f"Trend: the difference from {comparison.baseline} in {metric.heading}"
-    yield title, headers, {f"{comparison.grows} from {ends[0]} to {ends[-1]}": lines}
+def contrasts(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, list[Line]]]]:
+    """Title, headers and lines of what is asked of all panels at once."""
+    metric = comparison.primary
+    for asked in comparison.contrasts:
+        lines = []
+        for arm, each in asked.found.items():
+            ends = metric.show(each.mean, sign=True), interval(metric, each.interval, sign=True)
+            lines.append([arm, *ends, p(each.raw), p(each.holm), asked.verdict(arm)])
+        title = f"Against {comparison.baseline} in {metric.heading}: {asked.name}"
+        yield title, ["arm", asked.name, "95% interval", "p", "Holm p", "verdict"], {asked.over: lines}
 
 
 def chosen(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, list[Line]]]]:
@@ -167,7 +166,7 @@ class Shown:
         yield from (Text(each) for each in comparison.verdicts())
         yield Text()
         for tables, legend in (
-            (trends(comparison), CONTRAST),
+            (contrasts(comparison), CONTRAST),
             (secondary(comparison) if self.more else (), LEGEND),
             (chosen(comparison), RULE),
         ):
@@ -233,7 +232,7 @@ def markdown(comparison: Comparison, *, figures: Sequence[tuple[str, str]] = (),
     parts += ["\n".join(f"* {_plain(each)}" for each in comparison.power()), _plain(comparison.explanation)]
     parts += [f"![{_plain(words)}]({file})" for file, words in figures]
     for tables, legend in (
-        (trends(comparison), [CONTRAST]),
+        (contrasts(comparison), [CONTRAST]),
         (secondary(comparison), [LEGEND, *comparison.notes]),
         (chosen(comparison), [RULE]),
     ):
@@ -276,7 +275,7 @@ SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {
 def latex(comparison: Comparison) -> str:
     r"""As LaTeX tables, which need ``\usepackage{booktabs}``: the primary metric, every group of the others, chosen strengths."""
     headers, lines = primary(comparison)
-    tables = [(comparison.primary.heading, headers, lines), *trends(comparison), *secondary(comparison), *chosen(comparison)]
+    tables = [(comparison.primary.heading, headers, lines), *contrasts(comparison), *secondary(comparison), *chosen(comparison)]
     cautions = "".join(f"% CAUTION: {' '.join(flag.split())}\n" for flag in comparison.flags)
     return f"{cautions}% {LEGEND}\n" + "\n".join(_tabular(comparison.title, *table) for table in tables)
 
@@ -303,11 +302,12 @@ def to_csv(comparison: Comparison) -> str:
         for panel, arms in comparison.cells(metric).items():
             for arm, cell in arms.items():
                 writer.writerow({"metric": metric.key, "panel": panel, "arm": arm} | _raw(cell))
-    for arm, found in comparison.trends.items():
-        ends = dict(zip(("difference_low", "difference_high"), found.interval or (None, None), strict=True))
-        tested = {"difference": found.mean, "p_welch": found.raw, "p_holm": found.holm, "verdict": comparison.changes(arm)}
-        panel = f"per doubling of {comparison.grows}"
-        writer.writerow({"metric": comparison.primary.key, "panel": panel, "arm": arm} | ends | tested)
+    for asked in comparison.contrasts:
+        for arm, found in asked.found.items():
+            ends = dict(zip(("difference_low", "difference_high"), found.interval or (None, None), strict=True))
+            tested = {"difference": found.mean, "p_welch": found.raw, "p_holm": found.holm, "verdict": asked.verdict(arm)}
+            panel = f"{asked.name}, {asked.over}"
+            writer.writerow({"metric": comparison.primary.key, "panel": panel, "arm": arm} | ends | tested)
     for choice in comparison.choices:
         for trial in choice.trials:
             said = "diverged" if trial.diverged else "chosen" * (trial is choice.chosen)

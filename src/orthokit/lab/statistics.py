@@ -94,14 +94,14 @@ def differences(arms: Mapping[str, Sample], baseline: str) -> dict[str, Differen
 
 
 @dataclass(frozen=True)
-class Trend:
-    """How much a difference changes per doubling of a number; no interval and p of single runs, and where no value differs."""
+class Contrast:
+    """A weighted sum of differences; no interval and p where one is of single runs, or where no value differs."""
 
     mean: float
     interval: tuple[float, float] | None
     raw: float | None
     holm: float | None = None
-    """The p-value, adjusted over all trends of the metric."""
+    """The p-value, adjusted over the arms."""
 
     @property
     def resolved(self) -> bool:
@@ -109,37 +109,46 @@ class Trend:
         return self.holm is not None and self.holm < ALPHA
 
 
-def trend(arm: Mapping[float, Sample], control: Mapping[float, Sample]) -> Trend:
-    """The linear contrast of an arm's differences from the baseline, over the binary logarithm of a number.
+def contrast(weights: Sequence[float], arm: Sequence[Sample], control: Sequence[Sample]) -> Contrast:
+    """``sum_k w_k (arm_k - control_k)`` of means, panel by panel, and whether it is 0.
 
-    A weighted sum of means, ``sum_x w_x (arm_x - control_x)`` with ``w_x = (log2 x - mean) / sum (log2 x - mean)^2``. Its error
-    comes from the seeds of each mean alone, however the means lie; the degrees of freedom are Satterthwaite's.
+    Its error comes from the seeds of each mean alone, however the means lie; the degrees of freedom are Satterthwaite's. Weights
+    of ``1/k`` make it the mean difference over ``k`` panels.
 
-    Args:
-        arm: its values by the number; three numbers at least, above 0.
-        control: the baseline's, by the same numbers.
-
-    >>> from orthokit.lab.statistics import Sample, trend
-    >>> none = {x: Sample((90.0, 90.2, 90.4)) for x in (8, 16, 32)}
-    >>> arm = {8: Sample((90.0, 90.2, 90.4)), 16: Sample((90.5, 90.7, 90.9)), 32: Sample((91.0, 91.2, 91.4))}
-    >>> found = trend(arm, none)
+    >>> from orthokit.lab.statistics import Sample, contrast
+    >>> none = [Sample((90.0, 90.2, 90.4)), Sample((80.0, 80.2, 80.4))]
+    >>> arm = [Sample((90.4, 90.6, 90.8)), Sample((80.2, 80.4, 80.6))]
+    >>> found = contrast([0.5, 0.5], arm, none)
     >>> round(found.mean, 3), [round(x, 3) for x in found.interval], round(found.raw, 4)
-    (0.5, [0.234, 0.766], 0.0025)
+    (0.3, [0.034, 0.566], 0.0317)
     """
-    logs = {x: math.log2(x) for x in arm}
-    middle = statistics.fmean(logs.values())
-    total = sum((log - middle) ** 2 for log in logs.values())
-    weights = {x: (log - middle) / total for x, log in logs.items()}
-    mean = sum(weight * (arm[x].mean - control[x].mean) for x, weight in weights.items())
-    samples = [(weight, each) for x, weight in weights.items() for each in (arm[x], control[x])]
+    pairs = list(zip(weights, arm, control, strict=True))
+    mean = sum(weight * (one.mean - other.mean) for weight, one, other in pairs)
+    samples = [(weight, each) for weight, *both in pairs for each in both]
     parts = [(weight**2 * each.sd**2 / each.n, each.n) for weight, each in samples if each.sd is not None]
     variance = sum(part for part, _ in parts)
     if len(parts) < len(samples) or not variance:
-        return Trend(mean, None, None)
+        return Contrast(mean, None, None)
     freedom = variance**2 / sum(part**2 / (n - 1) for part, n in parts if part)
     error = math.sqrt(variance)
     half = float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error
-    return Trend(mean, (mean - half, mean + half), float(2 * stats.t.sf(abs(mean) / error, freedom)))
+    return Contrast(mean, (mean - half, mean + half), float(2 * stats.t.sf(abs(mean) / error, freedom)))
+
+
+def per_doubling(numbers: Sequence[float]) -> list[float]:
+    """The weights of the linear contrast over the binary logarithm: ``w_k = (log2 x_k - mean) / sum (log2 x - mean)^2``.
+
+    >>> from orthokit.lab.statistics import per_doubling
+    >>> per_doubling([8, 16, 32])
+    [-0.5, 0.0, 0.5]
+
+    Args:
+        numbers: above 0, and not all equal.
+    """
+    logs = [math.log2(number) for number in numbers]
+    middle = statistics.fmean(logs)
+    total = sum((log - middle) ** 2 for log in logs)
+    return [(log - middle) / total for log in logs]
 
 
 @contextlib.contextmanager
