@@ -70,7 +70,8 @@ def test_figures_are_there(drawn):
     of_panels = {re.search(r"-(\w+?)-ResNet_(8|20)$", name) for name in drawn} - {None}
     assert {found[1] for found in of_panels} == panels
     assert len(of_panels) == 2 * len(panels)
-    assert {"result-accuracy", "result-differences", "cost-share", "cost-speed"} <= set(drawn)
+    assert {"result-accuracy", "result-differences", "result-contrasts", "cost-share", "cost-speed"} <= set(drawn)
+    assert "mean difference, disentangled +" in drawn["result-contrasts"].alt
 
 
 def test_figures_are_xml_with_words(drawn):

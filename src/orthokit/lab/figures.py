@@ -95,6 +95,7 @@ def _all(comparison: Comparison) -> Iterator[tuple[str, Drawing | None]]:
     yield f"result-{primary.key}", _by_panel(comparison, primary)
     for end, those in [("", panels)] if _rows(comparison, panels) <= ROWS else [(ends[p.name], (p,)) for p in panels]:
         yield f"result-differences{end}", _differences(comparison, those)
+    yield "result-contrasts", _contrasts(comparison)
     for panel in panels:
         yield f"orthogonality-training{ends[panel.name]}", _training(comparison, panel)
     for panel in panels:
@@ -215,9 +216,7 @@ def _differences(comparison: Comparison, panels: Sequence[Panel]) -> Drawing | N
     axis.set(xlim=(min(ends) - room, max(ends) + room), ylim=(y, 0))
     axis.set_yticks(places, [label for label, *_ in rows], fontsize=8)
     axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.grid(visible=False, axis="y")
-    axis.tick_params(axis="y", length=0)
-    axis.spines["left"].set_visible(False)
+    _bare(axis)
     for tick, (_, _, arm, _) in zip(axis.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("normal" if arm else "bold")
     label = f"{metric.label} less that of {_short(comparison.baseline, 30)}{', points' * bool(metric.unit)}"
@@ -227,6 +226,31 @@ def _differences(comparison: Comparison, panels: Sequence[Panel]) -> Drawing | N
         f"Differences from the baseline{of}, with Welch's 95% interval, not adjusted: filled where resolved, hollow where not."
     )
     return _drawn(figure, caption, said)
+
+
+def _contrasts(comparison: Comparison) -> Drawing | None:
+    """What is asked of all panels at once, a row for each arm."""
+    if not (asked := comparison.contrasts):
+        return None
+    metric, look, arms = comparison.primary, _looks(comparison.arms), list(asked[0].found)
+    figure = Figure(figsize=(WIDTH, max(2.3, 1 + 0.24 * len(arms))), layout="constrained")
+    axes = figure.subplots(1, len(asked), sharey=True, squeeze=False)[0]
+    said: dict[str, str] = {}
+    for axis, each in zip(axes, asked, strict=True):
+        axis.axvline(0, color="#444444", linewidth=0.9)
+        for place, (arm, found) in enumerate(each.found.items()):
+            style = look[arm] | {"linestyle": "", "markerfacecolor": look[arm]["color"] if found.resolved else "white"}
+            axis.plot(found.interval or [found.mean] * 2, [place] * 2, color=style["color"], linewidth=1.5)
+            axis.plot([found.mean], [place], **style | {"markersize": 6})
+            said[f"{each.name}, {arm}"] = f"{metric.show(found.mean, sign=True)} ({each.verdict(arm)})"
+        _bare(axis)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.set_xlabel(_wrapped(f"{each.name}{', points' * bool(metric.unit)}", 44 // len(asked), 2))
+        axis.set_title(_wrapped(each.over, 44 // len(asked), 2), fontweight="normal")
+    axes[0].set(ylim=(len(arms) - 0.5, -0.5))
+    axes[0].set_yticks(range(len(arms)), [_wrapped(arm, 18, 2) for arm in arms], fontsize=8)
+    what = f"{metric.label} against {_short(comparison.baseline, 30)}, all panels at once"
+    return _drawn(figure, f"{_capital(what)}, with 95% intervals, not adjusted: filled where resolved, hollow where not.", said)
 
 
 def _training(comparison: Comparison, panel: Panel) -> Drawing | None:
@@ -279,9 +303,7 @@ def _trade(comparison: Comparison, panel: Panel) -> Drawing | None:
                 axis.hlines(place, max(least, low) if axis is left else low, high, color=look[arm]["color"], linewidth=1)
             style = look[arm] | {"linestyle": "", "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.5}
             axis.plot([sample.mean], [place], **style, zorder=4)
-        axis.grid(visible=False, axis="y")
-        axis.tick_params(axis="y", length=0)
-        axis.spines["left"].set_visible(False)
+        _bare(axis)
     if comparison.baseline in arms:
         right.axvline(ys[comparison.baseline].sample.mean, color="#999999", linewidth=0.8, linestyle=LINES[1])
     _log(left.xaxis, [np.array(xs[arm].sample.values) for arm in arms])
@@ -458,6 +480,13 @@ def _curves(panel: Panel, read: Callable[[Result], Mapping[Any, float]]) -> Curv
         if xs := [x for x in found[0] if all(x in each for each in found)]:
             curves[arm] = xs, np.array([[each[x] for x in xs] for each in found], float)
     return curves
+
+
+def _bare(axis: Any) -> None:
+    """An axis whose rows have names and no lines."""
+    axis.grid(visible=False, axis="y")
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
 
 
 def _lines(axis: Any, curves: Curves, look: dict[str, dict[str, Any]], markers: bool = True) -> None:
