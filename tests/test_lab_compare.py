@@ -234,7 +234,8 @@ def test_planted_gains_and_what_is_said():
         }
     assert comparison.comparisons(comparison.primary) == 6
     said = comparison.verdicts()
-    assert len(said) == 6
+    assert len(said) == 9
+    assert said[0].startswith("mean difference, all 2 panels: so is better than none: +1.98 [+1.67, +2.28] points of test accuracy, ")
     assert re.fullmatch(
         r"ResNet-8: so is better than none: \+[\d.]+ \[\+[\d.]+, \+[\d.]+\] points of test accuracy, adjusted p = \S+, n = 6",
         said[0],
@@ -276,6 +277,8 @@ def test_trends_over_panels_that_grow():
         assert "per doubling" in text
         assert "network.depth from 8 to 64" in " ".join(text.replace("\\_", "_").split())
         assert "all 4 panels" in text
+    (said,) = [each for each in comparison.told()["change per doubling, network.depth from 8 to 64"] if each[0] == "falls"]
+    assert said[1].startswith("welch falls against none: -")
     (row,) = [row for row in csv.DictReader(io.StringIO(formats.to_csv(comparison))) if row["verdict"] == "rises"]
     assert (row["panel"], row["arm"]) == ("change per doubling, network.depth from 8 to 64", "strict")
     # Two panels are no trend, nor are panels that differ in a word.

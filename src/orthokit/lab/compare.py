@@ -5,6 +5,7 @@ what is compared within: runs of equal ``network`` and ``data.name``. Within a p
 Results are those of the last epoch.
 """
 
+import itertools
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,6 +61,11 @@ class Contrasts:
     words: tuple[str, str]
     """For what is above 0, and below."""
     found: dict[str, Contrast]
+
+    @property
+    def title(self) -> str:
+        """What is asked, and of which panels."""
+        return f"{self.name}, {self.over}"
 
     def verdict(self, arm: str) -> str:
         """In a word, or ``not resolved``."""
@@ -134,22 +140,26 @@ class Comparison:
         return f"{panel}: " if len(self.panels) > 1 else ""
 
     def told(self) -> dict[str, list[tuple[str, str]]]:
-        """The primary metric's result: panel -> verdict and sentence of each arm."""
+        """The primary metric's result, of all panels at once and of each: verdict and sentence of each arm."""
         said: dict[str, list[tuple[str, str]]] = {}
-        show = self.primary.show
+        for asked in self.contrasts:
+            for arm, each in asked.found.items():
+                said.setdefault(asked.title, []).append(self._told(arm, asked.verdict(arm), each))
         for panel, arms in self.cells(self.primary).items():
             for arm, cell in arms.items():
-                if (each := cell.difference) is None:
-                    continue
-                told = f"is {cell.verdict} than {self.baseline}" if each.resolved else f"against {self.baseline} is not resolved"
-                between = "" if each.interval is None else f" [{', '.join(show(end, sign=True) for end in each.interval)}]"
-                p = "no p of single or equal runs" if each.holm is None else f"adjusted p = {each.holm:.2g}"
-                sentence = (
-                    f"{arm} {told}: {show(each.mean, sign=True)}{between} "
-                    f"{'points of ' * bool(self.primary.unit)}{self.primary.label}, {p}, n = {cell.sample.n}"
-                )
-                said.setdefault(panel, []).append((cell.verdict, sentence))
+                if cell.difference is not None:
+                    verdict, sentence = self._told(arm, cell.verdict, cell.difference)
+                    said.setdefault(panel, []).append((verdict, f"{sentence}, n = {cell.sample.n}"))
         return said
+
+    def _told(self, arm: str, verdict: str, found: Difference | Contrast) -> tuple[str, str]:
+        show = self.primary.show
+        told = f"is {verdict} than" if verdict in itertools.chain(*WORDS.values()) else f"{verdict} against"
+        told = f"{told} {self.baseline}" if found.resolved else f"against {self.baseline} is not resolved"
+        between = "" if found.interval is None else f" [{', '.join(show(end, sign=True) for end in found.interval)}]"
+        p = "no p of single or equal runs" if found.holm is None else f"adjusted p = {found.holm:.2g}"
+        what = f"{'points of ' * bool(self.primary.unit)}{self.primary.label}"
+        return verdict, f"{arm} {told}: {show(found.mean, sign=True)}{between} {what}, {p}"
 
     def verdicts(self) -> list[str]:
         """The sentences of :meth:`told`, with their panel where there are several."""

@@ -306,8 +306,7 @@ def to_csv(comparison: Comparison) -> str:
         for arm, found in asked.found.items():
             ends = dict(zip(("difference_low", "difference_high"), found.interval or (None, None), strict=True))
             tested = {"difference": found.mean, "p_welch": found.raw, "p_holm": found.holm, "verdict": asked.verdict(arm)}
-            panel = f"{asked.name}, {asked.over}"
-            writer.writerow({"metric": comparison.primary.key, "panel": panel, "arm": arm} | ends | tested)
+            writer.writerow({"metric": comparison.primary.key, "panel": asked.title, "arm": arm} | ends | tested)
     for choice in comparison.choices:
         for trial in choice.trials:
             said = "diverged" if trial.diverged else "chosen" * (trial is choice.chosen)
