@@ -238,9 +238,9 @@ def test_planted_gains_and_what_is_said():
     assert said[0].startswith("mean difference, all 2 panels: so is better than none: +1.98 [+1.67, +2.28] points of test accuracy, ")
     assert re.fullmatch(
         r"ResNet-8: so is better than none: \+[\d.]+ \[\+[\d.]+, \+[\d.]+\] points of test accuracy, adjusted p = \S+, n = 6",
-        said[0],
+        said[3],
     )
-    assert said[1].startswith("ResNet-8: strict against none is not resolved: ")
+    assert said[4].startswith("ResNet-8: strict against none is not resolved: ")
     assert not comparison.flags
     nll = comparison.cells(results.metric_of("nll"))["ResNet-20"]
     assert nll["so"].verdict == "better"  # a smaller one
