@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from orthokit.lab.compare import Cell, Comparison
 from orthokit.lab.fairness import Panel
 from orthokit.lab.results import Metric, Result, curve, metric_of
+from orthokit.lab.statistics import Contrast, Difference
 from orthokit.lab.tuning import VALIDATION
 from orthokit.plots import COLOURS
 
@@ -207,9 +208,7 @@ def _differences(comparison: Comparison, panels: Sequence[Panel]) -> Drawing | N
         y += height
         if cell is None or (each := cell.difference) is None:
             continue
-        style = look[arm] | {"linestyle": "-", "markerfacecolor": look[arm]["color"] if each.resolved else "white"}
-        axis.plot(each.interval or [each.mean] * 2, [places[-1]] * 2, color=style["color"], linewidth=1.5)
-        axis.plot([each.mean], [places[-1]], **style | {"markersize": 6})
+        _tested(axis, places[-1], each, look[arm])
         said[f"{panel}, {arm}" if len(panels) > 1 else arm] = f"{metric.show(each.mean, sign=True)} ({cell.verdict})"
     ends = [0.0, *(end for each in every for end in (each.interval or [each.mean]) if np.isfinite(end))]
     room = 0.06 * (max(ends) - min(ends)) or 1.0
@@ -239,9 +238,7 @@ def _contrasts(comparison: Comparison) -> Drawing | None:
     for axis, each in zip(axes, asked, strict=True):
         axis.axvline(0, color="#444444", linewidth=0.9)
         for place, (arm, found) in enumerate(each.found.items()):
-            style = look[arm] | {"linestyle": "", "markerfacecolor": look[arm]["color"] if found.resolved else "white"}
-            axis.plot(found.interval or [found.mean] * 2, [place] * 2, color=style["color"], linewidth=1.5)
-            axis.plot([found.mean], [place], **style | {"markersize": 6})
+            _tested(axis, place, found, look[arm])
             said[f"{each.name}, {arm}"] = f"{metric.show(found.mean, sign=True)} ({each.verdict(arm)})"
         _bare(axis)
         axis.xaxis.set_major_locator(MaxNLocator(4))
@@ -480,6 +477,13 @@ def _curves(panel: Panel, read: Callable[[Result], Mapping[Any, float]]) -> Curv
         if xs := [x for x in found[0] if all(x in each for each in found)]:
             curves[arm] = xs, np.array([[each[x] for x in xs] for each in found], float)
     return curves
+
+
+def _tested(axis: Any, y: float, found: Difference | Contrast, look: dict[str, Any]) -> None:
+    """A row of its interval and mean, filled where resolved."""
+    style = look | {"linestyle": "-", "markerfacecolor": look["color"] if found.resolved else "white"}
+    axis.plot(found.interval or [found.mean] * 2, [y] * 2, color=style["color"], linewidth=1.5)
+    axis.plot([found.mean], [y], **style | {"markersize": 6})
 
 
 def _bare(axis: Any) -> None:
