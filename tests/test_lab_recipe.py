@@ -88,6 +88,19 @@ def test_extending_and_setting(tmp_path):
     assert (recipe.regularizer.penalty, recipe.regularizer.strength) == ({"name": "so"}, 0.5)
 
 
+def test_extending_inside_a_table(tmp_path):
+    """Relative to the file that says so, not to the one that extends it."""
+    (tmp_path / "sub/parts").mkdir(parents=True)
+    (tmp_path / "sub/parts/srip.toml").write_text('strength = 1.0\npenalty = { name = "srip", steps = 3 }\n')
+    (tmp_path / "sub/base.toml").write_text(
+        '[data]\nname = "digits"\n[network]\nkind = "resnet"\ndepth = 14\n[train]\nepochs = 9\n'
+        '[regularizer]\nextends = "parts/srip.toml"\nstrength = 0.5\n'
+    )
+    (tmp_path / "a.toml").write_text('extends = "sub/base.toml"\n[regularizer.penalty]\nsteps = 4\n')
+    regularizer = load(tmp_path / "a.toml").regularizer
+    assert (regularizer.strength, regularizer.penalty) == (0.5, {"name": "srip", "steps": 4})
+
+
 def test_labels():
     assert label([]) == ""
     assert label(["train.epochs = 10"]) == "+train.epochs=10"
@@ -156,7 +169,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="extends itself, through"):
         load(tmp_path / "a.toml")
     (tmp_path / "b.toml").write_text('extends = ["c.toml"]')
-    with pytest.raises(FileNotFoundError, match=r"no recipe .*c.toml, which .*b.toml extends, is there"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*c.toml, which .*b.toml extends, is there"):
         load(tmp_path / "a.toml")
     (tmp_path / "b.toml").write_text("extends = 3")
     with pytest.raises(ValueError, match="extends must be a file or a list"):

@@ -133,7 +133,7 @@ def test_panels_and_factors(folder):
     last = plan.tasks[-1]
     assert (last.run.recipe.network.model_extra["depth"], last.run.recipe.train.epochs) == (14, 2)
     assert last.run.folder == folder / "runs/tiny/ResNet-14-so+train.epochs=2/1"
-    assert last.kept == folder / "results/tiny/runs/ResNet-14-so+train.epochs=2/1/summary.json"
+    assert last.kept.folder == folder / "results/tiny/runs/ResNet-14-so+train.epochs=2/1"
     assert last.run.recipe.regularizer is not None
     assert plan.command == f"orthokit study {folder.name}/tiny.toml"
 
@@ -469,6 +469,26 @@ b = { network.depth = 14 }
 """
 
 
+def test_a_second_question(folder, diverging, capsys):
+    """A study extends another, of its own folder or not; nothing is trained or chosen again, what diverged neither."""
+    (folder / "tiny.toml").write_text(STUDY.replace('"accuracy", "noise", "orthogonality"', "") + TUNE.replace("0.1,", "1e38,"))
+    assert main(["study", "tiny.toml", "--jobs", "1"]) == 0
+    count = len(diverging)
+    capsys.readouterr()
+    second = folder / "more/second.toml"
+    second.parent.mkdir()
+    lines = ['extends = "../tiny.toml"', 'reuse = ["../tiny.toml"]', 'recipe = "../base.toml"', 'baseline = "so"', 'title = "2"']
+    second.write_text("\n".join(lines))
+    assert main(["study", str(second), "--jobs", "1"]) == 0
+    said = words(capsys.readouterr().out)
+    assert "2: all is done" in said
+    assert "none against so is" in said
+    assert "! 4 of the runs are those of the study tiny" in said
+    assert "| diverged |" in (folder / "results/second/README.md").read_text()
+    assert len(diverging) == count
+    assert not list((folder / "results/second").rglob("*.json"))
+
+
 def keep(task, validation, test=0.5):
     """As if the run had been done."""
     summary = {"recipe": task.run.recipe.to_dict(), "seed": task.run.seed, "orthogonality": {}, "fingerprint": "of the images"}
@@ -477,7 +497,7 @@ def keep(task, validation, test=0.5):
         "test": {"accuracy": test},
         "study": {"arm": task.arm, "panel": task.panel},
     }
-    write(task.kept, to_json(summary))
+    write(task.kept.folder / "summary.json", to_json(summary))
 
 
 def test_panels_choose_for_themselves_or_one_for_all(folder):
@@ -490,7 +510,7 @@ def test_panels_choose_for_themselves_or_one_for_all(folder):
 
     plan = planned()
     assert len(plan.tuning) == 2 * 2 * 2 * 2
-    assert plan.tuning[0].kept == folder / "results/tiny/tuning/a-so+train.batch=50+strength=0.01/100/summary.json"
+    assert plan.tuning[0].kept.folder == folder / "results/tiny/tuning/a-so+train.batch=50+strength=0.01/100"
     assert (plan.tuning[0].arm, plan.tuning[0].panel) == ("so, strength=0.01", "a, batch=50")
     plan = planned('network = "a"\n')
     assert [task.panel for task in plan.tuning] == [f"a, batch={size}" for size in (50, 100) for _ in range(4)]

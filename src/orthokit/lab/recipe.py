@@ -2,7 +2,7 @@
 
 .. code-block:: toml
 
-    extends = ["parts/standard-200.toml"]   # merged in order, this file last
+    extends = ["parts/standard-200.toml"]   # merged in order, this file last; tables can extend files too
 
     [data]
     name = "cifar10"
@@ -315,10 +315,10 @@ def differences(one: Recipe, other: Recipe) -> str:
     return ", ".join(f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}" for key in keys)
 
 
-def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(path: Path, what: str = "recipe", above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         told = f", which {above[-1]} extends," if above else ""
-        raise FileNotFoundError(f"no recipe {path}{told} {'is a folder' if path.is_dir() else 'is there'}")
+        raise FileNotFoundError(f"no {'file' if above else what} {path}{told} {'is a folder' if path.is_dir() else 'is there'}")
     if path.resolve() in above:
         raise ValueError(f"{path} extends itself, through {', '.join(map(str, above))}")
     return extended(read_toml(path), path, (*above, path.resolve()))
@@ -337,22 +337,20 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_section(cls: type[S], path: Path) -> S:
-    """The section that a TOML file is.
+    """The section that a TOML file is, with what it extends.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no TOML, or not what the section asks for; all of it in one message.
+        ValueError: it is no TOML, extends itself, or is not what the section asks for; all of it in one message.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no {cls.__name__.lower()} {path} is there")
     try:
-        return cls.model_validate(read_toml(path))
+        return cls.model_validate(_read(path, cls.__name__.lower()))
     except ValidationError as error:
         raise ValueError(f"{path}: {explained(cls, error)}") from None
 
 
 def extended(own: Mapping[str, Any], path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Part of a recipe laid over the files that its ``extends`` names, relative to ``path``, the file it stands in.
+    """A table, and each inside it, laid over the files that its ``extends`` names, relative to ``path``, the file it stands in.
 
     Raises:
         FileNotFoundError: no such file.
@@ -364,8 +362,9 @@ def extended(own: Mapping[str, Any], path: Path, above: tuple[Path, ...] = ()) -
         raise ValueError(f"{path}: extends must be a file or a list of files, relative to it; got {bases!r}")
     raw: dict[str, Any] = {}
     for base in bases:
-        raw = merged(raw, _read(path.parent / base, above))
-    return merged(raw, {key: value for key, value in own.items() if key != "extends"})
+        raw = merged(raw, _read(path.parent / base, above=above))
+    inside = {key: extended(value, path, above) if isinstance(value, Mapping) else value for key, value in own.items()}
+    return merged(raw, {key: value for key, value in inside.items() if key != "extends"})
 
 
 def explained(cls: type[BaseModel], error: ValidationError) -> str:

@@ -25,6 +25,8 @@
     [evaluate]
     images = 1000
 
+A study may itself extend another: with ``reuse`` and another ``baseline`` or ``metric`` it is a second question to the same runs.
+
 ``<results>/<study>/runs/<network>-<arm><factors>/<seed>/summary.json`` is all that is kept of a run: where it is, of this recipe
 and evaluated, nothing is left to do for that run, whether or not its weights are there. So it is with the runs by which strengths
 are chosen, below ``tuning`` and with their strength in the name; of one that diverged that is kept, in ``diverged.json``.
@@ -47,13 +49,14 @@ from orthokit.lab.evaluate import PARTS, check_parts, settings
 from orthokit.lab.fairness import undeclared, under
 from orthokit.lab.files import to_json, write
 from orthokit.lab.recipe import Recipe, Section, differences, extended, flattened, inline, label, merged, parsed, read_section
-from orthokit.lab.record import Run, Seeds
+from orthokit.lab.record import Run, Seeds, read_json
 from orthokit.lab.results import METRICS, TUNING, Result, metric_of, read_one
 from orthokit.lab.tuning import Choice, Trial, Tune, cautions, distinct
 
 Partial = dict[str, Any]
 Lent = dict[tuple[str, int], Path]
-"""Where what is kept of a run is, by its recipe and seed."""
+"""Folders with what is kept of runs, by their recipe and seed."""
+SUMMARY = "summary.json"
 RUNS = "runs"
 """In the folder of a study: the runs that are compared, ``runs/<name>/<seed>``."""
 STRENGTH = "regularizer.strength"
@@ -116,38 +119,43 @@ class Study(Section):
 
 @dataclass(frozen=True)
 class Task:
-    """A run of a study: where it belongs, where it is trained, and where its result is kept."""
+    """A run of a study: where it belongs, where it is trained, and where what is small of it is kept."""
 
     arm: str
     panel: str
     run: Run
-    kept: Path
+    kept: Run
+    """The same, as if it had been trained where it is kept."""
     parts: Mapping[str, Partial] = field(default_factory=dict)
     """Of the evaluation: their settings."""
     lent: Path | None = None
-    """Where another study keeps the result of the same run."""
+    """Where another study keeps the same run."""
+
+    @property
+    def found(self) -> list[Run]:
+        """Where it may be kept."""
+        return [self.kept, *([replace(self.run, folder=self.lent)] if self.lent else [])]
 
     def result(self) -> Result | None:
         """What is kept of it."""
-        for file in filter(None, (self.kept, self.lent)):
-            if file.is_file() and (found := read_one(file)).recipe == self.run.recipe:
+        for run in self.found:
+            if (file := run.folder / SUMMARY).is_file() and (found := read_one(file)).recipe == self.run.recipe:
                 return replace(found, summary=found.summary | {"study": self.place})
         return None
+
+    def diverged(self) -> bool:
+        """Whether that is what is kept of it."""
+        return any(run.diverged() for run in self.found)
 
     @property
     def place(self) -> dict[str, str]:
         """Arm and panel, as a result names them."""
         return {"arm": self.arm, "panel": self.panel}
 
-    @property
-    def record(self) -> Run:
-        """The run, as if its folder were where it is kept: whether it diverged is on record in either."""
-        return replace(self.run, folder=self.kept.parent)
-
     def done(self) -> bool:
         """Whether its result is kept, evaluated as wanted, or that it diverged."""
         if (result := self.result()) is None:
-            return self.record.diverged()
+            return self.diverged()
         return all(result.parts.get(part, {}).get("settings") == wanted for part, wanted in self.parts.items())
 
 
@@ -182,17 +190,17 @@ class Plan:
         for task in tasks:
             if task.run.summary() is None:
                 if task.run.diverged():
-                    write(task.record.divergence, task.run.divergence.read_text("utf-8"))
+                    write(task.kept.divergence, task.run.divergence.read_text("utf-8"))
                 continue
-            small = read_one(task.run.folder / "summary.json").small()
+            small = read_one(task.run.folder / SUMMARY).small()
             small["environment"] = {key: value for key, value in small["environment"].items() if key != "platform"}
-            write(task.kept, to_json(small | {"study": task.place}))
+            write(task.kept.folder / SUMMARY, to_json(small | {"study": task.place}))
 
     def strangers(self) -> list[Path]:
         """What is kept of runs that are no longer part of it."""
-        known = {file for task in (*self.tuning, *self.tasks) for file in (task.kept, task.record.divergence)}
+        known = {task.kept.folder for task in (*self.tuning, *self.tasks)}
         kept = [path for part in (RUNS, TUNING) for path in sorted((self.folder / part).rglob("*.json"))]
-        return [path for path in kept if path not in known]
+        return [path for path in kept if path.parent not in known]
 
     def comparison(self) -> Comparison:
         """Of what is kept.
@@ -249,12 +257,12 @@ def _left(tasks: Sequence[Task]) -> list[Task]:
 def _found(tasks: Iterable[Task]) -> tuple[list[Result], int]:
     """What is kept of some runs, and how many of them diverged."""
     found = [(task, task.result()) for task in tasks]
-    return [result for _, result in found if result is not None], sum(r is None and task.record.diverged() for task, r in found)
+    return [result for _, result in found if result is not None], sum(r is None and task.diverged() for task, r in found)
 
 
 def _panel_keys(said: Study) -> list[str]:
     """Sections that networks are told apart by, besides ``network``."""
-    return list(dict.fromkeys(key for part in (said.networks or {}).values() for key in part if key != "extends"))
+    return list(dict.fromkeys(key for part in (said.networks or {}).values() for key in part))
 
 
 @dataclass(frozen=True)
@@ -323,9 +331,9 @@ def _lent(reuse: Sequence[str], file: Path, results: Path) -> dict[str, Lent]:
         if not other.is_file():
             raise FileNotFoundError(f"{file}: no study {other} to reuse runs of")
         for stage, runs in found.items():
-            for path in sorted((results / other.stem / stage).glob("*/*/summary.json")):
-                kept = read_one(path)
-                runs.setdefault((kept.recipe.to_toml(), kept.seed), path)
+            for path in sorted((results / other.stem / stage).glob("*/*/*.json")):
+                kept = read_json(path, recipe=dict, seed=int)
+                runs.setdefault((Recipe.of(kept["recipe"], str(path)).to_toml(), kept["seed"]), path.parent)
     return found
 
 
@@ -355,8 +363,8 @@ def _tasks(
     toml = place.recipe.to_toml()
 
     def task(seed: int) -> Task:
-        run, file = Run(place.recipe, seed, trained / str(seed)), kept / str(seed) / "summary.json"
-        return Task(place.arm, place.panel, run, file, parts, lent.get((toml, seed)))
+        run, small = (Run(place.recipe, seed, folder / str(seed)) for folder in (trained, kept))
+        return Task(place.arm, place.panel, run, small, parts, lent.get((toml, seed)))
 
     return [task(seed) for seed in seeds]
 
@@ -372,13 +380,13 @@ def _places(said: Study, file: Path) -> list[_Place]:
         chosen = tuple(f"{key}={value}" for key, value in factors.items())
         short = [f"{key.rpartition('.')[2]}={value}" for key, value in factors.items()]
         panel = ", ".join([*([network] if network else []), *short])
-        laid = extended(part, file)
+        laid = part
         for setting in chosen:
             laid = merged(laid, parsed(setting))
         raw = merged(base, laid)
         recipes = {}
         for arm, over in said.arms.items():
-            own = merged(raw, extended(over, file))
+            own = merged(raw, over)
             if said.tune is not None and isinstance(own.get("regularizer"), Mapping):
                 own = merged(own, {"regularizer": {"strength": said.tune.values[0]}})
             recipes[arm] = Recipe.of(own, f"{file}: {arm}" + f" of {panel}" * bool(panel))
