@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from orthokit.evidence.results import Result
 from orthokit.lab.recipe import Recipe
-from orthokit.lab.results import Result
 
 PENALTIES: tuple[dict[str, Any] | None, ...] = (
     None,

@@ -20,9 +20,9 @@ from orthokit.cli.lab import Machine
 from orthokit.tables import Column, Table
 
 if TYPE_CHECKING:
-    from orthokit.lab.evaluate import Subject
-    from orthokit.lab.results import Result
-    from orthokit.lab.study import Plan
+    from orthokit.evidence.evaluate import Subject
+    from orthokit.evidence.results import Result
+    from orthokit.evidence.study import Plan
 
 Part = Literal["attacks", "corruptions", "noise", "features", "accuracy", "orthogonality"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -60,7 +60,8 @@ class Evaluate:
             raise UsageError("name a run's folder or a checkpoint, such as runs/nano_cifar10_strict")
         check_positive(self, "images", "jobs", "threads")
         with needing("evaluating needs"):
-            from orthokit.lab import evaluate, formats, recipe
+            from orthokit.evidence import evaluate, formats
+            from orthokit.lab import recipe
         given = None if self.recipe is None else recipe.load(self.recipe)
         wanted = [subject for path in self.paths for subject in evaluate.subjects(path, given)]
         unique = list({subject.record.resolve(): subject for subject in wanted}.values())
@@ -83,8 +84,8 @@ class Evaluate:
 
 
 def measured(subjects: "Sequence[Subject]", console: Console, **options: Any) -> int:
-    """Evaluate what is left, with a bar and the options of ``orthokit.lab.evaluate.evaluate``; how many parts failed."""
-    from orthokit.lab.evaluate import evaluate
+    """Evaluate what is left, with a bar and the options of ``orthokit.evidence.evaluate.evaluate``; how many parts failed."""
+    from orthokit.evidence.evaluate import evaluate
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
@@ -108,7 +109,7 @@ def measured(subjects: "Sequence[Subject]", console: Console, **options: Any) ->
 
 
 def _table(subjects: "Sequence[Subject]", results: "Sequence[Result]") -> tuple[tuple[Column, ...], list[dict[str, Any]]]:
-    from orthokit.lab.results import METRICS
+    from orthokit.evidence.results import METRICS
 
     metrics = [metric for metric in METRICS if metric.group != "cost"]
     twice = {name for name, count in Counter(subject.name for subject in subjects).items() if count > 1}
@@ -121,7 +122,7 @@ def _table(subjects: "Sequence[Subject]", results: "Sequence[Result]") -> tuple[
 
 def _curves(found: "Result") -> RichTable:
     """Accuracy by strength, where measured."""
-    from orthokit.lab.results import curve
+    from orthokit.evidence.results import curve
 
     labels = {"fgsm": "FGSM, radius/255", "pgd": "PGD L∞, radius/255", "pgd_l2": "PGD L2, radius", "noise": "noise, sd"}
     curves = {label: curve(key, found) for key, label in labels.items()}
@@ -170,8 +171,8 @@ class Compare:
         if not self.runs:
             raise UsageError("name folders of runs, such as runs")
         with needing("comparing needs"):
-            from orthokit.lab import formats, page, results
-            from orthokit.lab.compare import compare
+            from orthokit.evidence import formats, page, results
+            from orthokit.evidence.compare import compare
             from orthokit.lab.files import write
         files = [path for path in (self.markdown, self.latex, self.csv, self.html) if path is not None]
         if len({path.resolve() for path in files}) < len(files):
@@ -218,7 +219,7 @@ class Power:
 
     def run(self, console: Console) -> None:
         with needing("this needs"):
-            from orthokit.lab.statistics import detectable, power, seeds_needed
+            from orthokit.evidence.statistics import detectable, power, seeds_needed
         family: dict[str, Any] = {"comparisons": self.comparisons, "alpha": self.alpha}
 
         def say(text: str) -> None:
@@ -263,7 +264,7 @@ class Study:
 
     def run(self, console: Console) -> int:
         with needing("studies need"):
-            from orthokit.lab import formats, study
+            from orthokit.evidence import formats, study
 
         def say(text: str, style: str | None = None) -> None:
             console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
@@ -297,7 +298,7 @@ class Study:
 
     def _do(self, plan: "Plan", console: Console) -> int:
         """Train, evaluate and keep what is left of the present stage."""
-        from orthokit.lab import evaluate
+        from orthokit.evidence import evaluate
 
         machine, asked, left, status = self.machine, plan.said.evaluate, plan.left(), 0
         untrained = [task.run for task in left if task.run.summary() is None]

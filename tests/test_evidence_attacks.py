@@ -9,8 +9,8 @@ from pyautoattack import AutoAttack
 from torch import nn
 from torch.nn import functional as F
 
-from orthokit.lab import attacks
-from orthokit.lab.attacks import L2, LINF, SIGMAS, Pixels, fgsm, noise, noisy, pgd
+from orthokit.evidence import attacks
+from orthokit.evidence.attacks import L2, LINF, SIGMAS, Pixels, fgsm, noise, noisy, pgd
 from orthokit.lab.data import load
 from orthokit.lab.models import ResNet
 

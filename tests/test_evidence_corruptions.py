@@ -12,8 +12,8 @@ import scipy.stats
 import skimage
 import torch
 
-from orthokit.lab import corruptions
-from orthokit.lab.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corrupted
+from orthokit.evidence import corruptions
+from orthokit.evidence.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corrupted
 from orthokit.lab.data import load
 
 RANDOM = ("gaussian_noise", "shot_noise", "impulse_noise")

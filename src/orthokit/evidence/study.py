@@ -18,7 +18,7 @@
     [factors]                                        # more panels: every combination
     "train.epochs" = [10, 20]
 
-    [tune]                                           # strengths by validation accuracy: see orthokit.lab.tuning
+    [tune]                                           # strengths by validation accuracy: see orthokit.evidence.tuning
     seeds = [100, 101, 102]
     values = [0.01, 0.03, 0.1, 0.3]
 
@@ -43,15 +43,15 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from orthokit.checks import did_you_mean
-from orthokit.lab import figures, formats, page
-from orthokit.lab.compare import FACTOR, Comparison, compare
-from orthokit.lab.evaluate import PARTS, check_parts, settings
-from orthokit.lab.fairness import undeclared, under
+from orthokit.evidence import figures, formats, page
+from orthokit.evidence.compare import FACTOR, Comparison, compare
+from orthokit.evidence.evaluate import PARTS, check_parts, settings
+from orthokit.evidence.fairness import undeclared, under
+from orthokit.evidence.results import METRICS, TUNING, Result, metric_of, read_one
+from orthokit.evidence.tuning import Choice, Trial, Tune, cautions, distinct
 from orthokit.lab.files import to_json, write
 from orthokit.lab.recipe import Recipe, Section, differences, extended, flattened, inline, label, merged, parsed, read_section
 from orthokit.lab.record import Run, Seeds, read_json
-from orthokit.lab.results import METRICS, TUNING, Result, metric_of, read_one
-from orthokit.lab.tuning import Choice, Trial, Tune, cautions, distinct
 
 Partial = dict[str, Any]
 Lent = dict[tuple[str, int], Path]
@@ -66,7 +66,7 @@ class Evaluation(Section):
     """``[evaluate]``: what is measured of every trained network."""
 
     parts: Annotated[list[str], Field(default_factory=lambda: list(PARTS))]
-    """Keys of ``orthokit.lab.evaluate.PARTS``."""
+    """Keys of ``orthokit.evidence.evaluate.PARTS``."""
     images: int = Field(1000, ge=1)
     """Test images that serve attacks, noise and corruptions."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from orthokit.config import penalty_of, where_of
-from orthokit.lab.results import METRICS, Metric, Result
+from orthokit.evidence.results import METRICS, Metric, Result
 from orthokit.penalties import Disentangled
 from orthokit.select import select
 

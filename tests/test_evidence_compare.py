@@ -14,12 +14,10 @@ from scipy import stats
 
 from made_up import made_up
 from orthokit.cli import main
-from orthokit.lab import formats, results
-from orthokit.lab.compare import compare
-from orthokit.lab.files import to_json
-from orthokit.lab.page import page
-from orthokit.lab.recipe import Recipe
-from orthokit.lab.statistics import (
+from orthokit.evidence import formats, results
+from orthokit.evidence.compare import compare
+from orthokit.evidence.page import page
+from orthokit.evidence.statistics import (
     ALPHA,
     Sample,
     contrast,
@@ -31,6 +29,8 @@ from orthokit.lab.statistics import (
     power,
     seeds_needed,
 )
+from orthokit.lab.files import to_json
+from orthokit.lab.recipe import Recipe
 
 ARMS = {"none": 0.0, "so": 2.0, "strict": 0.0, "welch": -2.0}
 

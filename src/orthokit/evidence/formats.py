@@ -12,9 +12,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from orthokit.lab.compare import Cell, Comparison
-from orthokit.lab.results import METRICS, Group, Metric
-from orthokit.lab.tuning import RULE, VALIDATION, Choice, Trial
+from orthokit.evidence.compare import Cell, Comparison
+from orthokit.evidence.results import METRICS, Group, Metric
+from orthokit.evidence.tuning import RULE, VALIDATION, Choice, Trial
 
 Line = list[str]
 GROUPS: dict[Group, str] = {

@@ -14,10 +14,9 @@ from string import Template
 from typing import Any, TypeVar
 
 from orthokit.config import penalty_of
-from orthokit.lab.fairness import Panel, flags, incomparable, plain, refusals, repeated, under
-from orthokit.lab.recipe import Recipe
-from orthokit.lab.results import COST, MEASURED, METRICS, Metric, Result, metric_of
-from orthokit.lab.statistics import (
+from orthokit.evidence.fairness import Panel, flags, incomparable, plain, refusals, repeated, under
+from orthokit.evidence.results import COST, MEASURED, METRICS, Metric, Result, metric_of
+from orthokit.evidence.statistics import (
     ALPHA,
     POWER,
     Contrast,
@@ -31,7 +30,8 @@ from orthokit.lab.statistics import (
     pooled_sd,
     seeds_needed,
 )
-from orthokit.lab.tuning import Choice
+from orthokit.evidence.tuning import Choice
+from orthokit.lab.recipe import Recipe
 
 Key = TypeVar("Key", bound=Hashable)
 FACTOR = ("regularizer",)
@@ -265,9 +265,9 @@ def compare(
         factor: keys or sections of the recipe in which arms differ.
         by: keys or sections that tell panels apart.
         baseline: an arm's name; by default the arm without a regularizer.
-        metric: what verdicts go by, a key of ``orthokit.lab.results.METRICS``.
+        metric: what verdicts go by, a key of ``orthokit.evidence.results.METRICS``.
         anyway: flag what is else refused.
-        flagged: what is known to be amiss, such as what :func:`orthokit.lab.results.read` tells.
+        flagged: what is known to be amiss, such as what :func:`orthokit.evidence.results.read` tells.
 
     Raises:
         ValueError: arms of a panel differ in more than the factor, or in their images; a seed counts twice; there is no such key,

@@ -26,10 +26,10 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from orthokit.checks import did_you_mean
+from orthokit.evidence.results import Metric, Result
+from orthokit.evidence.statistics import Sample, pooled_sd
 from orthokit.lab.recipe import Section
 from orthokit.lab.record import Seeds
-from orthokit.lab.results import Metric, Result
-from orthokit.lab.statistics import Sample, pooled_sd
 
 RULE = (
     "Chosen (*), by a rule of ours: the strongest value whose mean validation accuracy in the last epoch lies within one "
@@ -98,8 +98,8 @@ class Trial:
 class Choice:
     """The strengths that were tried of an arm, by all seeds, and which one the rule of this module chooses.
 
-    >>> from orthokit.lab.statistics import Sample
-    >>> from orthokit.lab.tuning import Choice, Trial
+    >>> from orthokit.evidence.statistics import Sample
+    >>> from orthokit.evidence.tuning import Choice, Trial
     >>> tried = {0.01: (90.0, 90.4), 0.1: (90.3, 90.7), 1.0: (90.1, 90.5), 10.0: (80.0, 80.4)}
     >>> choice = Choice("so", "", tuple(Trial(strength, Sample(values)) for strength, values in tried.items()))
     >>> choice.best.strength, round(choice.error, 3), choice.chosen.strength

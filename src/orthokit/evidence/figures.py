@@ -15,11 +15,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
-from orthokit.lab.compare import Cell, Comparison
-from orthokit.lab.fairness import Panel
-from orthokit.lab.results import Metric, Result, curve, metric_of
-from orthokit.lab.statistics import Contrast, Difference
-from orthokit.lab.tuning import VALIDATION
+from orthokit.evidence.compare import Cell, Comparison
+from orthokit.evidence.fairness import Panel
+from orthokit.evidence.results import Metric, Result, curve, metric_of
+from orthokit.evidence.statistics import Contrast, Difference
+from orthokit.evidence.tuning import VALIDATION
 from orthokit.plots import COLOURS
 
 WIDTH = 4.2

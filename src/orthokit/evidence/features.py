@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from orthokit.checks import check_count
 from orthokit.diagnostics import effective_rank
-from orthokit.lab.attacks import frozen
+from orthokit.evidence.attacks import frozen
 
 ROWS = 2**16
 """Feature vectors held at once as 64-bit floats."""

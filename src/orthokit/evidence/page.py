@@ -11,12 +11,12 @@ import tomli_w
 from markupsafe import Markup
 
 from orthokit import __version__
-from orthokit.lab import formats
-from orthokit.lab.compare import Comparison
-from orthokit.lab.fairness import Panel, plain, under
-from orthokit.lab.figures import Drawing, few, figures
+from orthokit.evidence import formats
+from orthokit.evidence.compare import Comparison
+from orthokit.evidence.fairness import Panel, plain, under
+from orthokit.evidence.figures import Drawing, few, figures
+from orthokit.evidence.tuning import RULE
 from orthokit.lab.recipe import flattened
-from orthokit.lab.tuning import RULE
 from orthokit.plots import COLOURS
 
 
@@ -38,7 +38,7 @@ def page(comparison: Comparison, *, command: str | None = None, drawn: Mapping[s
         command: by which it can be made again.
         drawn: its figures, if they are there already.
     """
-    source = files("orthokit.lab").joinpath("page.html.jinja").read_text("utf-8")
+    source = files("orthokit.evidence").joinpath("page.html.jinja").read_text("utf-8")
     sheet = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     drawn = figures(comparison) if drawn is None else drawn
     return sheet.from_string(source).render(

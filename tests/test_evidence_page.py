@@ -13,9 +13,9 @@ from dataclasses import replace
 import pytest
 
 from made_up import made_up
-from orthokit.lab.compare import compare
-from orthokit.lab.figures import figures
-from orthokit.lab.page import page
+from orthokit.evidence.compare import compare
+from orthokit.evidence.figures import figures
+from orthokit.evidence.page import page
 from orthokit.plots import COLOURS
 
 ARMS = {"none": 0.0, "so": 0.5, "disentangled": 2.0, "Disentangled(relax=share(q=0.1), form='welch'), 0.1": 3.0}

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from orthokit.lab import features
-from orthokit.lab.features import Figures, Moments, collect
+from orthokit.evidence import features
+from orthokit.evidence.features import Figures, Moments, collect
 from orthokit.lab.models import ImageNetResNet, ResNet, WideResNet
 
 

@@ -25,12 +25,12 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from orthokit import checkpoint
 from orthokit.checks import did_you_mean
-from orthokit.lab import attacks, corruptions, features
+from orthokit.evidence import attacks, corruptions, features
+from orthokit.evidence.results import RECORD, Result, digest, read_parts, read_summary
 from orthokit.lab.data import Images, ImageSet, choose, load
 from orthokit.lab.files import to_json, write
 from orthokit.lab.models import orthogonality, unwrapped
 from orthokit.lab.recipe import DataSection, Recipe, differences
-from orthokit.lab.results import RECORD, Result, digest, read_parts, read_summary
 
 STEPS, PATH = 20, 5.0
 """Of projected gradient descent: steps, and the length of all of them in radii."""

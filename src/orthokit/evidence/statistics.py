@@ -77,7 +77,7 @@ class Difference:
 def differences(arms: Mapping[str, Sample], baseline: str) -> dict[str, Difference]:
     """Each arm but the baseline against it, not yet adjusted.
 
-    >>> from orthokit.lab.statistics import Sample, differences
+    >>> from orthokit.evidence.statistics import Sample, differences
     >>> found = differences({"none": Sample((90.0, 90.2, 90.4)), "strict": Sample((91.0, 91.2, 91.4))}, "none")["strict"]
     >>> round(found.mean, 3), [round(x, 3) for x in found.interval], round(found.welch, 4)
     (1.0, [0.547, 1.453], 0.0036)
@@ -115,7 +115,7 @@ def contrast(weights: Sequence[float], arm: Sequence[Sample], control: Sequence[
     Its error comes from the seeds of each mean alone, however the means lie; the degrees of freedom are Satterthwaite's. Weights
     of ``1/k`` make it the mean difference over ``k`` panels.
 
-    >>> from orthokit.lab.statistics import Sample, contrast
+    >>> from orthokit.evidence.statistics import Sample, contrast
     >>> none = [Sample((90.0, 90.2, 90.4)), Sample((80.0, 80.2, 80.4))]
     >>> arm = [Sample((90.4, 90.6, 90.8)), Sample((80.2, 80.4, 80.6))]
     >>> found = contrast([0.5, 0.5], arm, none)
@@ -138,7 +138,7 @@ def contrast(weights: Sequence[float], arm: Sequence[Sample], control: Sequence[
 def per_doubling(numbers: Sequence[float]) -> list[float]:
     """The weights of the linear contrast over the binary logarithm: ``w_k = (log2 x_k - mean) / sum (log2 x - mean)^2``.
 
-    >>> from orthokit.lab.statistics import per_doubling
+    >>> from orthokit.evidence.statistics import per_doubling
     >>> per_doubling([8, 16, 32])
     [-0.5, 0.0, 0.5]
 
@@ -179,7 +179,7 @@ def _dunnett(samples: Sequence[Sample], control: Sample) -> list[float | None]:
 def holm(values: Sequence[float]) -> list[float]:
     """Adjusted p-values: to call those below ``ALPHA`` real is wrong, for any of them, in at most that share of families.
 
-    >>> from orthokit.lab.statistics import holm
+    >>> from orthokit.evidence.statistics import holm
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
@@ -203,7 +203,7 @@ def power(n: int, effect: float, sd: float, *, comparisons: int = 1, alpha: floa
     the chance is at least this. Given the variances' shares ``b`` and ``1 - b`` of their sum, which are independent of t and
     Beta((n - 1) / 2, (n - 1) / 2), its degrees of freedom are ``(n - 1) / (b^2 + (1 - b)^2)``; the chance is the mean over them.
 
-    >>> from orthokit.lab.statistics import power
+    >>> from orthokit.evidence.statistics import power
     >>> round(power(6, 0.3, 0.15), 3)  # Cohen's d = 2
     0.865
     """
@@ -228,7 +228,7 @@ def power(n: int, effect: float, sd: float, *, comparisons: int = 1, alpha: floa
 def seeds_needed(effect: float, sd: float, *, chance: float = POWER, comparisons: int = 1, alpha: float = ALPHA) -> int:
     """The fewest seeds an arm that resolve a difference of ``effect`` with probability ``chance``.
 
-    >>> from orthokit.lab.statistics import seeds_needed
+    >>> from orthokit.evidence.statistics import seeds_needed
     >>> seeds_needed(effect=0.3, sd=0.15), seeds_needed(effect=0.1, sd=0.15)
     (6, 37)
 
@@ -250,7 +250,7 @@ def seeds_needed(effect: float, sd: float, *, chance: float = POWER, comparisons
 def detectable(n: int, sd: float, *, chance: float = POWER, comparisons: int = 1, alpha: float = ALPHA) -> float:
     """The least difference that ``n`` seeds an arm resolve with probability ``chance``.
 
-    >>> from orthokit.lab.statistics import detectable
+    >>> from orthokit.evidence.statistics import detectable
     >>> round(detectable(3, 0.15), 2)
     0.53
     """

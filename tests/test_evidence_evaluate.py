@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 import orthokit as ok
 from orthokit.cli import main
-from orthokit.lab import attacks, evaluate
+from orthokit.evidence import attacks, evaluate
+from orthokit.evidence.results import read_one
 from orthokit.lab.data import load
 from orthokit.lab.hardware import Hardware
 from orthokit.lab.recipe import Recipe
 from orthokit.lab.record import Run
-from orthokit.lab.results import read_one
 from orthokit.lab.train import train
 
 RAW = {
@@ -160,7 +160,7 @@ def test_any_checkpoint_with_a_recipe(tmp_path, capsys):
     torch.manual_seed(0)
     torch.save({"epoch": 3, "model": {f"module.{k}": v for k, v in Plain(1, 10).state_dict().items()}}, tmp_path / "own.pt")
     (tmp_path / "own.toml").write_text(
-        '[data]\nname = "digits"\nvalidation = 0\n[network]\nkind = "test_lab_evaluate:Plain"\n[train]\nepochs = 1\n'
+        '[data]\nname = "digits"\nvalidation = 0\n[network]\nkind = "test_evidence_evaluate:Plain"\n[train]\nepochs = 1\n'
     )
     assert main(["evaluate", str(tmp_path / "own.pt"), "--jobs", "1"]) == 2
     assert "--recipe" in capsys.readouterr().err
@@ -176,7 +176,7 @@ def test_measurements_are_of_a_network_and_its_images(tmp_path, capsys):
     torch.save(Plain(3, 10).state_dict(), tmp_path / "own.pt")
     for size in (8, 16):
         data = f'[data]\nname = "synthetic"\nvalidation = 0\nsize = {size}\n'
-        text = data + '[network]\nkind = "test_lab_evaluate:Plain"\n[train]\nepochs = 1\n'
+        text = data + '[network]\nkind = "test_evidence_evaluate:Plain"\n[train]\nepochs = 1\n'
         (tmp_path / f"{size}.toml").write_text(text)
     found = []
     for size in (8, 16, 8):
@@ -213,7 +213,7 @@ def test_how_many_images(runs, capsys):
 def test_two_networks_of_one_name(tmp_path, capsys):
     torch.manual_seed(0)
     (tmp_path / "own.toml").write_text(
-        '[data]\nname = "digits"\nvalidation = 0\n[network]\nkind = "test_lab_evaluate:Plain"\n[train]\nepochs = 1\n'
+        '[data]\nname = "digits"\nvalidation = 0\n[network]\nkind = "test_evidence_evaluate:Plain"\n[train]\nepochs = 1\n'
     )
     paths = [tmp_path / name for name in ("a/net.pt", "b/net.pt", "a/net.pth")]
     for path in paths:

@@ -1,0 +1,1 @@
+"""What training did: networks evaluated, arms compared, tables, figures and pages, studies."""
