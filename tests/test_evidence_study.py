@@ -32,6 +32,7 @@ so = { extends = "so.toml" }
 images = 20
 parts = ["accuracy", "noise", "orthogonality"]
 """
+NOTHING = STUDY.replace('"accuracy", "noise", "orthogonality"', "")
 
 
 @pytest.fixture
@@ -112,6 +113,27 @@ def test_a_study_from_one_file(folder, in_process, capsys):
     assert len(in_process) == 9
 
 
+def test_without_training(folder, in_process, capsys):
+    command = ["study", "tiny.toml", "--jobs", "1"]
+    assert main([*command, "--no-train"]) == 4
+    said = words(capsys.readouterr().out)
+    assert "Tiny: 4 of 4 runs to train" in said
+    assert "nothing to compare yet" in said
+    assert in_process == []
+    assert not (folder / "results").exists()
+    (folder / "tiny.toml").write_text(NOTHING)
+    for task in study.plan(folder / "tiny.toml", out=folder / "runs", results=folder / "results").tasks[:3]:
+        train(task.run, hardware=Hardware(device="cpu", threads=1))  # as another process might
+    assert main([*command, "--no-train"]) == 4
+    said = words(capsys.readouterr().out)
+    assert "Tiny: 1 of 4 runs to train" in said
+    assert "! 1 of 4 runs are missing" in said
+    assert len(read([folder / "results/tiny"])[0]) == 3
+    assert main(command) == 0
+    assert in_process == ["so/1"]
+    assert main([*command, "--no-train"]) == 0
+
+
 def test_more_to_evaluate(folder, in_process, capsys):
     command = ["study", "tiny.toml", "--jobs", "1"]
     assert main(command) == 0
@@ -167,8 +189,7 @@ def test_what_is_finished_is_kept_when_interrupted(folder, monkeypatch, capsys):
     )
     assert kept == ["none/0", "none/1", "so/0"]
     capsys.readouterr()
-    text = STUDY.replace('"accuracy", "noise", "orthogonality"', "")
-    (folder / "tiny.toml").write_text(text)
+    (folder / "tiny.toml").write_text(NOTHING)
     shutil.rmtree(folder / "runs")
     assert main(["study", "tiny.toml", "--jobs", "1"]) == 4
     said = words(capsys.readouterr().out)
@@ -421,8 +442,7 @@ def diverging(monkeypatch):
 
 def test_what_diverges_is_out(folder, diverging, capsys):
     command = ["study", "tiny.toml", "--jobs", "1"]
-    text = STUDY.replace('"accuracy", "noise", "orthogonality"', "")
-    (folder / "tiny.toml").write_text(text + TUNE.replace("0.1,", "1e38,"))
+    (folder / "tiny.toml").write_text(NOTHING + TUNE.replace("0.1,", "1e38,"))
     assert main(command) == 0
     kept = folder / "results/tiny"
     records = sorted((kept / "tuning").rglob("diverged.json"))
@@ -444,14 +464,14 @@ def test_what_diverges_is_out(folder, diverging, capsys):
     assert len(diverging) == count
 
     # No strength is left.
-    (folder / "tiny.toml").write_text(text + TUNE.replace("0.1, 0.01", "1e38"))
+    (folder / "tiny.toml").write_text(NOTHING + TUNE.replace("0.1, 0.01", "1e38"))
     capsys.readouterr()
     assert main(command) == 2
     assert "so diverged with every strength, [1e+38]; give it smaller ones in tune.arms" in words(capsys.readouterr().err)
 
     # Of what is compared it is flagged, and not tried again either.
     (folder / "so.toml").write_text('[regularizer]\nstrength = 1e38\npenalty = "so"\n')
-    half = text.replace("\n[evaluate]", 'half = { regularizer = { penalty = "so", strength = 0.05 } }\n[evaluate]')
+    half = NOTHING.replace("\n[evaluate]", 'half = { regularizer = { penalty = "so", strength = 0.05 } }\n[evaluate]')
     (folder / "tiny.toml").write_text(half)
     assert main(command) == 4
     assert "2 of 6 runs are missing, 2 of which diverged; what is there may be a lucky choice" in words(capsys.readouterr().out)
@@ -471,7 +491,7 @@ b = { network.depth = 14 }
 
 def test_a_second_question(folder, diverging, capsys):
     """A study extends another, of its own folder or not; nothing is trained or chosen again, what diverged neither."""
-    (folder / "tiny.toml").write_text(STUDY.replace('"accuracy", "noise", "orthogonality"', "") + TUNE.replace("0.1,", "1e38,"))
+    (folder / "tiny.toml").write_text(NOTHING + TUNE.replace("0.1,", "1e38,"))
     assert main(["study", "tiny.toml", "--jobs", "1"]) == 0
     count = len(diverging)
     capsys.readouterr()
@@ -501,7 +521,7 @@ def keep(task, validation, test=0.5):
 
 
 def test_panels_choose_for_themselves_or_one_for_all(folder):
-    text = STUDY.replace('"accuracy", "noise", "orthogonality"', "").replace("\n[evaluate]", PANELS + "[evaluate]")
+    text = NOTHING.replace("\n[evaluate]", PANELS + "[evaluate]")
     text = text.replace('{ extends = "so.toml" }', '{ regularizer.penalty = "so" }')  # which strength it has, [tune] says
 
     def planned(more=""):

@@ -252,14 +252,16 @@ class Study:
     """Train what is missing of a study, evaluate it, compare, and draw tables, figures and a page.
 
     Where its file has [tune], strengths are chosen by validation accuracy first. Everything small goes to RESULTS/STUDY; started
-    again it goes on, and with nothing left to do it only draws. Exit status 4 where a run or an evaluation failed; the others are
-    done and compared all the same.
+    again it goes on, and with nothing left to do it only draws. Exit status 4 where a run or an evaluation failed or is missing;
+    the others are done and compared all the same.
     """
 
     file: tyro.conf.Positional[Path]
     """A TOML file: arms, networks, seeds and what to evaluate (see the guide)."""
     results: Path = Path("results")
     """Folder of the results of studies."""
+    train: bool = True
+    """Else only tell what is left to do, keep what has been finished meanwhile, and draw what is there."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
 
     def run(self, console: Console) -> int:
@@ -305,6 +307,9 @@ class Study:
         of = f"{len(untrained)} of {len(plan.tasks or plan.tuning)}"
         said = f"{of} runs to train, {len(left)} to evaluate" if plan.tasks else f"{of} tuning runs to train"
         console.print(f"[bold]{escape(plan.said.title)}[/]: {said if left else 'all is done'}", highlight=False, soft_wrap=True)
+        if not self.train:
+            plan.keep(left)
+            return 4 * any(not task.done() for task in left)
         try:
             if untrained:
                 status = machine.run_all(untrained, console, test=bool(plan.tasks))
