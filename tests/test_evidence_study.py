@@ -118,7 +118,7 @@ def test_without_training(folder, in_process, capsys):
     assert main([*command, "--no-train"]) == 4
     said = words(capsys.readouterr().out)
     assert "Tiny: 4 of 4 runs to train" in said
-    assert "nothing to compare yet" in said
+    assert "nothing to compare yet: none of the 4 runs is kept" in said
     assert in_process == []
     assert not (folder / "results").exists()
     (folder / "tiny.toml").write_text(NOTHING)
@@ -193,7 +193,7 @@ def test_what_is_finished_is_kept_when_interrupted(folder, monkeypatch, capsys):
     shutil.rmtree(folder / "runs")
     assert main(["study", "tiny.toml", "--jobs", "1"]) == 4
     said = words(capsys.readouterr().out)
-    assert "1 of 4 runs to train, 1 to evaluate" in said
+    assert "1 of 4 runs to train" in said
     assert "! 1 of 4 runs are missing" in said
 
 

@@ -260,8 +260,8 @@ class Study:
     """A TOML file: arms, networks, seeds and what to evaluate (see the guide)."""
     results: Path = Path("results")
     """Folder of the results of studies."""
-    train: bool = True
-    """Else only tell what is left to do, keep what has been finished meanwhile, and draw what is there."""
+    no_train: bool = False
+    """Only tell what is left to do, keep what another process has finished, and draw what is there."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
 
     def run(self, console: Console) -> int:
@@ -305,9 +305,10 @@ class Study:
         machine, asked, left, status = self.machine, plan.said.evaluate, plan.left(), 0
         untrained = [task.run for task in left if task.run.summary() is None]
         of = f"{len(untrained)} of {len(plan.tasks or plan.tuning)}"
-        said = f"{of} runs to train, {len(left)} to evaluate" if plan.tasks else f"{of} tuning runs to train"
+        more = f", {len(left)} to evaluate" if asked.parts else ""
+        said = f"{of} runs to train{more}" if plan.tasks else f"{of} tuning runs to train"
         console.print(f"[bold]{escape(plan.said.title)}[/]: {said if left else 'all is done'}", highlight=False, soft_wrap=True)
-        if not self.train:
+        if self.no_train:
             plan.keep(left)
             return 4 * any(not task.done() for task in left)
         try:

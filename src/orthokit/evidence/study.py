@@ -206,9 +206,11 @@ class Plan:
         """Of what is kept.
 
         Raises:
-            ValueError: there is too little of it; arms differ in more than the study's factor.
+            ValueError: there is nothing, or too little of it; arms differ in more than the study's factor.
         """
         results, diverged = _found(self.tasks)
+        if not results:
+            raise ValueError(f"none of the {len(self.tasks)} runs is kept")
         lent = Counter(lender for each in results if (lender := each.source.parents[3]) != self.folder)
         missing, said = len(self.tasks) - len(results), self.said
         which = f", {diverged} of which diverged" if diverged else ""
