@@ -202,7 +202,7 @@ def test_what_is_finished_is_kept_when_interrupted(folder, monkeypatch, capsys):
     [
         ("seeds = [0, 1]", "seeds = [0, 0]", "seeds must differ"),
         ("seeds", "seed", "unknown key seed; did you mean 'seeds'?"),
-        ('"base.toml"', '"bass.toml"', "no recipe"),
+        ('"base.toml"', '"bass.toml"', "no file bass.toml, which tiny.toml extends, is there"),
         ("title", 'reuse = ["tony.toml"]\ntitle', "no study tony.toml to reuse runs of"),
         ('"noise"', '"nose"', "no part 'nose'; did you mean 'noise'?"),
         ("title", 'baseline = "non"\ntitle', "no arm 'non'"),
@@ -497,8 +497,7 @@ def test_a_second_question(folder, diverging, capsys):
     capsys.readouterr()
     second = folder / "more/second.toml"
     second.parent.mkdir()
-    lines = ['extends = "../tiny.toml"', 'reuse = ["../tiny.toml"]', 'recipe = "../base.toml"', 'baseline = "so"', 'title = "2"']
-    second.write_text("\n".join(lines))
+    second.write_text('extends = "../tiny.toml"\nreuse = ["../tiny.toml"]\nbaseline = "so"\ntitle = "2"\n')
     assert main(["study", str(second), "--jobs", "1"]) == 0
     said = words(capsys.readouterr().out)
     assert "2: all is done" in said
@@ -507,6 +506,38 @@ def test_a_second_question(folder, diverging, capsys):
     assert "| diverged |" in (folder / "results/second/README.md").read_text()
     assert len(diverging) == count
     assert not list((folder / "results/second").rglob("*.json"))
+
+    # What it reuses serves those that reuse it, in a circle too; two studies of one name would share their results.
+    (folder / "third.toml").write_text('extends = "tiny.toml"\nreuse = ["more/second.toml", "third.toml"]\n')
+    third = study.plan(folder / "third.toml", out=folder / "runs", results=folder / "results")
+    assert third.left() == []
+    (folder / "more/tiny.toml").write_text('extends = "../tiny.toml"\nreuse = ["../tiny.toml"]\n')
+    with pytest.raises(ValueError, match=r"reuses .*tiny.toml, whose results are where those of .*more/tiny.toml are"):
+        study.plan(folder / "more/tiny.toml", out=folder / "runs", results=folder / "results")
+    kept = next((folder / "results/tiny").rglob("summary.json"))
+    kept.write_text("{")
+    with pytest.raises(ValueError, match=r"third.toml reuses .*tiny.toml: .*summary.json is damaged"):
+        study.plan(folder / "third.toml", out=folder / "runs", results=folder / "results")
+
+
+def test_the_best_of_what_is_kept_twice(folder, in_process):
+    """Evaluated before not evaluated, finished before diverged; and what is evaluated stays."""
+    (folder / "bare.toml").write_text(NOTHING)
+    for name in ("bare.toml", "tiny.toml"):
+        assert main(["study", name, "--jobs", "1"]) == 0
+    for first, second in (("bare", "tiny"), ("tiny", "bare")):
+        (folder / "more.toml").write_text(f'extends = "tiny.toml"\nreuse = ["{first}.toml", "{second}.toml"]\n')
+        plan = study.plan(folder / "more.toml", out=folder / "runs", results=folder / "results")
+        assert plan.left() == []
+    run = plan.tasks[0].run
+    record = to_json({"seed": run.seed, "why": "NaN", "recipe": run.recipe.to_dict()})
+    write(folder / "results/bare/runs/none/0/diverged.json", record)
+    assert plan.tasks[0].result() is not None
+    for file in (folder / "runs/tiny").rglob("evaluation.json"):
+        file.unlink()  # as after training again
+    tiny = study.plan(folder / "tiny.toml", out=folder / "runs", results=folder / "results")
+    tiny.keep(tiny.tasks)
+    assert tiny.left() == []
 
 
 def keep(task, validation, test=0.5):

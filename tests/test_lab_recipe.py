@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orthokit.lab.recipe import Recipe, differences, label, load
+from orthokit.lab.recipe import Recipe, differences, label, load, merged
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NETWORKS = ("resnet20", "resnet56", "resnet110", "resnet18", "resnet34", "wrn16-8", "wrn28-10")
@@ -99,6 +99,12 @@ def test_extending_inside_a_table(tmp_path):
     (tmp_path / "a.toml").write_text('extends = "sub/base.toml"\n[regularizer.penalty]\nsteps = 4\n')
     regularizer = load(tmp_path / "a.toml").regularizer
     assert (regularizer.strength, regularizer.penalty) == (0.5, {"name": "srip", "steps": 4})
+    (tmp_path / "net.toml").write_text('kind = "resnet"\ndepth = 8\nnorm = "group"\n')
+    wide = 'extends = "sub/base.toml"\n[network]\nextends = "net.toml"\nkind = "wide_resnet"\nwidth = 1\ndepth = 10\n'
+    (tmp_path / "a.toml").write_text(wide)
+    assert load(tmp_path / "a.toml").network.model_extra == {"width": 1, "depth": 10}  # as between files
+    arms = {"none": {}, "name": {"train": {"lr": 1.0}}}
+    assert merged({"arms": arms}, {"arms": {"name": {}}}) == {"arms": arms}  # a table of this name names nothing
 
 
 def test_labels():

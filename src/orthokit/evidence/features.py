@@ -4,7 +4,7 @@ Effective rank: O. Roy, M. Vetterli, "The effective rank: a measure of effective
 https://ieeexplore.ieee.org/document/7098875. Neural collapse: V. Papyan, X. Y. Han, D. L. Donoho, "Prevalence of neural collapse
 during the terminal phase of deep learning training", 2020, https://arxiv.org/abs/2008.08186.
 
-Papyan et al. measure training images; the lab measures test images. Ours differs where classes are not of equal size: every class
+Papyan et al. measure training images, we measure test images. Ours differs where classes are not of equal size: every class
 mean has the same weight in the covariance between classes, every image in the covariance within them. Classes without images are
 left out.
 """

@@ -25,7 +25,8 @@
     [evaluate]
     images = 1000
 
-A study may itself extend another: with ``reuse`` and another ``baseline`` or ``metric`` it is a second question to the same runs.
+A study may itself extend another, and say in what it differs; with ``reuse`` and another ``baseline`` or ``metric`` that is a
+second question to the same runs. File names are relative to the file that gives them.
 
 ``<results>/<study>/runs/<network>-<arm><factors>/<seed>/summary.json`` is all that is kept of a run: where it is, of this recipe
 and evaluated, nothing is left to do for that run, whether or not its weights are there. So it is with the runs by which strengths
@@ -54,7 +55,7 @@ from orthokit.lab.recipe import Recipe, Section, differences, extended, flattene
 from orthokit.lab.record import Run, Seeds, read_json
 
 Partial = dict[str, Any]
-Lent = dict[tuple[str, int], Path]
+Lent = dict[tuple[str, int], list[Path]]
 """Folders with what is kept of runs, by their recipe and seed."""
 SUMMARY = "summary.json"
 RUNS = "runs"
@@ -80,9 +81,10 @@ class Evaluation(Section):
 class Study(Section):
     """What a study's file says."""
 
+    FILES = ("recipe", "reuse")
     title: str
     recipe: str | Annotated[list[str], Field(min_length=1)]
-    """Files, relative to the study's, merged in order."""
+    """Files, merged in order."""
     seeds: Seeds
     arms: Annotated[dict[str, Partial], Field(min_length=2)]
     """Parts of a recipe, by name."""
@@ -97,7 +99,7 @@ class Study(Section):
     metric: str = METRICS[0].key
     """What verdicts go by."""
     reuse: Annotated[list[str], Field(default_factory=list)]
-    """Files of other studies, relative to this one's: what they keep serves where recipe, seed and evaluation are the same."""
+    """Files of other studies: what they keep, or reuse themselves, serves where recipe, seed and evaluation are the same."""
     tune: Tune | None = None
     evaluate: Annotated[Evaluation, Field(default_factory=lambda: Evaluation.model_validate({}))]
 
@@ -128,24 +130,27 @@ class Task:
     """The same, as if it had been trained where it is kept."""
     parts: Mapping[str, Partial] = field(default_factory=dict)
     """Of the evaluation: their settings."""
-    lent: Path | None = None
-    """Where another study keeps the same run."""
+    lent: Sequence[Path] = ()
+    """Where other studies keep the same run."""
 
-    @property
-    def found(self) -> list[Run]:
-        """Where it may be kept."""
-        return [self.kept, *([replace(self.run, folder=self.lent)] if self.lent else [])]
+    def kept_in(self, folder: Path) -> Result | None:
+        """What is kept of it there."""
+        if not (file := folder / SUMMARY).is_file() or (found := read_one(file)).recipe != self.run.recipe:
+            return None
+        return replace(found, summary=found.summary | {"study": self.place})
 
     def result(self) -> Result | None:
-        """What is kept of it."""
-        for run in self.found:
-            if (file := run.folder / SUMMARY).is_file() and (found := read_one(file)).recipe == self.run.recipe:
-                return replace(found, summary=found.summary | {"study": self.place})
-        return None
+        """What is kept of it, the most evaluated where it is kept twice."""
+        found = [result for folder in (self.kept.folder, *self.lent) if (result := self.kept_in(folder)) is not None]
+        return max(found, key=self.evaluated, default=None)
+
+    def evaluated(self, result: Result) -> int:
+        """How many parts were evaluated as wanted."""
+        return sum(result.parts.get(part, {}).get("settings") == wanted for part, wanted in self.parts.items())
 
     def diverged(self) -> bool:
         """Whether that is what is kept of it."""
-        return any(run.diverged() for run in self.found)
+        return any(run.diverged() for run in (self.kept, *(replace(self.kept, folder=folder) for folder in self.lent)))
 
     @property
     def place(self) -> dict[str, str]:
@@ -154,9 +159,8 @@ class Task:
 
     def done(self) -> bool:
         """Whether its result is kept, evaluated as wanted, or that it diverged."""
-        if (result := self.result()) is None:
-            return self.diverged()
-        return all(result.parts.get(part, {}).get("settings") == wanted for part, wanted in self.parts.items())
+        result = self.result()
+        return self.diverged() if result is None else self.evaluated(result) == len(self.parts)
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,10 @@ class Plan:
                 if task.run.diverged():
                     write(task.kept.divergence, task.run.divergence.read_text("utf-8"))
                 continue
-            small = read_one(task.run.folder / SUMMARY).small()
+            new, old = read_one(task.run.folder / SUMMARY), task.kept_in(task.kept.folder)
+            if old is not None and task.evaluated(old) > task.evaluated(new):
+                continue
+            small = new.small()
             small["environment"] = {key: value for key, value in small["environment"].items() if key != "platform"}
             write(task.kept.folder / SUMMARY, to_json(small | {"study": task.place}))
 
@@ -210,7 +217,7 @@ class Plan:
         """
         results, diverged = _found(self.tasks)
         if not results:
-            raise ValueError(f"none of the {len(self.tasks)} runs is kept")
+            raise ValueError(f"none of the {len(self.tasks)} runs has a result" + f"; {diverged} diverged" * bool(diverged))
         lent = Counter(lender for each in results if (lender := each.source.parents[3]) != self.folder)
         missing, said = len(self.tasks) - len(results), self.said
         which = f", {diverged} of which diverged" if diverged else ""
@@ -304,7 +311,7 @@ def plan(file: Path, *, out: Path, results: Path) -> Plan:
     """
     said = read_section(Study, file)
     tune, trained, kept = said.tune, out / file.stem, results / file.stem
-    places, lent = _places(said, file), _lent(said.reuse, file, results)
+    places, lent = _places(said, file), _lent(said, file, results)
     tuning, choices = list[Task](), dict[tuple[str, str, tuple[str, ...]], Choice]()
     if tune is not None:
         _check_tuning(file, tune, places)
@@ -326,17 +333,36 @@ def plan(file: Path, *, out: Path, results: Path) -> Plan:
     return Plan(file, said, kept, tuple(tuning), tuple(choices.values()) if complete else (), tuple(tasks))
 
 
-def _lent(reuse: Sequence[str], file: Path, results: Path) -> dict[str, Lent]:
+def _lent(said: Study, file: Path, results: Path) -> dict[str, Lent]:
     """What other studies keep of the runs of either stage."""
     found: dict[str, Lent] = {RUNS: {}, TUNING: {}}
-    for other in (file.parent / name for name in reuse):
-        if not other.is_file():
-            raise FileNotFoundError(f"{file}: no study {other} to reuse runs of")
-        for stage, runs in found.items():
-            for path in sorted((results / other.stem / stage).glob("*/*/*.json")):
+    for lender, (stage, runs), name in itertools.product(_lenders(said, file), found.items(), (SUMMARY, "diverged.json")):
+        for path in sorted((results / lender.stem / stage).glob(f"*/*/{name}")):
+            try:
                 kept = read_json(path, recipe=dict, seed=int)
-                runs.setdefault((Recipe.of(kept["recipe"], str(path)).to_toml(), kept["seed"]), path.parent)
+                key = Recipe.of(kept["recipe"], str(path)).to_toml(), kept["seed"]
+            except ValueError as error:
+                raise ValueError(f"{file} reuses {lender}: {error}") from None
+            runs.setdefault(key, []).append(path.parent)
     return found
+
+
+def _lenders(said: Study, file: Path) -> list[Path]:
+    """The studies that one reuses, and those that they reuse."""
+    found = {file.stem: file}
+
+    def add(reuse: Sequence[str], by: Path) -> None:
+        for other in map(Path, reuse):
+            if not other.is_file():
+                raise FileNotFoundError(f"{by}: no study {other} to reuse runs of")
+            if (known := found.get(other.stem)) is None:
+                found[other.stem] = other
+                add(read_section(Study, other).reuse, other)
+            elif known.resolve() != other.resolve():
+                raise ValueError(f"{by} reuses {other}, whose results are where those of {known} are; rename one of them")
+
+    add(said.reuse, file)
+    return [other for other in found.values() if other is not file]
 
 
 def _trial(
@@ -366,14 +392,14 @@ def _tasks(
 
     def task(seed: int) -> Task:
         run, small = (Run(place.recipe, seed, folder / str(seed)) for folder in (trained, kept))
-        return Task(place.arm, place.panel, run, small, parts, lent.get((toml, seed)))
+        return Task(place.arm, place.panel, run, small, parts, lent.get((toml, seed), ()))
 
     return [task(seed) for seed in seeds]
 
 
 def _places(said: Study, file: Path) -> list[_Place]:
     """Every arm in every panel; where strengths are to be chosen, all with the same one."""
-    base = extended({"extends": said.recipe}, file)
+    base = extended({"extends": said.recipe}, Path(), above=(file,))
     found, folders, panels = [], dict[str, tuple[str, str]](), dict[tuple[str, str], str]()
     for (network, part), values in itertools.product(
         (said.networks or {"": {}}).items(), itertools.product(*said.factors.values())

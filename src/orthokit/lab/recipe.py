@@ -24,7 +24,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -46,6 +46,9 @@ class Section(BaseModel):
     """A table of a recipe; unknown keys and values of the wrong type are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    FILES: ClassVar[tuple[str, ...]] = ()
+    """Keys that name files, relative to the one they stand in."""
 
 
 S = TypeVar("S", bound=Section)
@@ -251,11 +254,16 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         present = result.get(key)
         if isinstance(present, Mapping) and isinstance(value, Mapping):
-            # The options of [data] mean the same for every set.
-            another = key != "data" and any(name in value and value[name] != present.get(name) for name in NAMED)
-            value = value if another else merged(present, value)
+            value = _laid(key, present, value)
         result[key] = value
     return result
+
+
+def _laid(key: str, present: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of this key over another."""
+    # The options of [data] mean the same for every set; an arm of a study may be called "name".
+    named = [name for name in NAMED if key != "data" and isinstance(value.get(name), str)]
+    return dict(value) if any(value[name] != present.get(name) for name in named) else merged(present, value)
 
 
 def parsed(setting: str) -> dict[str, Any]:
@@ -315,13 +323,24 @@ def differences(one: Recipe, other: Recipe) -> str:
     return ", ".join(f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}" for key in keys)
 
 
-def _read(path: Path, what: str = "recipe", above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(
+    path: Path, what: str = "recipe", files: Sequence[str] = (), above: tuple[Path, ...] = (), key: str = ""
+) -> dict[str, Any]:
     if not path.is_file():
-        told = f", which {above[-1]} extends," if above else ""
-        raise FileNotFoundError(f"no {'file' if above else what} {path}{told} {'is a folder' if path.is_dir() else 'is there'}")
+        named = f"{path}, which {above[-1]} extends," if above else f"{path}"
+        raise FileNotFoundError(f"{named} is a folder, no {what}" if path.is_dir() else f"no {what} {named} is there")
     if path.resolve() in above:
         raise ValueError(f"{path} extends itself, through {', '.join(map(str, above))}")
-    return extended(read_toml(path), path, (*above, path.resolve()))
+    own = read_toml(path)
+    own |= {name: _beside(path, own[name]) for name in files if name in own}
+    return extended(own, path, files, (*above, path.resolve()), key)
+
+
+def _beside(path: Path, names: Any) -> Any:
+    """File names that stand in ``path``, relative to it, as paths."""
+    if isinstance(names, list):
+        return [_beside(path, name) for name in names]
+    return str(path.parent / names) if isinstance(names, str) else names
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -344,13 +363,22 @@ def read_section(cls: type[S], path: Path) -> S:
         ValueError: it is no TOML, extends itself, or is not what the section asks for; all of it in one message.
     """
     try:
-        return cls.model_validate(_read(path, cls.__name__.lower()))
+        return cls.model_validate(_read(path, cls.__name__.lower(), cls.FILES))
     except ValidationError as error:
         raise ValueError(f"{path}: {explained(cls, error)}") from None
 
 
-def extended(own: Mapping[str, Any], path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def extended(
+    own: Mapping[str, Any], path: Path, files: Sequence[str] = (), above: tuple[Path, ...] = (), key: str = ""
+) -> dict[str, Any]:
     """A table, and each inside it, laid over the files that its ``extends`` names, relative to ``path``, the file it stands in.
+
+    Args:
+        own: the table.
+        path: where it stands.
+        files: keys of file names, relative to the file that gives them.
+        above: files that extend this one.
+        key: of the table, if it stands in another.
 
     Raises:
         FileNotFoundError: no such file.
@@ -362,9 +390,13 @@ def extended(own: Mapping[str, Any], path: Path, above: tuple[Path, ...] = ()) -
         raise ValueError(f"{path}: extends must be a file or a list of files, relative to it; got {bases!r}")
     raw: dict[str, Any] = {}
     for base in bases:
-        raw = merged(raw, _read(path.parent / base, above=above))
-    inside = {key: extended(value, path, above) if isinstance(value, Mapping) else value for key, value in own.items()}
-    return merged(raw, {key: value for key, value in inside.items() if key != "extends"})
+        raw = _laid(key, raw, _read(path.parent / base, "file", files, above, key))
+    inside = {
+        name: extended(value, path, above=above, key=name) if isinstance(value, Mapping) else value
+        for name, value in own.items()
+        if name != "extends"
+    }
+    return _laid(key, raw, inside)
 
 
 def explained(cls: type[BaseModel], error: ValidationError) -> str:

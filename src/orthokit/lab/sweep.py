@@ -73,8 +73,9 @@ class Search(Section):
 class Sweep(Section):
     """What a sweep's file says."""
 
+    FILES = ("recipes",)
     recipes: Annotated[list[str], Field(min_length=1)]
-    """Files, relative to the sweep's; each gets its own best setting."""
+    """Files; each gets its own best setting."""
     seeds: Seeds
     grid: Annotated[dict[str, list[Any]], Field(min_length=1)] | None = None
     search: Search | None = None
@@ -135,7 +136,6 @@ def run(path: Path, out: Path, execute: Callable[[Sequence[Run]], int]) -> tuple
         ValueError: a recipe has no validation part, a setting is no key of it, or a folder holds a run of another recipe.
     """
     sweep = read(path)
-    bases = {file: path.parent / file for file in sweep.recipes}
     rounds = _search(sweep) if sweep.grid is None else _grid(sweep)
     points: dict[tuple[str, tuple[str, ...]], Point] = {}
     status, told = 0, None
@@ -147,12 +147,12 @@ def run(path: Path, out: Path, execute: Callable[[Sequence[Run]], int]) -> tuple
             except StopIteration:
                 return list(points.values()), status
             todo = {(file, _settings(sweep, values)): None for file, values in asked}
-            runs = {key: _runs(sweep, bases[key[0]], key[1], out / path.stem) for key in todo}
+            runs = {key: _runs(sweep, Path(key[0]), key[1], out / path.stem) for key in todo}
             # Two ways to write one recipe are one point.
             unique = {run.folder: run for each in runs.values() for run in each}
             status = max(status, execute(list(unique.values())))
             for key, each in runs.items():
-                points[key] = _point(bases[key[0]], key[1], each)
+                points[key] = _point(Path(key[0]), key[1], each)
             told = [points[file, _settings(sweep, values)] for file, values in asked]
 
 
