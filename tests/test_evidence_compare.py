@@ -425,6 +425,14 @@ def test_other_flags():
     environment = runs[0].summary["environment"] | {"precision": "bf16-mixed"}
     (flag,) = compare([changed(runs[0], environment=environment), *runs[1:]]).flags
     assert flag.startswith("ResNet-8: different precision, ")
+    environment = runs[0].summary["environment"] | {"processor": "another"}
+    (flag,) = compare([changed(runs[0], environment=environment), *runs[1:]]).flags
+    assert flag.startswith("ResNet-8: different devices, ")
+    on_gpus = [
+        changed(run, environment=run.summary["environment"] | {"device": "H200", "processor": str(k)})
+        for k, run in enumerate(runs)
+    ]
+    assert not compare(on_gpus).flags
     without = [run for run in runs if run.recipe.regularizer or run.summary["study"]["panel"] == "ResNet-8"]
     assert "ResNet-20: no run of the baseline none, hence no differences" in compare(without).flags
     assert compare(runs, flagged=["3 runs are missing"]).flags == ("3 runs are missing",)

@@ -108,27 +108,32 @@ def flags(panel: Panel, baseline: str) -> list[str]:
     seeds = {arm: " ".join(str(result.seed) for result in results) for arm, results in panel.arms.items()}
     if len(set(seeds.values())) > 1:
         found.append("arms have different seeds: " + "; ".join(f"{each} in {arm}" for arm, each in seeds.items()))
-    for words, keys in NUMERICS.items():
-        if len(values := panel.by(partial(_environment, keys=keys))) > 1:
+    for words, read in NUMERICS.items():
+        if len(values := panel.by(partial(_recorded, read))) > 1:
             found.append(f"different {words}, which can move a result as far as another seed does: {_shown(values)}")
     return [f"{panel.name}: {each}" for each in found]
 
 
-NUMERICS = {
-    "precision": ("precision",),
-    "devices": ("device",),
-    "numbers of processes": ("ranks",),
-    "versions of torch": ("versions", "torch"),
-    "versions of orthokit": ("versions", "orthokit"),
+Environment = Mapping[str, Any]
+
+
+def _recorded(read: Callable[[Environment], object], result: Result) -> str:
+    return str(read(result.summary["environment"]))
+
+
+def _version(package: str, environment: Environment) -> object:
+    versions = environment.get("versions")
+    return versions.get(package) if isinstance(versions, Mapping) else None
+
+
+NUMERICS: dict[str, Callable[[Environment], object]] = {
+    "precision": lambda environment: environment.get("precision"),
+    "devices": lambda environment: environment.get("processor" if environment.get("device") == "cpu" else "device"),
+    "numbers of processes": lambda environment: environment.get("ranks"),
+    "versions of torch": partial(_version, "torch"),
+    "versions of orthokit": partial(_version, "orthokit"),
 }
-"""In words, and where in ``environment.json``."""
-
-
-def _environment(result: Result, keys: Iterable[str]) -> str:
-    value: Any = result.summary["environment"]
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return str(value)
+"""In words, and what is read off ``environment.json``."""
 
 
 def _equal(panel: Panel) -> list[str]:
