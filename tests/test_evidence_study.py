@@ -244,7 +244,7 @@ def test_what_another_study_keeps_is_not_trained_again(folder, in_process, capsy
     capsys.readouterr()
     assert main(["study", "second.toml", "--jobs", "1"]) == 0
     assert in_process == ["dso/1", "dso/2", "bare/2", "so/2"]
-    assert "! 2 of the runs are those of the study tiny" in words(capsys.readouterr().out)
+    assert "! 2 of 6 runs are those of other studies (tiny: 2)" in words(capsys.readouterr().out)
     plan = study.plan(folder / "second.toml", out=folder / "runs", results=folder / "results")
     lent = {task.arm: task.result().summary for task in plan.tasks if task.lent}
     assert {arm: (found["seed"], found["study"]["arm"]) for arm, found in lent.items()} == {"bare": (1, "bare"), "so": (1, "so")}
@@ -502,7 +502,7 @@ def test_a_second_question(folder, diverging, capsys):
     said = words(capsys.readouterr().out)
     assert "2: all is done" in said
     assert "none against so is" in said
-    assert "! 4 of the runs are those of the study tiny" in said
+    assert "! 4 of 4 runs are those of other studies (tiny: 4)" in said
     assert "| diverged |" in (folder / "results/second/README.md").read_text()
     assert len(diverging) == count
     assert not list((folder / "results/second").rglob("*.json"))

@@ -218,7 +218,7 @@ class Plan:
         results, diverged = _found(self.tasks)
         if not results:
             raise ValueError(f"none of the {len(self.tasks)} runs has a result" + f"; {diverged} diverged" * bool(diverged))
-        lent = Counter(lender for each in results if (lender := each.source.parents[3]) != self.folder)
+        lent = Counter(lender.name for each in results if (lender := each.source.parents[3]) != self.folder)
         missing, said = len(self.tasks) - len(results), self.said
         which = f", {diverged} of which diverged" if diverged else ""
         flagged = (
@@ -233,7 +233,7 @@ class Plan:
             metric=said.metric,
             flagged=[
                 *flagged,
-                *(f"{count} of the runs are those of the study {lender.name}" for lender, count in lent.items()),
+                *([f"{lent.total()} of {len(results)} runs are those of other studies ({_counted(lent)})"] if lent else []),
                 *cautions(self.choices),
             ],
         )
@@ -256,6 +256,10 @@ class Plan:
             if f"figures/{old.name}" not in files:
                 old.unlink()
         return [self.folder / name for name in files]
+
+
+def _counted(names: Counter[str]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in names.items())
 
 
 def _left(tasks: Sequence[Task]) -> list[Task]:
