@@ -118,7 +118,7 @@ def test_without_training(folder, in_process, capsys):
     assert main([*command, "--no-train"]) == 4
     said = words(capsys.readouterr().out)
     assert "Tiny: 4 of 4 runs to train" in said
-    assert "nothing to compare yet: none of the 4 runs is kept" in said
+    assert "nothing to compare yet: none of the 4 runs has a result" in said
     assert in_process == []
     assert not (folder / "results").exists()
     (folder / "tiny.toml").write_text(NOTHING)
