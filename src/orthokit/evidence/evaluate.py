@@ -31,6 +31,7 @@ from orthokit.lab.data import Images, ImageSet, choose, load
 from orthokit.lab.files import to_json, write
 from orthokit.lab.models import orthogonality, unwrapped
 from orthokit.lab.recipe import DataSection, Recipe, differences
+from orthokit.lab.record import SUMMARY
 
 STEPS, PATH = 20, 5.0
 """Of projected gradient descent: steps, and the length of all of them in radii."""
@@ -70,7 +71,7 @@ def subjects(path: Path, recipe: Recipe | None = None) -> list[Subject]:
         ValueError: a checkpoint whose recipe is not known, or known to be another.
     """
     if path.is_dir():
-        runs = {file: read_summary(file)["recipe"] for file in sorted(path.rglob("summary.json"))}
+        runs = {file: read_summary(file)["recipe"] for file in sorted(path.rglob(SUMMARY))}
         if not runs:
             raise FileNotFoundError(f"no finished run (summary.json) in {path}")
         return [_subject(file.with_name("last.safetensors"), Recipe.of(raw, str(file)), recipe) for file, raw in runs.items()]
@@ -87,7 +88,7 @@ def _subject(weights: Path, carried: Recipe | None, given: Recipe | None) -> Sub
     assert own is not None
     if given is not None and given != own:
         raise ValueError(f"{weights} is of another recipe than --recipe: {differences(own, given)}; leave --recipe out")
-    run = weights.name == "last.safetensors" and weights.with_name("summary.json").is_file()
+    run = weights.name == "last.safetensors" and weights.with_name(SUMMARY).is_file()
     return Subject(weights, own, weights.with_name(RECORD if run else f"{weights.name}.{RECORD}"))
 
 

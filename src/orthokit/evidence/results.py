@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from orthokit.checks import check_choice
 from orthokit.lab.recipe import Recipe, flattened
-from orthokit.lab.record import read_json
+from orthokit.lab.record import SUMMARY, read_json
 
 RECORD = "evaluation.json"
 """In a run's folder: what ``orthokit evaluate`` has measured."""
@@ -61,13 +61,13 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path} is not there; give folders of runs, such as runs/nano_cifar10_strict")
-        if path.is_file() and path.name != "summary.json":
+        if path.is_file() and path.name != SUMMARY:
             raise ValueError(f"{path} is no run; give folders of runs, such as runs/nano_cifar10_strict")
         top = path.parent if path.is_file() else path
-        for file in _below(top, "summary.json"):
+        for file in _below(top, SUMMARY):
             found.setdefault(file.resolve(), read_one(file))
         for file in _below(top, "recipe.toml"):
-            if not (file.parent / "summary.json").is_file():
+            if not (file.parent / SUMMARY).is_file():
                 unfinished[file.parent.resolve()] = "failed" if (file.parent / "failed.txt").is_file() else "not finished"
     if not found:
         raise FileNotFoundError(f"no finished run (summary.json) in {', '.join(map(str, paths))}")

@@ -52,12 +52,11 @@ from orthokit.evidence.results import METRICS, TUNING, Result, metric_of, read_o
 from orthokit.evidence.tuning import Choice, Trial, Tune, cautions, distinct
 from orthokit.lab.files import to_json, write
 from orthokit.lab.recipe import Recipe, Section, differences, extended, flattened, inline, label, merged, parsed, read_section
-from orthokit.lab.record import Run, Seeds, read_json
+from orthokit.lab.record import DIVERGED, SUMMARY, Run, Seeds, read_json
 
 Partial = dict[str, Any]
 Lent = dict[tuple[str, int], list[Path]]
 """Folders with what is kept of runs, by their recipe and seed."""
-SUMMARY = "summary.json"
 RUNS = "runs"
 """In the folder of a study: the runs that are compared, ``runs/<name>/<seed>``."""
 STRENGTH = "regularizer.strength"
@@ -340,7 +339,7 @@ def plan(file: Path, *, out: Path, results: Path) -> Plan:
 def _lent(said: Study, file: Path, results: Path) -> dict[str, Lent]:
     """What other studies keep of the runs of either stage."""
     found: dict[str, Lent] = {RUNS: {}, TUNING: {}}
-    for lender, (stage, runs), name in itertools.product(_lenders(said, file), found.items(), (SUMMARY, "diverged.json")):
+    for lender, (stage, runs), name in itertools.product(_lenders(said, file), found.items(), (SUMMARY, DIVERGED)):
         for path in sorted((results / lender.stem / stage).glob(f"*/*/{name}")):
             try:
                 kept = read_json(path, recipe=dict, seed=int)

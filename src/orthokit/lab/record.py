@@ -31,6 +31,8 @@ SEEDS = 2**32
 """Seeds are below this, as numpy wants them."""
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=SEEDS)]], Field(min_length=1)]
 """In files of sweeps and studies."""
+SUMMARY, DIVERGED = "summary.json", "diverged.json"
+"""In a run's folder: what it came to, or that it could not go on."""
 WAIT = 60.0
 """Seconds to wait for another process that holds the run: one that was told to stop saves a checkpoint first."""
 
@@ -59,7 +61,7 @@ class Run:
         Raises:
             ValueError: the folder holds a run of another recipe, or a damaged file.
         """
-        if (path := self.folder / "summary.json").is_file():
+        if (path := self.folder / SUMMARY).is_file():
             parts, numbers = dict.fromkeys(("test", "validation"), dict | None), ("seconds", "images_per_second", "penalty_share")
             found = read_json(path, recipe=dict, **parts, **dict.fromkeys(numbers, float))
             for part in parts:
@@ -81,7 +83,7 @@ class Run:
     @property
     def divergence(self) -> Path:
         """``diverged.json``, where training could not go on."""
-        return self.folder / "diverged.json"
+        return self.folder / DIVERGED
 
     def diverged(self) -> bool:
         """Whether training this recipe could not go on.

@@ -27,7 +27,7 @@ from orthokit.lab.files import replacing, to_json, write
 from orthokit.lab.hardware import Hardware, environment
 from orthokit.lab.models import flops, orthogonality
 from orthokit.lab.recipe import TrainSection
-from orthokit.lab.record import Run
+from orthokit.lab.record import SUMMARY, Run
 from orthokit.lab.watch import Clock, Stop, Watch
 from orthokit.schedules import Schedule
 
@@ -311,7 +311,7 @@ class Training:
         }
         self.save_weights("last")
         if self.fabric.is_global_zero:
-            write(self.run.folder / "summary.json", to_json(summary))
+            write(self.run.folder / SUMMARY, to_json(summary))
         self.fabric.barrier()
         return summary
 
