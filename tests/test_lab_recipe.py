@@ -107,6 +107,31 @@ def test_extending_inside_a_table(tmp_path):
     assert merged({"arms": arms}, {"arms": {"name": {}}}) == {"arms": arms}  # a table of this name names nothing
 
 
+def test_blame(tmp_path):
+    """What is wrong is told of the file that gives it, but where several do or it is the one that is loaded."""
+    base, over = tmp_path / "base.toml", tmp_path / "a.toml"
+    common = '[data]\nname="synthetic"\n[network]\nkind="resnet"\n[train]\n'
+    base.write_text(f"{common}epoch=2\nlr=-1.0\nwarmup=3.0\n[train.sub]\nx=1\n")
+    over.write_text('extends = "base.toml"\n[train]\nepochs=2\nwd=1\n')
+    with pytest.raises(ValueError, match=r"a\.toml: in .*base\.toml, train\.lr") as told:
+        load(over)
+    for wrong in (f"in {base}, unknown key train.epoch;", f"in {base}, unknown key train.sub;", "; unknown key train.wd;"):
+        assert wrong in str(told.value)
+    with pytest.raises(ValueError, match=r"train\.lr: [^;]*; got -2\.0;"):
+        load(over, ["train.lr=-2.0"])
+    base.write_text(f"{common}warmup=3.0\n")
+    over.write_text('extends = "base.toml"\n[train]\nepochs=2\n')
+    with pytest.raises(ValueError, match=r"leaves nothing of 2 epochs$"):
+        load(over)
+    with pytest.raises(ValueError, match=r"data: .*got 3$"):
+        load(over, ["data=3", "train.epochs=4"])
+    base.write_text('[network]\nkind="resnet"\n')
+    with pytest.raises(ValueError, match=r"a\.toml: data is missing$"):
+        load(over)
+    with pytest.raises(FileNotFoundError, match=r"no file .*there\.toml, which .*a\.toml extends, is there"):
+        load(over, ["train.extends=there.toml"])
+
+
 def test_labels():
     assert label([]) == ""
     assert label(["train.epochs = 10"]) == "+train.epochs=10"

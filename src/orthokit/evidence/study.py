@@ -51,7 +51,7 @@ from orthokit.evidence.fairness import undeclared, under
 from orthokit.evidence.results import METRICS, TUNING, Result, metric_of, read_one
 from orthokit.evidence.tuning import Choice, Trial, Tune, cautions, distinct
 from orthokit.lab.files import to_json, write
-from orthokit.lab.recipe import Recipe, Section, differences, extended, flattened, inline, label, merged, parsed, read_section
+from orthokit.lab.recipe import Recipe, Section, differences, flattened, inline, joined, label, merged, parsed, read_section
 from orthokit.lab.record import DIVERGED, SUMMARY, Run, Seeds, read_json
 
 Partial = dict[str, Any]
@@ -402,7 +402,7 @@ def _tasks(
 
 def _places(said: Study, file: Path) -> list[_Place]:
     """Every arm in every panel; where strengths are to be chosen, all with the same one."""
-    base = extended({"extends": said.recipe}, Path(), above=(file,))
+    base = joined(said.recipe, file)
     found, folders, panels = [], dict[str, tuple[str, str]](), dict[tuple[str, str], str]()
     for (network, part), values in itertools.product(
         (said.networks or {"": {}}).items(), itertools.product(*said.factors.values())

@@ -22,7 +22,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -37,6 +37,9 @@ from orthokit.lab.batches import Augment
 from orthokit.lab.data import SETS, ImageSet
 from orthokit.regularizer import Regularizer, sqrt_filters
 
+Keys = tuple[str, ...]
+UNION = re.compile(r"(float|int|str|bool|dict|list|Interval)(\[.*)?")
+"""Members of a union, which pydantic names among the keys that lead to an error."""
 SCALES = {"sqrt_filters": sqrt_filters}
 NAMED = ("name", "kind")
 """A table that gives another name than the one it is merged into replaces it, as their options have nothing in common."""
@@ -218,10 +221,7 @@ class Recipe(Section):
         Raises:
             ValueError: unknown keys, missing ones, values of the wrong type or out of range; all of them in one message.
         """
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as error:
-            raise ValueError(f"{source}: {explained(cls, error)}") from None
+        return _valid(cls, raw, source)
 
 
 def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
@@ -229,16 +229,17 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the file.
-        settings: such as ``"train.epochs=10"``; the value is read as TOML, and as a string where that fails.
+        settings: such as ``"train.epochs=10"``, as if they stood in the file; the value is read as TOML, or else is a string.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is no TOML, extends itself, or is no recipe.
     """
-    raw = _read(path)
+    reader = _Reader(path)
+    raw = reader.read(path, "recipe")
     for setting in settings:
-        raw = merged(raw, parsed(setting))
-    return Recipe.of(raw, " + ".join([str(path), *settings]))
+        raw = merged(raw, reader.extended(parsed(setting), path, (path.resolve(),)))
+    return _valid(Recipe, raw, " + ".join([str(path), *settings]), reader.giver)
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,17 +324,50 @@ def differences(one: Recipe, other: Recipe) -> str:
     return ", ".join(f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}" for key in keys)
 
 
-def _read(
-    path: Path, what: str = "recipe", files: Sequence[str] = (), above: tuple[Path, ...] = (), key: str = ""
-) -> dict[str, Any]:
-    if not path.is_file():
-        named = f"{path}, which {above[-1]} extends," if above else f"{path}"
-        raise FileNotFoundError(f"{named} is a folder, no {what}" if path.is_dir() else f"no {what} {named} is there")
-    if path.resolve() in above:
-        raise ValueError(f"{path} extends itself, through {', '.join(map(str, above))}")
-    own = read_toml(path)
-    own |= {name: _beside(path, own[name]) for name in files if name in own}
-    return extended(own, path, files, (*above, path.resolve()), key)
+class _Reader:
+    """Reads a TOML file with what it extends, and remembers which file gave what."""
+
+    def __init__(self, file: Path, files: Sequence[str] = ()) -> None:
+        self.file = file
+        self.files = files
+        """Keys of file names, relative to the file that gives them."""
+        self.given: dict[Keys, Path] = {}
+        """By its place, the last file to give a value."""
+
+    def read(self, path: Path, what: str = "file", above: tuple[Path, ...] = (), place: Keys = ()) -> dict[str, Any]:
+        """What a file says of the table at ``place``; those ``above`` extend it."""
+        if not path.is_file():
+            named = f"{path}, which {above[-1]} extends," if above else f"{path}"
+            raise FileNotFoundError(f"{named} is a folder, no {what}" if path.is_dir() else f"no {what} {named} is there")
+        if path.resolve() in above:
+            raise ValueError(f"{path} extends itself, through {', '.join(map(str, above))}")
+        own = read_toml(path)
+        own |= {name: _beside(path, own[name]) for name in self.files if not place and name in own}
+        return self.extended(own, path, (*above, path.resolve()), place)
+
+    def extended(self, own: Mapping[str, Any], path: Path, above: tuple[Path, ...], place: Keys = ()) -> dict[str, Any]:
+        """A table that stands in a file, and each inside it, laid over the files that its ``extends`` names."""
+        bases = own.get("extends", [])
+        bases = [bases] if isinstance(bases, str) else bases
+        if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+            raise ValueError(f"{path}: extends must be a file or a list of files, relative to it; got {bases!r}")
+        key, raw = "".join(place[-1:]), dict[str, Any]()
+        for base in bases:
+            raw = _laid(key, raw, self.read(path.parent / base, above=above, place=place))
+        self.given |= {(*place, name): path for name in own}
+        inside = {
+            name: self.extended(value, path, above, (*place, name)) if isinstance(value, Mapping) else value
+            for name, value in own.items()
+            if name != "extends"
+        }
+        return _laid(key, raw, inside)
+
+    def giver(self, place: Keys) -> Path | None:
+        """The other file that alone gives what is there, if one does."""
+        while place and place not in self.given:
+            place = place[:-1]
+        found = {file for keys, file in self.given.items() if keys[: len(place)] == place}
+        return found.pop() if len(found) == 1 and self.file not in found else None
 
 
 def _beside(path: Path, names: Any) -> Any:
@@ -362,54 +396,36 @@ def read_section(cls: type[S], path: Path) -> S:
         FileNotFoundError: no such file.
         ValueError: it is no TOML, extends itself, or is not what the section asks for; all of it in one message.
     """
-    try:
-        return cls.model_validate(_read(path, cls.__name__.lower(), cls.FILES))
-    except ValidationError as error:
-        raise ValueError(f"{path}: {explained(cls, error)}") from None
+    reader = _Reader(path, cls.FILES)
+    return _valid(cls, reader.read(path, cls.__name__.lower()), f"{path}", reader.giver)
 
 
-def extended(
-    own: Mapping[str, Any], path: Path, files: Sequence[str] = (), above: tuple[Path, ...] = (), key: str = ""
-) -> dict[str, Any]:
-    """A table, and each inside it, laid over the files that its ``extends`` names, relative to ``path``, the file it stands in.
-
-    Args:
-        own: the table.
-        path: where it stands.
-        files: keys of file names, relative to the file that gives them.
-        above: files that extend this one.
-        key: of the table, if it stands in another.
+def joined(files: str | Sequence[str], by: Path) -> dict[str, Any]:
+    """What recipes say together, merged in order, for the file that names them.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: one of them is no TOML or extends itself, or ``extends`` is no file or list of files.
+        ValueError: one of them is no TOML, or extends itself.
     """
-    bases = own.get("extends", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ValueError(f"{path}: extends must be a file or a list of files, relative to it; got {bases!r}")
-    raw: dict[str, Any] = {}
-    for base in bases:
-        raw = _laid(key, raw, _read(path.parent / base, "file", files, above, key))
-    inside = {
-        name: extended(value, path, above=above, key=name) if isinstance(value, Mapping) else value
-        for name, value in own.items()
-        if name != "extends"
-    }
-    return _laid(key, raw, inside)
+    own = {"extends": files if isinstance(files, str) else [*files]}
+    return _Reader(by).extended(own, Path(), (by,))
 
 
-def explained(cls: type[BaseModel], error: ValidationError) -> str:
-    """What is wrong with the data for ``cls``, all of it, in words."""
-    return "; ".join(dict.fromkeys(_problem(cls, problem) for problem in error.errors()))
+def _valid(cls: type[S], raw: Mapping[str, Any], source: str, giver: Callable[[Keys], Path | None] = lambda _: None) -> S:
+    """The section that data of a source are; ``giver`` tells which other file gave what is wrong."""
+    try:
+        return cls.model_validate(raw)
+    except ValidationError as error:
+        told = []
+        for problem in error.errors():
+            place = tuple(part for part in map(str, problem["loc"]) if not UNION.fullmatch(part))
+            file = None if problem["type"] == "missing" else giver(place)
+            told.append((f"in {file}, " if file else "") + _problem(cls, problem, place))
+        raise ValueError(f"{source}: {'; '.join(dict.fromkeys(told))}") from None
 
 
-def _problem(cls: type[BaseModel], problem: Any) -> str:
-    # Pydantic names the members of unions too.
-    place = [
-        str(part) for part in problem["loc"] if not re.fullmatch(r"(float|int|str|bool|dict|list|Interval)(\[.*)?", str(part))
-    ]
-    *sections, last = place = place or [""]
+def _problem(cls: type[BaseModel], problem: Any, place: Keys) -> str:
+    *sections, last = place or ("",)
     key = ".".join(place)
     match problem["type"]:
         case "extra_forbidden":
