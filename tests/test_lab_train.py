@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 import orthokit as ok
 from orthokit.cli import main
+from orthokit.lab import hardware
 from orthokit.lab import train as training
 from orthokit.lab.batches import Augment, Batches
 from orthokit.lab.data import load as load_images
-from orthokit.lab.hardware import Hardware
+from orthokit.lab.hardware import Hardware, fast_bfloat16
 from orthokit.lab.models import ResNet
 from orthokit.lab.recipe import Recipe
 from orthokit.lab.record import Run
@@ -106,6 +107,29 @@ def test_a_run_is_the_loop_one_would_write(tmp_path):
     assert summary["parameters"] == sum(p.numel() for p in model.parameters())
     assert summary["ranks"]["conv"] == 16
     assert 0 < summary["penalty_share"] < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "supported", "precision"),
+    [
+        ("Intel(R) Xeon(R) Processor", {"amx_tile", "avx512_bf16"}, "bf16-mixed"),
+        ("Intel(R) Xeon(R) Processor", {"avx512_bf16"}, "32-true"),
+        ("AMD EPYC 9R14", {"avx512_bf16"}, "bf16-mixed"),
+        ("AMD EPYC 7R13", set(), "32-true"),
+    ],
+)
+def test_precision_follows_the_processor(monkeypatch, tmp_path, name, supported, precision):
+    """Where bfloat16 is multiplied no faster than float32, ``auto`` is float32."""
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: x\nmodel name\t: {name}\n")
+    monkeypatch.setattr(hardware, "Path", lambda _: tmp_path / "cpuinfo")
+    for each in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{each}_supported", lambda each=each: each in supported)
+    fabric = Hardware(device="cpu", threads=1).fabric("auto")
+    assert fabric._precision.precision == precision
+    assert hardware._processor() == name + ", AMX" * ("amx_tile" in supported)
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert not fast_bfloat16("cpu")
 
 
 def test_what_is_in_the_folder(tmp_path):

@@ -64,9 +64,14 @@ def fast_bfloat16(device: str) -> bool:
         return torch.cuda.get_device_capability() >= (8, 0)
     if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
         return False
+    # Intel's vector units without AMX multiply bfloat16 at float32's peak: a Xeon trained at .7 to .8 of float32's speed.
+    return _supports("amx_tile") or (_supports("avx512_bf16") and "Intel" not in _processor())
+
+
+def _supports(instructions: str) -> bool:
     # Private to torch 2.6 ... 2.13, hence the detour: where the name is gone, float32 is always right.
-    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(supported() for supported in known if supported is not None)
+    supported = getattr(torch.cpu, f"_is_{instructions}_supported", None)
+    return supported is not None and supported()
 
 
 def environment(fabric: Fabric) -> dict[str, Any]:
@@ -87,11 +92,12 @@ def environment(fabric: Fabric) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    # Names that virtual machines give hide it.
+    return name + ", AMX" * _supports("amx_tile")
 
 
 def _commit() -> str | None:
