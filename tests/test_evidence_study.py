@@ -18,7 +18,7 @@ from orthokit.lab.train import DivergenceError, train
 from tiny import TINY
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
-UNFINISHED = {"full", "transfer-wide"}
+UNFINISHED = {"full", "large", "transfer-wide"}
 STUDY = """
 title = "Tiny"
 recipe = "base.toml"
@@ -280,6 +280,12 @@ def test_studies_of_the_repository(file, tmp_path):
     assert verdicts
     assert all(verdict in written for verdict in verdicts)
     assert (f"{len(left)} of {len(plan.tasks)} runs are missing" in written) == bool(left)
+
+
+def test_panels_are_called_by_the_names_of_what_they_have(tmp_path):
+    file = STUDIES[0].parent / "large.toml"
+    panels = {task.panel for task in study.plan(file, out=tmp_path, results=tmp_path).tuning}
+    assert panels == {"ResNet-18, cifar10", "ResNet-18, cifar100"}
 
 
 TUNE = """

@@ -51,7 +51,19 @@ from orthokit.evidence.fairness import undeclared, under
 from orthokit.evidence.results import METRICS, TUNING, Result, metric_of, read_one
 from orthokit.evidence.tuning import Choice, Trial, Tune, cautions, distinct
 from orthokit.lab.files import to_json, write
-from orthokit.lab.recipe import Recipe, Section, differences, flattened, inline, joined, label, merged, parsed, read_section
+from orthokit.lab.recipe import (
+    NAMED,
+    Recipe,
+    Section,
+    differences,
+    flattened,
+    inline,
+    joined,
+    label,
+    merged,
+    parsed,
+    read_section,
+)
 from orthokit.lab.record import DIVERGED, SUMMARY, Run, Seeds, read_json
 
 Partial = dict[str, Any]
@@ -407,10 +419,9 @@ def _places(said: Study, file: Path) -> list[_Place]:
     for (network, part), values in itertools.product(
         (said.networks or {"": {}}).items(), itertools.product(*said.factors.values())
     ):
-        factors = {key: inline(value) for key, value in zip(said.factors, values, strict=True)}
-        chosen = tuple(f"{key}={value}" for key, value in factors.items())
-        short = [f"{key.rpartition('.')[2]}={value}" for key, value in factors.items()]
-        panel = ", ".join([*([network] if network else []), *short])
+        factors = dict(zip(said.factors, values, strict=True))
+        chosen = tuple(f"{key}={inline(value)}" for key, value in factors.items())
+        panel = ", ".join([*([network] if network else []), *itertools.starmap(_short, factors.items())])
         laid = part
         for setting in chosen:
             laid = merged(laid, parsed(setting))
@@ -432,6 +443,12 @@ def _places(said: Study, file: Path) -> list[_Place]:
             if (twin := panels.setdefault((arm, recipe.to_toml()), panel)) != panel:
                 raise ValueError(f"{file}: {arm} has the same recipe in the panels {twin} and {panel}")
     return found
+
+
+def _short(key: str, value: Any) -> str:
+    """A factor's value in the name of a panel."""
+    last = key.rpartition(".")[2]
+    return value if last in NAMED and isinstance(value, str) else f"{last}={inline(value)}"
 
 
 def _slug(file: Path, name: str) -> str:
