@@ -419,6 +419,17 @@ def test_selection_on_test_is_flagged(tmp_path):
     assert "runs of a sweep, which chose among them: so" in compare(swept).flags[0]
 
 
+def test_unequal_speeds_are_told():
+    runs = made_up({"none": 0, "so": 0}, depths=[8], parts=False)
+    (note,) = compare(runs).notes
+    assert note == results.COST  # arms may differ as they like
+    slow = changed(runs[0], images_per_second=runs[1].summary["images_per_second"] / 4)
+    (note,) = compare([slow, *runs[1:]]).notes
+    assert re.search(r"by up to a factor of (3\.[6-9]|4\.[0-4]) in images/s", note)
+    (note,) = compare([changed(runs[0], images_per_second=0.0), *runs[1:]]).notes
+    assert note == results.COST
+
+
 def test_other_flags():
     runs = made_up({"none": 0, "so": 0}, depths=[8, 20])
     assert "arms have different seeds" in compare(runs[:-1]).flags[0]

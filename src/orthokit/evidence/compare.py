@@ -38,6 +38,8 @@ FACTOR = ("regularizer",)
 PANELS = ("network", "data.name")
 WORDS = {1: ("better", "worse"), 0: ("higher", "lower"), -1: ("worse", "better")}
 """Of differences above 0, and below, by what is better of a metric."""
+UNEVEN = 1.5
+"""Factor by which the speeds of an arm's runs may differ without a word."""
 
 
 @dataclass(frozen=True)
@@ -221,9 +223,18 @@ class Comparison:
         shown = dict.fromkeys(metric.part for metric in self.metrics if metric.part in MEASURED)
         results = [result for panel in self.panels for result in panel.results]
         first = {part: next(result.parts[part] for result in results if part in result.parts) for part in shown}
-        cost = [COST] if any(metric.group == "cost" for metric in self.metrics) else []
+        cost = [COST + self._uneven()] if any(metric.group == "cost" for metric in self.metrics) else []
         said = {part: Template(MEASURED[part]).safe_substitute(each | each["settings"]) for part, each in first.items()}
         return [*cost, *said.values()]
+
+    def _uneven(self) -> str:
+        """A sentence, where runs of one arm had unequal speeds."""
+        speeds = [cell.sample.values for arms in self.cells(metric_of("speed")).values() for cell in arms.values()]
+        if (factor := max((max(each) / min(each) for each in speeds if min(each) > 0), default=1.0)) <= UNEVEN:
+            return ""
+        return (
+            f" Runs of one arm differ by up to a factor of {factor:.1f} in images/s: their machines did, or had other work too."
+        )
 
     @property
     def explanation(self) -> str:
