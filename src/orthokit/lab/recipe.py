@@ -37,8 +37,8 @@ from orthokit.lab.batches import Augment
 from orthokit.lab.data import SETS, ImageSet
 from orthokit.regularizer import Regularizer, sqrt_filters
 
-Keys = tuple[str, ...]
-UNION = re.compile(r"(float|int|str|bool|dict|list|Interval)(\[.*)?")
+_Keys = tuple[str, ...]
+_UNION = re.compile(r"(float|int|str|bool|dict|list|Interval)(\[.*)?")
 """Members of a union, which pydantic names among the keys that lead to an error."""
 SCALES = {"sqrt_filters": sqrt_filters}
 NAMED = ("name", "kind")
@@ -331,10 +331,10 @@ class _Reader:
         self.file = file
         self.files = files
         """Keys of file names, relative to the file that gives them."""
-        self.given: dict[Keys, Path] = {}
+        self.given: dict[_Keys, Path] = {}
         """By its place, the last file to give a value."""
 
-    def read(self, path: Path, what: str = "file", above: tuple[Path, ...] = (), place: Keys = ()) -> dict[str, Any]:
+    def read(self, path: Path, what: str = "file", above: tuple[Path, ...] = (), place: _Keys = ()) -> dict[str, Any]:
         """What a file says of the table at ``place``; those ``above`` extend it."""
         if not path.is_file():
             named = f"{path}, which {above[-1]} extends," if above else f"{path}"
@@ -345,13 +345,13 @@ class _Reader:
         own |= {name: _beside(path, own[name]) for name in self.files if not place and name in own}
         return self.extended(own, path, (*above, path.resolve()), place)
 
-    def extended(self, own: Mapping[str, Any], path: Path, above: tuple[Path, ...], place: Keys = ()) -> dict[str, Any]:
+    def extended(self, own: Mapping[str, Any], path: Path, above: tuple[Path, ...], place: _Keys = ()) -> dict[str, Any]:
         """A table that stands in a file, and each inside it, laid over the files that its ``extends`` names."""
         bases = own.get("extends", [])
         bases = [bases] if isinstance(bases, str) else bases
         if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
             raise ValueError(f"{path}: extends must be a file or a list of files, relative to it; got {bases!r}")
-        key, raw = "".join(place[-1:]), dict[str, Any]()
+        key, raw = place[-1] if place else "", dict[str, Any]()
         for base in bases:
             raw = _laid(key, raw, self.read(path.parent / base, above=above, place=place))
         self.given |= {(*place, name): path for name in own}
@@ -362,7 +362,7 @@ class _Reader:
         }
         return _laid(key, raw, inside)
 
-    def giver(self, place: Keys) -> Path | None:
+    def giver(self, place: _Keys) -> Path | None:
         """The other file that alone gives what is there, if one does."""
         while place and place not in self.given:
             place = place[:-1]
@@ -411,20 +411,20 @@ def joined(files: str | Sequence[str], by: Path) -> dict[str, Any]:
     return _Reader(by).extended(own, Path(), (by,))
 
 
-def _valid(cls: type[S], raw: Mapping[str, Any], source: str, giver: Callable[[Keys], Path | None] = lambda _: None) -> S:
+def _valid(cls: type[S], raw: Mapping[str, Any], source: str, giver: Callable[[_Keys], Path | None] = lambda _: None) -> S:
     """The section that data of a source are; ``giver`` tells which other file gave what is wrong."""
     try:
         return cls.model_validate(raw)
     except ValidationError as error:
         told = []
         for problem in error.errors():
-            place = tuple(part for part in map(str, problem["loc"]) if not UNION.fullmatch(part))
+            place = tuple(part for part in map(str, problem["loc"]) if not _UNION.fullmatch(part))
             file = None if problem["type"] == "missing" else giver(place)
             told.append((f"in {file}, " if file else "") + _problem(cls, problem, place))
         raise ValueError(f"{source}: {'; '.join(dict.fromkeys(told))}") from None
 
 
-def _problem(cls: type[BaseModel], problem: Any, place: Keys) -> str:
+def _problem(cls: type[BaseModel], problem: Any, place: _Keys) -> str:
     *sections, last = place or ("",)
     key = ".".join(place)
     match problem["type"]:
