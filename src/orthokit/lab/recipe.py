@@ -235,7 +235,7 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
         FileNotFoundError: no such file.
         ValueError: it is no TOML, extends itself, or is no recipe.
     """
-    reader = _Reader(path)
+    reader = _Reader()
     raw = reader.read(path, "recipe")
     for setting in settings:
         raw = merged(raw, reader.extended(parsed(setting), path, (path.resolve(),)))
@@ -327,12 +327,11 @@ def differences(one: Recipe, other: Recipe) -> str:
 class _Reader:
     """Reads a TOML file with what it extends, and remembers which file gave what."""
 
-    def __init__(self, file: Path, files: Sequence[str] = ()) -> None:
-        self.file = file
+    def __init__(self, files: Sequence[str] = ()) -> None:
         self.files = files
         """Keys of file names, relative to the file that gives them."""
-        self.given: dict[_Keys, Path] = {}
-        """By its place, the last file to give a value."""
+        self.given: dict[_Keys, Path | None] = {}
+        """By its place, which of the extended files gave a value last; none, where the one that was asked for did."""
 
     def read(self, path: Path, what: str = "file", above: tuple[Path, ...] = (), place: _Keys = ()) -> dict[str, Any]:
         """What a file says of the table at ``place``; those ``above`` extend it."""
@@ -354,7 +353,7 @@ class _Reader:
         key, raw = place[-1] if place else "", dict[str, Any]()
         for base in bases:
             raw = _laid(key, raw, self.read(path.parent / base, above=above, place=place))
-        self.given |= {(*place, name): path for name in own}
+        self.given |= dict.fromkeys(((*place, name) for name in own), path if len(above) > 1 else None)
         inside = {
             name: self.extended(value, path, above, (*place, name)) if isinstance(value, Mapping) else value
             for name, value in own.items()
@@ -363,11 +362,11 @@ class _Reader:
         return _laid(key, raw, inside)
 
     def giver(self, place: _Keys) -> Path | None:
-        """The other file that alone gives what is there, if one does."""
+        """The extended file that alone gives what is there, if one does."""
         while place and place not in self.given:
             place = place[:-1]
         found = {file for keys, file in self.given.items() if keys[: len(place)] == place}
-        return found.pop() if len(found) == 1 and self.file not in found else None
+        return found.pop() if len(found) == 1 else None
 
 
 def _beside(path: Path, names: Any) -> Any:
@@ -396,7 +395,7 @@ def read_section(cls: type[S], path: Path) -> S:
         FileNotFoundError: no such file.
         ValueError: it is no TOML, extends itself, or is not what the section asks for; all of it in one message.
     """
-    reader = _Reader(path, cls.FILES)
+    reader = _Reader(cls.FILES)
     return _valid(cls, reader.read(path, cls.__name__.lower()), f"{path}", reader.giver)
 
 
@@ -408,7 +407,7 @@ def joined(files: str | Sequence[str], by: Path) -> dict[str, Any]:
         ValueError: one of them is no TOML, or extends itself.
     """
     own = {"extends": files if isinstance(files, str) else [*files]}
-    return _Reader(by).extended(own, Path(), (by,))
+    return _Reader().extended(own, Path(), (by,))
 
 
 def _valid(cls: type[S], raw: Mapping[str, Any], source: str, giver: Callable[[_Keys], Path | None] = lambda _: None) -> S:
