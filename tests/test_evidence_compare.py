@@ -235,7 +235,7 @@ def test_planted_gains_and_what_is_said():
     assert comparison.comparisons(comparison.primary) == 6
     said = comparison.verdicts()
     assert len(said) == 9
-    assert said[0].startswith("mean difference, all 2 panels: so is better than none: +1.98 [+1.67, +2.28] points of ")
+    assert said[0].startswith("mean difference, both panels: so is better than none: +1.98 [+1.67, +2.28] points of ")
     assert re.fullmatch(
         r"ResNet-8: so is better than none: \+[\d.]+ \[\+[\d.]+, \+[\d.]+\] points of test accuracy, adjusted p = \S+, n = 6",
         said[3],

@@ -193,7 +193,8 @@ class Comparison:
             return {arm: replace(each, holm=adjusted.get(arm)) for arm, each in found.items()}
 
         alike = tested([1 / len(names)] * len(names))
-        asked = [Contrasts("mean difference", f"all {len(names)} panels", WORDS[self.primary.better], alike)]
+        panels = "both panels" if len(names) == 2 else f"all {len(names)} panels"
+        asked = [Contrasts("mean difference", panels, WORDS[self.primary.better], alike)]
         if self.grows is not None:
             numbers = [panel.values[self.grows] for panel in self.panels]
             over = f"{self.grows} from {numbers[0]} to {numbers[-1]}"

@@ -58,8 +58,14 @@ def plain(value: str | None) -> str:
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """Some names, and how many more."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    """Some names, those with a comma quoted, and how many more.
+
+    >>> from orthokit.evidence.fairness import listed
+    >>> listed(["none", "so, scaled", "strict"], most=2)
+    'none, "so, scaled" and 1 more'
+    """
+    shown = ", ".join(f'"{name}"' if "," in name else name for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _shown(values: Mapping[Any, Iterable[str]]) -> str:
