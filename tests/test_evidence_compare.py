@@ -24,6 +24,7 @@ from orthokit.evidence.statistics import (
     detectable,
     differences,
     holm,
+    intraclass,
     per_doubling,
     pooled_sd,
     power,
@@ -186,6 +187,34 @@ def test_trends_are_found_as_often_as_they_should_be():
     assert 0.92 <= held / 500 <= 0.98
 
 
+def seeded(random, correlation, arms=4, seeds=6):
+    """Results of arms whose means differ and whose runs of one seed correlate."""
+    common, own = random.normal(0, math.sqrt(correlation), seeds), random.normal(0, math.sqrt(1 - correlation), (arms, seeds))
+    return (np.arange(arms)[:, None] + common + own).tolist()
+
+
+def test_what_seeds_have_in_common_is_the_anova_of_arms_and_seeds():
+    block = np.array(seeded(np.random.default_rng(4), 0.5, arms=3, seeds=5))
+    total, arms, seeds = ((block - mean) ** 2 for mean in (block.mean(), block.mean(0), block.mean(1, keepdims=True)))
+    error = (arms.sum() + seeds.sum() - total.sum()) / 8
+    of_seeds = (total.sum() - arms.sum()) / 4
+    wanted = (of_seeds - error) / (of_seeds + 2 * error), stats.f.sf(of_seeds / error, 4, 8)
+    assert intraclass([block.tolist()]) == pytest.approx(wanted)
+    assert intraclass([block.tolist(), [], [[1.0], [2.0]], [[1.0, 2.0]]]) == pytest.approx(wanted)
+    assert intraclass([(block + 7).tolist()] * 2)[0] == pytest.approx(wanted[0])
+    for nothing in ([], [[]], [[[1.0], [2.0]]], [[[1.0, 2.0]]], [[[1.0, 1.0], [1.0, 1.0]]]):
+        assert intraclass(nothing) is None
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.4])
+def test_what_seeds_have_in_common_is_found_as_it_was_planted(correlation):
+    random = np.random.default_rng(5)
+    found = [intraclass([seeded(random, correlation, arms), seeded(random, correlation, 5)]) for arms in (2, 4) * 200]
+    assert np.mean([each for each, _ in found]) == pytest.approx(correlation, abs=0.05)
+    called = np.mean([p < 0.05 for _, p in found])
+    assert called > 0.6 if correlation else 0.02 < called < 0.08
+
+
 @pytest.mark.parametrize(
     ("gain", "seeds", "low", "high"),
     [
@@ -248,6 +277,23 @@ def test_planted_gains_and_what_is_said():
     cosines = comparison.cells(results.metric_of("under_cos"))["ResNet-8"]
     assert {cosines[arm].verdict for arm in ("so", "strict", "welch")} == {"lower"}
     assert all("6 seeds an arm" in each and "seeds an arm for less" in each for each in comparison.power())
+
+
+def test_what_arms_of_one_seed_share_is_told():
+    runs = made_up(ARMS, seeds=6)
+
+    def lifted(run):
+        return changed(run, test=run.summary["test"] | {"accuracy": run.summary["test"]["accuracy"] + run.seed / 20})
+
+    shared = re.compile(r"Arms share seeds: .* results of one seed correlate by ([+-][\d.]+) \(intraclass; F test p = (\S+)\)")
+    assert float(shared.search(compare(runs).explanation)[2]) > 0.05
+    found = shared.search(compare([*map(lifted, runs)]).explanation)
+    assert found[1] == "+1.00"
+    assert float(found[2]) < 1e-9
+    apart = [run for run in runs if (run.seed < 3) == (run.summary["study"]["arm"] == "none")]
+    assert "Arms share seeds" not in compare(apart).explanation
+    lacking = [changed(run, test={"loss": 1.0, "accuracy": None}) if run.summary["study"]["arm"] == "so" else run for run in runs]
+    assert shared.search(compare(lacking).explanation)
 
 
 def test_adjusted_over_all_panels():

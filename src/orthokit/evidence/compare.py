@@ -26,6 +26,7 @@ from orthokit.evidence.statistics import (
     detectable,
     differences,
     holm,
+    intraclass,
     per_doubling,
     pooled_sd,
     seeds_needed,
@@ -244,8 +245,28 @@ class Comparison:
             f"Last epoch, means of seeds. {1 - ALPHA:.0%} intervals, not adjusted: Student's of means, Welch's of differences. "
             f"p is of Welch's t against {self.baseline}, adjusted after Holm over {self.comparisons(self.primary)} comparisons; "
             f"verdicts need p < {ALPHA:g}. Beside it Dunnett's test over the arms of each panel, which assumes equal variances. "
-            "Every metric is adjusted by itself."
+            f"Every metric is adjusted by itself.{self._shared()}"
         )
+
+    def _shared(self) -> str:
+        """A sentence on what runs of one seed have in common, where arms share seeds."""
+        found = intraclass([self._by_seed(panel) for panel in self.panels])
+        if found is None:
+            return ""
+        return (
+            f" Arms share seeds: beyond the means of arms, results of one seed correlate by {found[0]:+.2f} (intraclass; F test "
+            f"p = {found[1]:.2g}), which no test here makes use of."
+        )
+
+    def _by_seed(self, panel: Panel) -> list[list[float]]:
+        """The primary metric of a panel's arms, where there is one, on the seeds that they share."""
+        read = {
+            arm: {result.seed: value for result in results if (value := self.primary.read(result)) is not None}
+            for arm, results in panel.arms.items()
+            if arm in self.cells(self.primary).get(panel.name, {})
+        }
+        shared = sorted(set.intersection(*map(set, read.values()))) if read else []
+        return [[values[seed] for seed in shared] for values in read.values()]
 
 
 def _adjusted(raw: Mapping[Key, float | None]) -> dict[Key, float]:

@@ -190,6 +190,43 @@ def holm(values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def intraclass(blocks: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float] | None:
+    """How results of one seed correlate beyond the means of their arms, and the p-value of the F test that they do not.
+
+    The share that seeds have in the variance between the runs of an arm, ICC(C,1) of K. O. McGraw and S. P. Wong, "Forming
+    inferences about some intraclass correlation coefficients" (1996), the variances pooled over the blocks. Tests that take runs
+    as independent are careful where it is above 0.
+
+    >>> from orthokit.evidence.statistics import intraclass
+    >>> correlation, p = intraclass([[[90.0, 90.2, 90.7], [91.1, 91.2, 91.9]]])
+    >>> round(correlation, 3), round(p, 3)
+    (0.969, 0.016)
+
+    Args:
+        blocks: for each panel the results of its arms, each with the same seeds in the same order; two or more of either. Others
+            do not count.
+
+    Returns:
+        None where nothing counts, or no result differs.
+    """
+    between = within = weight = 0.0
+    seeds = rest = 0
+    for block in map(np.array, blocks):
+        arms, runs = block.shape if block.ndim == 2 else (0, 0)
+        if min(arms, runs) < 2:
+            continue
+        apart = block - block.mean(1, keepdims=True)
+        common = apart.mean(0)
+        between += arms * float(common @ common)
+        within += float(np.square(apart - common).sum())
+        seeds, rest, weight = seeds + runs - 1, rest + (arms - 1) * (runs - 1), weight + arms * (runs - 1)
+    if not within > 0:
+        return None
+    error = within / rest
+    of_seeds = (between - seeds * error) / weight
+    return of_seeds / (of_seeds + error), float(stats.f.sf(between / seeds / error, seeds, rest))
+
+
 def pooled_sd(samples: Sequence[Sample]) -> float | None:
     """The common standard deviation of several samples; None where none has two values."""
     spread = [(sample.n - 1, sample.sd) for sample in samples if sample.sd is not None]
