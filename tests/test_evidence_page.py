@@ -237,6 +237,14 @@ def test_many_arms_and_panels():
     assert all(200 < int(attributes["height"]) < 600 for attributes in outline.all("img"))
     assert "drawn of 3 of 6 panels" in outline.text
     assert "None" not in outline.text
+    assert "of 6 panels" not in page(compare([replace(result, parts={}) for result in results]))
+
+
+def test_long_names_of_panels_stay_whole():
+    comparison = compare(made_up({"none": 0.0, "so": 1.0}, (8, 14, 20, 32, 56)))
+    panels = tuple(replace(panel, name=f"{panel.name}, CIFAR-100", values={}) for panel in comparison.panels)
+    drawn = figures(replace(comparison, panels=panels))["result-accuracy"].svg
+    assert all(f">{panel.name}<" in drawn for panel in panels)
 
 
 def _chromium(folder, file, *options):

@@ -156,8 +156,7 @@ def _by_panel(comparison: Comparison, metric: Metric) -> Drawing:
             if cell.sample.n > 1:
                 _faint(axis, [place + shift + 0.2 / len(arms)] * cell.sample.n, cell.sample.values, look[arm])
             _mean(axis, place + shift, cell, look[arm])
-    words = [str(depth) for depth in depths] if by_depth else [_wrapped(p.name, max(8, 44 // len(panels)), 3) for p in panels]
-    axis.set_xticks(range(len(panels)), words)
+    _ticks(axis, [str(depth) for depth in depths] if by_depth else [panel.name for panel in panels])
     axis.set(xlim=(-0.5, len(panels) - 0.5), ylabel=metric.heading)
     values = np.array([value for each in cells.values() for cell in each.values() for value in cell.sample.values])
     if metric.group == "orthogonality" and 0 < 100 * values.min() < values.max():
@@ -407,7 +406,7 @@ def _ranks(comparison: Comparison, panel: Panel) -> Drawing | None:
         for row in values:
             _faint(axis, x, row.tolist(), look[arm])
         axis.plot(x, values.mean(0), **look[arm], markeredgecolor="white", markeredgewidth=0.5)
-    axis.set_xticks(range(len(stages)), [_wrapped(name, max(8, 44 // len(stages)), 3) for name in stages], fontsize=8)
+    _ticks(axis, stages)
     axis.set(ylabel="effective rank / features", xlim=(-0.5, len(stages) - 0.5), ylim=(0, None))
     axis.grid(visible=False, axis="x")
     _title(figure, comparison, panel)
@@ -521,6 +520,15 @@ def _log(axis: Any, values: Sequence[NDArray[np.float64]]) -> None:
     axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high / low < 50 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}".replace("e-0", "e-")))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _ticks(axis: Any, names: Sequence[str]) -> None:
+    """Names below an axis, side by side, or aslant where a word would not fit."""
+    width, places = 44 // len(names), range(len(names))
+    if all(len(word) <= width for name in names for word in name.split()):
+        axis.set_xticks(places, [_wrapped(name, width, 3) for name in names])
+    else:
+        axis.set_xticks(places, [_short(name, 24) for name in names], rotation=30, ha="right", rotation_mode="anchor", fontsize=8)
 
 
 def _title(figure: Any, comparison: Comparison, panel: Panel) -> None:

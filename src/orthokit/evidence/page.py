@@ -41,6 +41,7 @@ def page(comparison: Comparison, *, command: str | None = None, drawn: Mapping[s
     source = files("orthokit.evidence").joinpath("page.html.jinja").read_text("utf-8")
     sheet = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     drawn = figures(comparison) if drawn is None else drawn
+    curves = any(name.startswith(("robustness-", "features-")) for name in drawn)
     return sheet.from_string(source).render(
         c=comparison,
         command=command,
@@ -67,7 +68,7 @@ def page(comparison: Comparison, *, command: str | None = None, drawn: Mapping[s
         p=formats.p,
         spread=formats.mean,
         joints=_joints,
-        left_out=len(comparison.panels) - len(few(comparison.panels)),
+        left_out=curves and len(comparison.panels) - len(few(comparison.panels)),
     )
 
 
