@@ -234,6 +234,27 @@ def test_mistakes_are_told(folder, capsys, old, new, message):
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("[train]\nepoch = 3", "in part.toml, unknown key train.epoch; did you mean 'epochs'?"),
+        ("[train]\nepochs = '3'", "in part.toml, train.epochs: should be a valid integer; got '3'"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_told_of_its_file(folder, capsys, wrong, message):
+    (folder / "tiny.toml").write_text(STUDY.replace('"base.toml"', '["base.toml", "part.toml"]'))
+    (folder / "part.toml").write_text(wrong)
+    assert main(["study", "tiny.toml"]) == 2
+    assert f"tiny.toml: {message}" in words(capsys.readouterr().err)
+
+
+def test_a_recipe_may_lack_what_arms_and_panels_add(folder, in_process):
+    (folder / "base.toml").write_text(TINY.replace('kind = "resnet"\n', "").replace("epochs = 1", "epochs = 1\nwarmup = 5.0"))
+    (folder / "tiny.toml").write_text(NOTHING + '[networks]\na = { network.kind = "resnet", train.warmup = 0.0 }\n')
+    assert main(["study", "tiny.toml", "--jobs", "1"]) == 0
+    assert len(in_process) == 4
+
+
 def test_what_another_study_keeps_is_not_trained_again(folder, in_process, capsys):
     assert main(["study", "tiny.toml", "--jobs", "1"]) == 0
     shutil.rmtree(folder / "runs")

@@ -400,14 +400,20 @@ def read_section(cls: type[S], path: Path) -> S:
 
 
 def joined(files: str | Sequence[str], by: Path) -> dict[str, Any]:
-    """What recipes say together, merged in order, for the file that names them.
+    """What recipes say together, merged in order, for the file that names them and may have to add to them.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: one of them is no TOML, or extends itself.
+        ValueError: one of them is no TOML, extends itself, or has unknown keys or values of the wrong type.
     """
-    own = {"extends": files if isinstance(files, str) else [*files]}
-    return _Reader().extended(own, Path(), (by,))
+    reader = _Reader()
+    raw = reader.extended({"extends": files if isinstance(files, str) else [*files]}, Path(), (by,))
+    try:
+        Recipe.model_validate(raw)
+    except ValidationError as error:
+        if lasting := [problem for problem in error.errors() if problem["type"] not in ("missing", "value_error")]:
+            raise ValueError(f"{by}: {_told(Recipe, lasting, reader.giver)}") from None
+    return raw
 
 
 def _valid(cls: type[S], raw: Mapping[str, Any], source: str, giver: Callable[[_Keys], Path | None] = lambda _: None) -> S:
@@ -415,12 +421,16 @@ def _valid(cls: type[S], raw: Mapping[str, Any], source: str, giver: Callable[[_
     try:
         return cls.model_validate(raw)
     except ValidationError as error:
-        told = []
-        for problem in error.errors():
-            place = tuple(part for part in map(str, problem["loc"]) if not _UNION.fullmatch(part))
-            file = None if problem["type"] == "missing" else giver(place)
-            told.append((f"in {file}, " if file else "") + _problem(cls, problem, place))
-        raise ValueError(f"{source}: {'; '.join(dict.fromkeys(told))}") from None
+        raise ValueError(f"{source}: {_told(cls, error.errors(), giver)}") from None
+
+
+def _told(cls: type[BaseModel], problems: Sequence[Any], giver: Callable[[_Keys], Path | None]) -> str:
+    told = []
+    for problem in problems:
+        place = tuple(part for part in map(str, problem["loc"]) if not _UNION.fullmatch(part))
+        file = None if problem["type"] == "missing" else giver(place)
+        told.append((f"in {file}, " if file else "") + _problem(cls, problem, place))
+    return "; ".join(dict.fromkeys(told))
 
 
 def _problem(cls: type[BaseModel], problem: Any, place: _Keys) -> str:
