@@ -259,14 +259,13 @@ class Comparison:
         )
 
     def _by_seed(self, panel: Panel) -> list[list[float]]:
-        """The primary metric of a panel's arms, where there is one, on the seeds that they share."""
-        read = {
-            arm: {result.seed: value for result in results if (value := self.primary.read(result)) is not None}
-            for arm, results in panel.arms.items()
-            if arm in self.cells(self.primary).get(panel.name, {})
-        }
-        shared = sorted(set.intersection(*map(set, read.values()))) if read else []
-        return [[values[seed] for seed in shared] for values in read.values()]
+        """The primary metric of a panel's arms on the seeds that they share."""
+        read = [
+            dict(zip((result.seed for result in panel.arms[arm]), cell.sample.values, strict=True))
+            for arm, cell in self.cells(self.primary).get(panel.name, {}).items()
+        ]
+        shared = sorted(set.intersection(*map(set, read))) if read else []
+        return [[values[seed] for seed in shared] for values in read]
 
 
 def _adjusted(raw: Mapping[Key, float | None]) -> dict[Key, float]:
