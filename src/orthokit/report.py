@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from orthokit.checkpoint import unread
 from orthokit.diagnostics import angles, effective_rank, frame_tightness, singular_values, stable_rank
 from orthokit.gram import frobenius, lengths, residual, welch_bound
 from orthokit.kernel import Kernel
-from orthokit.select import Where, layers, select, unread
+from orthokit.select import Where, layers, select
 from orthokit.tables import Column, Row, Table
 
 COLUMNS = (

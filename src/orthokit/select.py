@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -11,10 +10,11 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from orthokit.checkpoint import modules_of
 from orthokit.kernel import Kernel, has_kernel, kernel_of, sources
 
 Where = Callable[[str, nn.Module], bool]
@@ -146,7 +146,7 @@ def select(model: nn.Module | Mapping[str, Any], where: Where = convs) -> tuple[
         reshard(model)
         kind, modules = type(unwrap(model)).__name__, dict(unwrap(model).named_modules())
     elif isinstance(model, Mapping):
-        kind, modules = "the state dict", _modules_of(model)
+        kind, modules = "the state dict", modules_of(model)
     else:
         raise TypeError(f"expected a torch.nn.Module or a state dict; got {type(model).__name__}")
     chosen: dict[tuple[int, ...], Layer] = {}
@@ -167,73 +167,6 @@ def select(model: nn.Module | Mapping[str, Any], where: Where = convs) -> tuple[
         has = ", ".join(f"{count} {kind}" for kind, count in found.items()) or "no layer with a kernel view"
         raise ValueError(f"{_label(where)} selects no layer of {kind}, which has: {has}; pass another where=")
     return tuple(chosen.values())
-
-
-def _modules_of(checkpoint: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """Modules that hold the weights of the state dict found in ``checkpoint``, by name."""
-    state = state_of(checkpoint)
-    weights = _weights(state)
-    if not weights:
-        shown = ", ".join(map(repr, list(checkpoint)[:8])) + (", ..." if len(checkpoint) > 8 else "")
-        raise ValueError(
-            "no layer's weight in this state dict (dense floating-point tensors named '*.weight' with 2 to 5 dimensions); "
-            f"keys: {shown}"
-        )
-    # Tied entries share their storage. Of a sharded weight it is not known, and its part on this rank may be empty.
-    parameters: dict[tuple[int, torch.Size], nn.Parameter] = {}
-    modules: dict[str, nn.Module] = {}
-    for key, weight in weights.items():
-        name = key.removesuffix("weight").removesuffix(".").removeprefix("module.")
-        tied = (weight.data_ptr() or id(weight), weight.shape)
-        o, i, *size = weight.shape
-        module: nn.Module = nn.Linear(i, o, bias=False, device="meta")
-        if size:
-            kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(size) - 1]
-            module = kind(i, o, tuple(size), bias=False, device="meta")
-        module.weight = parameters.setdefault(tied, nn.Parameter(weight, requires_grad=False))
-        modules[name] = module
-    return modules
-
-
-def state_of(checkpoint: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """Of the checkpoint and all mappings in it, the one with the most weights."""
-    found, waiting = {id(checkpoint): checkpoint}, [checkpoint]
-    while waiting:
-        for item in waiting.pop().values():
-            if isinstance(item, Mapping) and id(item) not in found:
-                found[id(item)] = item
-                waiting.append(item)
-    return max(found.values(), key=lambda mapping: len(_weights(mapping)))
-
-
-def _weights(state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    return {
-        key: value
-        for key, value in state.items()
-        if isinstance(key, str)
-        and key.rpartition(".")[2] == "weight"
-        and isinstance(value, Tensor)
-        and 2 <= value.ndim <= 5
-        and value.numel() > 0
-        and value.layout == torch.strided
-        and value.dtype.is_floating_point
-        and not value.is_meta
-    }
-
-
-def unread(checkpoint: Mapping[Any, Any]) -> list[str]:
-    """Entries of a state dict that belong to the weight of a layer but cannot be read: parametrized, sparse, integer, empty."""
-    state = state_of(checkpoint)
-    parts = re.compile(r"(^|\.)(weight_(g|v|orig|mask)|parametrizations\.weight\..+)$")
-    known = _weights(state)
-    return [
-        key
-        for key, value in state.items()
-        if isinstance(key, str)
-        and isinstance(value, Tensor)
-        and key not in known
-        and (parts.search(key) or (key.rpartition(".")[2] == "weight" and value.ndim != 1))
-    ]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

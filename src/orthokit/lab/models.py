@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from orthokit.checkpoint import state_of
 from orthokit.checks import check_choice, check_count, check_number, did_you_mean
 from orthokit.kernel import evaluating
 from orthokit.report import report
-from orthokit.select import convs, layers, state_of
+from orthokit.select import convs, layers
 from orthokit.tables import Row
 
 Norm = Literal["batch", "group", "none"]
