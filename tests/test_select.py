@@ -1,5 +1,7 @@
 """Which layers are selected, and under which names."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,18 @@ def test_predicates(where, wanted):
 
 def test_predicates_print_as_themselves():
     assert repr(ok.convs & ~ok.stem | ok.matching("a*")) == "((convs & ~stem) | matching('a*'))"
+
+
+@pytest.mark.parametrize(
+    "where",
+    [ok.convs, ok.linears, ok.layers, ok.spatial, ok.pointwise, ok.depthwise, ok.stem]
+    + [ok.matching("1.*", "4"), ok.convs & ~ok.stem | ok.matching("4")],
+    ids=repr,
+)
+def test_predicates_pickle(where):
+    again = pickle.loads(pickle.dumps(where))
+    assert repr(again) == repr(where)
+    assert names(again) == names(where)
 
 
 def test_tied_weights_count_once():

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,11 +37,11 @@ class Predicate:
 
     def __and__(self, other: Where) -> "Predicate":
         _check_where(other)
-        return Predicate(f"({self} & {_label(other)})", lambda name, module: self(name, module) and other(name, module))
+        return Predicate(f"({self} & {_label(other)})", partial(_both, self, other))
 
     def __or__(self, other: Where) -> "Predicate":
         _check_where(other)
-        return Predicate(f"({self} | {_label(other)})", lambda name, module: self(name, module) or other(name, module))
+        return Predicate(f"({self} | {_label(other)})", partial(_either, self, other))
 
     __rand__, __ror__ = __and__, __or__
 
@@ -48,10 +49,49 @@ class Predicate:
         raise TypeError("combine predicates with & | ~; `and`, `or` and `not` would silently drop one")
 
     def __invert__(self) -> "Predicate":
-        return Predicate(f"~{self}", lambda name, module: not self(name, module))
+        return Predicate(f"~{self}", partial(_other_than, self))
 
     def __repr__(self) -> str:
         return self.name
+
+
+# Named functions rather than lambdas, which cannot be pickled.
+
+
+def _both(first: Where, second: Where, name: str, module: nn.Module) -> bool:
+    return first(name, module) and second(name, module)
+
+
+def _either(first: Where, second: Where, name: str, module: nn.Module) -> bool:
+    return first(name, module) or second(name, module)
+
+
+def _other_than(where: Where, name: str, module: nn.Module) -> bool:
+    return not where(name, module)
+
+
+def _matches(patterns: tuple[str, ...], name: str, module: nn.Module) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_conv(name: str, module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd)
+
+
+def _is_linear(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _is_layer(name: str, module: nn.Module) -> bool:
+    return has_kernel(module)
+
+
+def _is_spatial(name: str, module: nn.Module) -> bool:
+    return _taps(module) > 1
+
+
+def _is_pointwise(name: str, module: nn.Module) -> bool:
+    return _taps(module) == 1
 
 
 def _check_where(where: object) -> None:
@@ -76,15 +116,15 @@ def _is_depthwise(name: str, module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
 
 
-convs = Predicate("convs", lambda name, module: isinstance(module, _ConvNd))
+convs = Predicate("convs", _is_conv)
 """Every convolution, transposed ones too."""
-linears = Predicate("linears", lambda name, module: isinstance(module, nn.Linear))
+linears = Predicate("linears", _is_linear)
 """Every ``nn.Linear``."""
-layers = Predicate("layers", lambda name, module: has_kernel(module))
+layers = Predicate("layers", _is_layer)
 """Every layer that has a kernel view, including those you registered."""
-spatial = Predicate("spatial", lambda name, module: _taps(module) > 1)
+spatial = Predicate("spatial", _is_spatial)
 """Convolutions whose kernel is larger than one position."""
-pointwise = Predicate("pointwise", lambda name, module: _taps(module) == 1)
+pointwise = Predicate("pointwise", _is_pointwise)
 """1x1 convolutions (of any dimension)."""
 depthwise = Predicate("depthwise", _is_depthwise)
 """Convolutions with one group per input channel."""
@@ -101,7 +141,7 @@ def matching(*patterns: str) -> Predicate:
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"matching takes one or more patterns such as 'layer1.*'; got {patterns!r}")
     shown = ", ".join(map(repr, patterns))
-    return Predicate(f"matching({shown})", lambda name, module: any(fnmatchcase(name, p) for p in patterns))
+    return Predicate(f"matching({shown})", partial(_matches, patterns))
 
 
 class Layer(NamedTuple):
