@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 
 import orthokit as ok
+from orthokit.config import PREDICATES
 
 
 def model():
@@ -52,8 +53,7 @@ def test_predicates_print_as_themselves():
 
 @pytest.mark.parametrize(
     "where",
-    [ok.convs, ok.linears, ok.layers, ok.spatial, ok.pointwise, ok.depthwise, ok.stem]
-    + [ok.matching("1.*", "4"), ok.convs & ~ok.stem | ok.matching("4")],
+    [*PREDICATES.values(), ok.matching("1.*", "4"), ok.convs & ~ok.stem | ok.matching("4")],
     ids=repr,
 )
 def test_predicates_pickle(where):
