@@ -36,9 +36,14 @@ def mc(k, norm="max"):
     return max(map(max, sizes)) if norm == "max" else max(map(sum, sizes))
 
 
+def weighing_length(square):
+    """The length that a cosine is divided by: a filter shorter than 0.1 counts in proportion to its length."""
+    return max(0.1, math.sqrt(square))
+
+
 def pairs(k):
-    """The cosine of every pair i > j in row-major order."""
-    length = [math.sqrt(sum(x * x for x in row)) for row in k]
+    """The cosine of every pair i > j in row-major order, weighed where filters are short."""
+    length = [weighing_length(sum(x * x for x in row)) for row in k]
     g = gram_entries(k)
     return [g[i][j] / (length[i] * length[j]) for i in range(len(k)) for j in range(i)]
 
@@ -150,7 +155,7 @@ def eadc(kernel, theta=math.pi / 2, weight=0.1):
     for shift, g in found.items():
         for i, j in np.ndindex(*g.shape):
             if i != j or any(shift):
-                value += weight * hinge(g[i, j] / math.sqrt(squares[i] * squares[j]), theta) ** 2
+                value += weight * hinge(g[i, j] / (weighing_length(squares[i]) * weighing_length(squares[j])), theta) ** 2
     return value
 
 

@@ -394,3 +394,20 @@ def test_download(monkeypatch, tmp_path, reads):
 def test_nothing_to_download():
     with pytest.warns(UserWarning, match="download does nothing for digits"):
         load("digits", download=True)
+
+
+def test_noise_replaces_labels_of_training_images_alone():
+    plain, noisy, random = (load("synthetic", train=2000, validation=500, noise=share) for share in (0.0, 0.5, 1.0))
+    again = load("synthetic", train=2000, validation=500, noise=0.5)
+    assert torch.equal(noisy.train.labels, again.train.labels)
+    assert torch.equal(noisy.train.pixels, plain.train.pixels)
+    for part in ("validation", "test"):
+        assert torch.equal(getattr(noisy, part).labels, getattr(plain, part).labels)
+    # A tenth of the drawn classes are the true ones.
+    for changed, share in ((noisy, 0.5), (random, 1.0)):
+        kept = (changed.train.labels == plain.train.labels).double().mean().item()
+        assert kept == pytest.approx(1 - 0.9 * share, abs=0.03)
+    assert random.train.labels.bincount(minlength=10).min() > 130
+    assert noisy.fingerprint == plain.fingerprint
+    with pytest.raises(ValueError, match="noise must be a finite number in"):
+        load("synthetic", noise=1.5)

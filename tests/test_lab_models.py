@@ -322,3 +322,18 @@ def test_ones_own_network(mine, function):
 def test_bad_builds(mine, kind, options, error, message):
     with pytest.raises(error, match=message):
         build(kind.format(mine=mine), channels=2, classes=5, **options)
+
+
+def test_bottlenecks_have_tall_layers_and_come_back_from_their_weights():
+    network = ResNet(29, block="bottleneck")
+    assert len(ok.select(network)) == 31
+    tall = ok.select(network, ok.tall)
+    assert len(tall) == 12
+    assert sum(layer.kernel.o == 4 * layer.kernel.n for layer in tall) == 10
+    again = ResNet.from_checkpoint(network.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(network.eval()(x), again.eval()(x))
+    with pytest.raises(ValueError, match=r"depth must be 9 b \+ 2 for b bottleneck blocks"):
+        ResNet(26, block="bottleneck")
+    with pytest.raises(ValueError, match="projected shortcuts"):
+        ResNet(29, block="bottleneck", shortcut="identity")

@@ -25,7 +25,7 @@ from orthokit.lab.batches import Augment, Batches
 from orthokit.lab.data import load as load_images
 from orthokit.lab.hardware import Hardware, fast_bfloat16
 from orthokit.lab.models import ResNet
-from orthokit.lab.recipe import Recipe
+from orthokit.lab.recipe import DataSection, Recipe
 from orthokit.lab.record import Run
 from orthokit.lab.train import DivergenceError, Interrupted, learning_rate, train
 from orthokit.lab.watch import Watch
@@ -289,7 +289,7 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
     for path in run.folder.iterdir():  # as in a fresh clone
         if path.name != "summary.json":
             path.unlink()
-    monkeypatch.setattr(training, "load", lambda *_, **__: pytest.fail("it trains again"))
+    monkeypatch.setattr(DataSection, "images", lambda *_, **__: pytest.fail("it trains again"))
     assert train(run, hardware=HARDWARE) == summary
     assert {path.name for path in run.folder.iterdir()} == {"summary.json"}
     with pytest.raises(ValueError, match=r"holds a run of another recipe \(train\.lr: 0\.1 -> 0\.2, in summary\.json\)"):

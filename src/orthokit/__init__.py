@@ -58,6 +58,8 @@ from orthokit.select import (
     select,
     spatial,
     stem,
+    tall,
+    zeros,
 )
 from orthokit.testing import check_penalty
 
@@ -119,8 +121,10 @@ __all__ = [
     "spectral_restricted_isometry",
     "sqrt_filters",
     "stem",
+    "tall",
     "transition_dimension",
     "warmup",
     "welch",
     "welch_bound",
+    "zeros",
 ]

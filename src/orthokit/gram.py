@@ -2,13 +2,19 @@
 
 Note [full precision]: every measure runs in float32 or better and outside autocast, whatever the model's dtype. Under
 bfloat16 autocast ``||K K^T - I||^2`` near orthogonality is off by orders of magnitude and its gradient points elsewhere.
+
+Note [short filters]: the pull on the direction of a filter is proportional to ``1 / ||k_i||``, which throws a zero-initialised
+layer far away as soon as its filters have moved at all. Penalties therefore weigh the direction of each filter by
+``w_i = min(1, ||k_i|| / SHORT)``: cosines become ``w_i w_j c_ij``, with the weights held fixed in every derivative. The pull is
+then at most ``1 / SHORT`` and still perpendicular to the filter; nothing changes for filters of length ``SHORT`` or more (ours).
+Reports show the plain cosines.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Concatenate, Literal, ParamSpec, cast
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, cast
 
 import torch
 from jaxtyping import Float
@@ -19,6 +25,9 @@ from orthokit.checks import check_count
 
 Side = Literal["rows", "cols", "smaller"]
 SIDES: tuple[Side, ...] = ("rows", "cols", "smaller")
+
+SHORT = 0.1
+"""Length below which a filter's direction counts less: see Note [short filters]."""
 
 P = ParamSpec("P")
 MatrixMeasure = Callable[Concatenate[Tensor, P], Tensor]
@@ -177,7 +186,7 @@ def lengths(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o"]:
 
 def directions(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o n"]:
     """Filters scaled to unit length; one shorter than ``sqrt(tiny(dtype))`` has no direction and becomes zero."""
-    return squares_and_directions(matrix)[1]
+    return _squares_and_directions(matrix, False)[1]
 
 
 @torch.no_grad()
@@ -207,9 +216,16 @@ def cosines(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o o"]:
     return gram(directions(matrix)).tril(-1)
 
 
-def squares_and_directions(matrix: Float[Tensor, "*b o n"]) -> tuple[Float[Tensor, "*b o"], Float[Tensor, "*b o n"]]:
-    """Squared lengths ``||k_i||^2`` and :func:`directions`; both have gradient zero at a filter without direction."""
-    squares, unit = cast(tuple[Tensor, Tensor], _SquaresAndDirections.apply(matrix))  # type: ignore[no-untyped-call]
+def squares_and_weighted_directions(matrix: Float[Tensor, "*b o n"]) -> tuple[Float[Tensor, "*b o"], Float[Tensor, "*b o n"]]:
+    """Squared lengths ``||k_i||^2`` and directions ``w_i u_i``, weighed as Note [short filters] says.
+
+    Both have gradient zero at a filter without direction; that of the directions is perpendicular to each filter.
+    """
+    return _squares_and_directions(matrix, True)
+
+
+def _squares_and_directions(matrix: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
+    squares, unit = cast(tuple[Tensor, Tensor], _SquaresAndDirections.apply(matrix, weighted))  # type: ignore[no-untyped-call]
     return squares, unit
 
 
@@ -218,22 +234,29 @@ def _inverse_lengths(squares: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
     return F.threshold(squares, torch.finfo(squares.dtype).tiny, math.inf).rsqrt()  # NaN stays visible
 
 
+def _weights(squares: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+    """``w_i = min(1, ||k_i|| / SHORT)``, without a gradient: see Note [short filters]."""
+    return squares.detach().sqrt().div_(SHORT).clamp_(max=1)
+
+
 class _SquaresAndDirections(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, matrix: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
         squares = matrix.square().sum(-1)
-        unit = matrix * _inverse_lengths(squares).masked_fill(squares.isinf(), torch.nan).unsqueeze(-1)
+        inverse = _inverse_lengths(squares).masked_fill(squares.isinf(), torch.nan)
+        unit = matrix * (inverse * _weights(squares) if weighted else inverse).unsqueeze(-1)
+        ctx.weighted = weighted
         ctx.save_for_backward(matrix, squares, unit)
         return squares, unit
 
     @staticmethod
-    def backward(ctx: Any, of_squares: Tensor, of_directions: Tensor) -> Tensor:
+    def backward(ctx: Any, of_squares: Tensor, of_directions: Tensor) -> tuple[Tensor, None]:
         matrix, squares, unit = ctx.saved_tensors
         inverse = _inverse_lengths(squares)
-        # Moving a filter along itself does not turn it: what of the pull is parallel to it is taken away.
+        turning = inverse * _weights(squares) if ctx.weighted else inverse
+        # Moving a filter along itself does not turn it: the part of the pull that is parallel to it is taken away.
         along = (of_directions * unit).sum(-1) * inverse.square()
-        gradient: Tensor = of_directions * inverse.unsqueeze(-1) + (2 * of_squares - along).unsqueeze(-1) * matrix
-        return gradient
+        return of_directions * turning.unsqueeze(-1) + (2 * of_squares - along).unsqueeze(-1) * matrix, None
 
 
 GramRule = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -277,12 +300,12 @@ def is_differentiated() -> bool:
 
 
 CosineRule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""``(squares, c) -> (value, by_squares, by_cosines)``: squared lengths ``(*b, o)`` and cosines ``(*b, o, o)``, symmetric with
-zeros on the diagonal; derivatives by the squares, and by each pair's cosine, symmetric."""
+"""``(squares, c) -> (value, by_squares, by_cosines)``: squared lengths ``(*b, o)`` and weighted cosines ``(*b, o, o)``, symmetric
+with zeros on the diagonal; derivatives by the squares, and by each pair's cosine, symmetric."""
 
 
 def cosine_rule(rule: CosineRule) -> tuple[GramRule, Side]:
-    """For :func:`of_gram`: the value that ``rule`` gives squared lengths and cosines, all of one Gram matrix.
+    """For :func:`of_gram`: the value that ``rule`` gives squared lengths and weighted cosines, all of one Gram matrix.
 
     A filter whose square is ``tiny(dtype)`` or less has no direction: its cosines are zero, and have gradient zero.
     """
@@ -290,37 +313,48 @@ def cosine_rule(rule: CosineRule) -> tuple[GramRule, Side]:
 
 
 def _by_cosines(rule: CosineRule, product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
-    squares, inverse, c = lengths_and_cosines(product)
-    value, by_squares, by_cosines = rule(squares, c)
-    return value, by_filters(inverse, 2 * by_squares, by_cosines, (by_cosines * c).sum(-1))
+    lengths, c = lengths_and_cosines(product)
+    value, by_squares, by_cosines = rule(lengths.squares, c)
+    return value, by_filters(lengths, 2 * by_squares, by_cosines, (by_cosines * c).sum(-1))
 
 
-def lengths_and_cosines(
-    product: Float[Tensor, "*b o o"],
-) -> tuple[Float[Tensor, "*b o"], Float[Tensor, "*b o"], Float[Tensor, "*b o o"]]:
-    """Squared lengths, inverse lengths, and cosines with zeros on the diagonal, which take the place of the Gram matrix."""
+class Lengths(NamedTuple):
+    """Lengths of filters as a rule of cosines needs them: ``||k_i||^2``, ``1 / ||k_i||`` and ``w_i / ||k_i||``."""
+
+    squares: Float[Tensor, "*b o"]
+    inverse: Float[Tensor, "*b o"]
+    weighted: Float[Tensor, "*b o"]
+
+
+def lengths_and_cosines(product: Float[Tensor, "*b o o"]) -> tuple[Lengths, Float[Tensor, "*b o o"]]:
+    """The filters' lengths, and their weighted cosines (Note [short filters]) with zeros on the diagonal.
+
+    The cosines take the place of the Gram matrix.
+    """
     diagonal = product.diagonal(dim1=-2, dim2=-1)
     squares = diagonal.clone()
     diagonal.zero_()
     inverse = _inverse_lengths(squares)
-    return squares, inverse, product.mul_(inverse.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
+    weighted = inverse * _weights(squares)
+    return Lengths(squares, inverse, weighted), product.mul_(weighted.unsqueeze(-1)).mul_(weighted.unsqueeze(-2))
 
 
 def by_filters(
-    inverse: Float[Tensor, "*b o"],
+    lengths: Lengths,
     lengthwise: Float[Tensor, "*b o"],
     by_cosines: Float[Tensor, "*b o o"],
     along: Float[Tensor, "*b o"],
     times: Float[Tensor, "*b 1"] | None = None,
 ) -> Float[Tensor, "*b o o"]:
-    """The slope of a rule, of its derivatives by squared lengths, twice, and by cosines.
+    """The slope of a rule, from its derivatives by squared lengths, twice, and by weighted cosines.
 
-    Moving a filter along itself changes no cosine: what of the pull is parallel to it, ``along``, the rows of
-    ``by_cosines * c`` summed, is taken away. ``times`` multiplies these two.
+    Moving a filter along itself changes no cosine: the part of the pull that is parallel to the filter, ``along`` (the row sums
+    of ``by_cosines * c``), is taken away. ``times`` multiplies these two.
     """
-    factor = inverse if times is None else inverse * times
-    slope = (by_cosines * factor.unsqueeze(-1)).mul_(inverse.unsqueeze(-2))
-    slope.diagonal(dim1=-2, dim2=-1).copy_(lengthwise - along * factor * inverse)
+    _, inverse, weighted = lengths
+    factor, parallel = (weighted, inverse) if times is None else (weighted * times, inverse * times)
+    slope = (by_cosines * factor.unsqueeze(-1)).mul_(weighted.unsqueeze(-2))
+    slope.diagonal(dim1=-2, dim2=-1).copy_(lengthwise - along * parallel * inverse)
     return slope
 
 

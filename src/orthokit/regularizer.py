@@ -166,6 +166,7 @@ class Regularizer:
         self._rules: dict[tuple[_Reading, torch.Size], tuple[GramRule, Side] | None] = {}
         readings: dict[tuple[View, int | None], _Reading] = {}
         self._costs: list[int] = []
+        zero: list[str] = []
         for layer in self.layers:
             kernel = layer.kernel
             if (transition := getattr(penalty, "transition", None)) is not None:
@@ -173,6 +174,15 @@ class Regularizer:
             view, rank = plain_view(layer.module), self.ranks.get(layer.name)
             self._readings.append(None if view is None else readings.setdefault((view, rank), _Reading(view, rank)))
             self._costs.append(kernel.groups * kernel.o * kernel.n * min(kernel.o, kernel.n))
+            if not bool(kernel.weight.detach().any()):
+                zero.append(layer.name)
+        if zero:
+            shown = ", ".join(map(repr, zero[:3])) + (", ..." if len(zero) > 3 else "")
+            warn_once(
+                f"{len(zero)} of {len(self.layers)} selected layers are all zero ({shown}): the penalty moves their filters to "
+                "length 1 as soon as they train; if they are to stay near zero, as ControlNet's zero convolutions or LoRA's B, "
+                "leave them out with where=... & ~orthokit.zeros"
+            )
         _ = self.strength  # a schedule that gives no valid strength fails here
 
     @property

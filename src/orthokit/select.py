@@ -132,6 +132,24 @@ stem = Predicate("stem", _reads_image)
 """Spatial convolutions that read an image: ungrouped, at most 4 input channels. Leave it out with ``convs & ~stem``."""
 
 
+def _is_tall(name: str, module: nn.Module) -> bool:
+    if not has_kernel(module):
+        return False
+    kernel = kernel_of(module)
+    return kernel.o > kernel.n
+
+
+def _is_zero(name: str, module: nn.Module) -> bool:
+    return has_kernel(module) and not bool(kernel_of(module).weight.detach().any())
+
+
+tall = Predicate("tall", _is_tall)
+"""Layers with more filters than weights per filter (in each group): at most ``n`` of their filters can be mutually orthogonal.
+Leave them out with ``convs & ~tall``."""
+zeros = Predicate("zeros", _is_zero)
+"""Layers whose weight is all zero now, such as ControlNet's zero convolutions or LoRA's B; ``convs & ~zeros`` leaves them out."""
+
+
 def matching(*patterns: str) -> Predicate:
     """Layers (with a kernel view) whose dotted name matches one of the shell-style ``patterns``.
 

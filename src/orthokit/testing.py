@@ -187,8 +187,10 @@ def _normal(*shape: int) -> Tensor:
 
 
 def _random_kernel(layer: nn.Module) -> Kernel:
+    """Random weights, none below 0.12: the derivative at shorter filters holds their weights fixed (Note [short filters])."""
     kernel = kernel_of(layer)
-    return replace(kernel, weight=_normal(*kernel.weight.shape) * (1.2 / kernel.n**0.5))
+    weight = _normal(*kernel.weight.shape) * (1.2 / kernel.n**0.5)
+    return replace(kernel, weight=weight.abs().clamp(min=0.12).copysign(weight))
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from orthokit import checkpoint
 from orthokit.checks import did_you_mean
 from orthokit.evidence import attacks, corruptions, features
 from orthokit.evidence.results import RECORD, Result, digest, read_parts, read_summary
-from orthokit.lab.data import Images, ImageSet, choose, load
+from orthokit.lab.data import Images, ImageSet, choose
 from orthokit.lab.files import to_json, write
 from orthokit.lab.models import orthogonality, unwrapped
 from orthokit.lab.recipe import DataSection, Recipe, differences
@@ -325,7 +325,7 @@ def _measured(
 @functools.lru_cache(maxsize=2)
 def _images(section: str, root: Path) -> ImageSet:
     wanted = DataSection.model_validate_json(section)
-    return load(wanted.name, root=root, train=wanted.train, validation=wanted.validation, size=wanted.size)
+    return wanted.images(root)
 
 
 @functools.lru_cache(maxsize=2)

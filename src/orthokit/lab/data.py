@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from orthokit.checks import check_count, did_you_mean, warn_once
+from orthokit.checks import check_count, check_number, did_you_mean, warn_once
 from orthokit.lab import archives
 from orthokit.lab.archives import PUBLISHED, Parts
 from orthokit.lab.files import replacing
@@ -90,6 +90,7 @@ def load(
     train: int | None = None,
     validation: int = 0,
     size: int | None = None,
+    noise: float = 0.0,
     download: bool = False,
 ) -> ImageSet:
     """One of ``SETS``, split once and for all: the same images for every seed.
@@ -104,6 +105,7 @@ def load(
         train: training images, all by default; of each class in its proportion, out of those that validation leaves.
         validation: images to set aside from the published training images, of each class in its proportion.
         size: side in pixels, a divisor of the native one; areas are averaged and rounded, halves up.
+        noise: share of the training images whose label is replaced by a class drawn at random, the same for every seed.
         download: fetch CIFAR's archive into ``root`` if ``root`` does not hold it.
 
     Raises:
@@ -134,11 +136,12 @@ def load(
         aside, rows = choose("validation", validation, rows, labels)
     if train is not None and train != len(rows):
         rows, _ = choose("train", train, rows, labels)
-    chosen = _take(parts, rows, size)
+    classes = int(labels.max()) + 1
+    chosen = _relabelled(_take(parts, rows, size), noise, classes)
     mean, std = _moments(chosen.pixels)
     return ImageSet(
         name=name,
-        classes=int(labels.max()) + 1,
+        classes=classes,
         train=chosen,
         validation=None if aside is None else _take(parts, aside, size),
         test=Images(_resize(parts.test_pixels, size), parts.test_labels),
@@ -146,6 +149,17 @@ def load(
         std=std,
         fingerprint=fingerprint,
     )
+
+
+def _relabelled(images: Images, noise: float, classes: int) -> Images:
+    """``images``, a share ``noise`` of them with a class drawn uniformly: the true one may be drawn, too."""
+    check_number("noise", noise, 0, 1)
+    if noise == 0:
+        return images
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(images), generator=generator)[: round(noise * len(images))]
+    drawn = torch.randint(classes, (len(chosen),), generator=generator)
+    return Images(images.pixels, images.labels.index_put((chosen,), drawn))
 
 
 def choose(option: str, wanted: int, rows: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:

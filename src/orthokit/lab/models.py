@@ -21,8 +21,10 @@ from orthokit.tables import Row
 
 Norm = Literal["batch", "group", "none"]
 Shortcut = Literal["projection", "identity"]
+Block = Literal["basic", "bottleneck"]
 NORMS: tuple[Norm, ...] = ("batch", "group", "none")
 SHORTCUTS: tuple[Shortcut, ...] = ("projection", "identity")
+BLOCKS: tuple[Block, ...] = ("basic", "bottleneck")
 
 
 def _norm(norm: Norm, width: int) -> nn.Module:
@@ -165,14 +167,17 @@ class ResNet(nn.Module):
     """The CIFAR residual network of He et al. (2015, https://arxiv.org/abs/1512.03385).
 
     Three stages of 16, 32 and 64 filters; PyTorch's initialisation. The 1x1 projections, 32x16 and 64x32, have more filters
-    than weights per filter: they are over-determined. So is the first convolution, 16x9, of images with one channel.
+    than weights per filter: they are tall. So is the first convolution, 16x9, of images with one channel. With bottlenecks the
+    blocks put out four times as many filters, and the last convolution of each, with four filters for each weight, is tall too:
+    12 of the 31 convolutions of 29 layers.
 
     Args:
-        depth: ``6 b + 2`` layers for ``b`` blocks a stage: 8, 14, 20, ...
+        depth: ``6 b + 2`` layers for ``b`` basic blocks a stage (8, 14, ...), ``9 b + 2`` for ``b`` bottlenecks (11, 20, ...).
         channels: of the images.
         classes: outputs.
         shortcut: where the shape changes, ``"projection"`` by a 1x1 convolution (the paper's option B) or ``"identity"``, the
             strided input with zeros for the new channels (its option A, the one it reports for CIFAR).
+        block: ``"basic"``, two 3x3 convolutions, or ``"bottleneck"``, a 3x3 between two 1x1, with projected shortcuts.
         norm: ``"batch"``; ``"group"``, groups of 8 channels, at most 32 groups; ``"none"``, convolutions then have a bias.
     """
 
@@ -184,17 +189,25 @@ class ResNet(nn.Module):
         *,
         shortcut: Shortcut = "projection",
         norm: Norm = "batch",
+        block: Block = "basic",
     ) -> None:
         super().__init__()
-        check_count("depth", depth, 8)
-        if depth % 6 != 2:
-            raise ValueError(f"depth must be 6 b + 2 for b blocks a stage (8, 14, 20, ...); got {depth}")
+        check_choice("block", block, BLOCKS)
+        per_block = 6 if block == "basic" else 9
+        check_count("depth", depth, per_block + 2)
+        if depth % per_block != 2:
+            known = ", ".join(str(per_block * blocks + 2) for blocks in (1, 2, 3))
+            raise ValueError(f"depth must be {per_block} b + 2 for b {block} blocks a stage ({known}, ...); got {depth}")
         _check(channels, classes, norm)
         check_choice("shortcut", shortcut, SHORTCUTS)
+        if block == "bottleneck" and shortcut == "identity":
+            raise ValueError('block="bottleneck" has projected shortcuts; leave shortcut="identity" out')
         self.conv = _conv(norm, channels, 16)
         self.bn = _norm(norm, 16)
-        self.blocks = _stages(partial(BasicBlock, norm=norm, shortcut=shortcut), 16, (16, 32, 64), [depth // 6] * 3)
-        self.fc = nn.Linear(64, classes)
+        factor, make = (1, partial(BasicBlock, shortcut=shortcut)) if block == "basic" else (4, Bottleneck)
+        widths = [factor * width for width in (16, 32, 64)]
+        self.blocks = _stages(partial(make, norm=norm), 16, widths, [depth // per_block] * 3)
+        self.fc = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(n, channels, h, w)`` to logits ``(n, classes)``."""
@@ -213,9 +226,11 @@ class ResNet(nn.Module):
         blocks = {match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
         shortcut: Shortcut = "projection" if any(".shortcut." in key for key in state) else "identity"
         norm: Norm = "batch" if "bn.running_mean" in state else "group" if "bn.weight" in state else "none"
+        block: Block = "bottleneck" if "blocks.0.conv3.weight" in state else "basic"
         try:
             channels, classes = state["conv.weight"].shape[1], state["fc.weight"].shape[0]
-            network = cls(2 * len(blocks) + 2, channels, classes, shortcut=shortcut, norm=norm)
+            depth = (2 if block == "basic" else 3) * len(blocks) + 2
+            network = cls(depth, channels, classes, shortcut=shortcut, norm=norm, block=block)
             network.load_state_dict(state)
         except (KeyError, IndexError, AttributeError, ValueError, RuntimeError, TypeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())

@@ -32,6 +32,7 @@ from torch import nn
 
 from orthokit.checks import did_you_mean
 from orthokit.config import config_of, penalty_of, schedule_of, where_of
+from orthokit.lab import data as image_sets
 from orthokit.lab import models
 from orthokit.lab.batches import Augment
 from orthokit.lab.data import SETS, ImageSet
@@ -68,6 +69,8 @@ class DataSection(Section):
     """Training images held out, of every class alike, the same for every seed; 0 for none, where all are to be trained on."""
     size: int | None = Field(None, ge=1)
     """Side in pixels, by averaging areas; the images' own by default."""
+    noise: float = Field(0.0, ge=0, le=1)
+    """Share of the training images whose label is replaced by a random class, the same for every seed; 1 for random labels."""
     pad: int = Field(4, ge=0)
     """Black pixels around an image, from which a window is cut at random; 0 for no random crop."""
     flip: bool = True
@@ -81,6 +84,11 @@ class DataSection(Section):
         if name not in SETS:
             raise ValueError(f"no data set {name!r}{did_you_mean(name, SETS)}")
         return name
+
+    def images(self, root: Path, *, download: bool = False) -> ImageSet:
+        """The set, split, resized and relabelled; see :func:`orthokit.lab.data.load`."""
+        options = {"train": self.train, "validation": self.validation, "size": self.size, "noise": self.noise}
+        return image_sets.load(self.name, root=root, download=download, **options)  # type: ignore[arg-type]
 
     @property
     def augment(self) -> Augment:

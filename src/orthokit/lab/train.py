@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import orthokit as ok
 from orthokit.lab.batches import Batches, key_of
-from orthokit.lab.data import Images, ImageSet, load
+from orthokit.lab.data import Images, ImageSet
 from orthokit.lab.files import replacing, to_json, write
 from orthokit.lab.hardware import Hardware, environment
 from orthokit.lab.models import flops, orthogonality
@@ -94,16 +94,8 @@ def train(
             write(run.folder / "recipe.toml", run.recipe.to_toml())
             if before is None:
                 write(run.folder / "environment.json", to_json(environment(fabric)))
-        wanted = run.recipe.data
         with fabric.rank_zero_first():
-            data = load(
-                wanted.name,
-                root=root,
-                train=wanted.train,
-                validation=wanted.validation,
-                size=wanted.size,
-                download=download and first,
-            )
+            data = run.recipe.data.images(root, download=download and first)
         with Stop() as stop:
             return Training(run, fabric, data, stop, watch).fit()
 

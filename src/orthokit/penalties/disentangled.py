@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from orthokit.checks import check_choice, check_count, check_number, short_repr, warn_once
 from orthokit.gram import (
+    SHORT,
     GramRule,
     Side,
     by_filters,
@@ -31,7 +32,7 @@ from orthokit.gram import (
     of_gram,
     polar,
     reciprocal,
-    squares_and_directions,
+    squares_and_weighted_directions,
     sum_of_squares,
 )
 from orthokit.kernel import Kernel
@@ -74,8 +75,9 @@ def disentangled_orthogonality(
     * ``form="welch"``: ``b ||max(0, |c_ij| - w_r)||`` with ``w_r = sqrt((o - r) / (r (o - 1)))``.
     * ``form="budget"``: ``b max(0, ||c|| - sqrt(o (o - r) / (2 r)))``.
 
-    Zero of the last two implies ``o^2 / ||U U^T||_F^2 >= r``, hence rank at least ``r``. Filters shorter than
-    ``sqrt(tiny(dtype))`` have no direction: their cosines are 0. Exact copies are stationary points: never initialise so.
+    Zero of the last two implies ``o^2 / ||U U^T||_F^2 >= r``, hence rank at least ``r``. Exact copies are stationary points:
+    never initialise so. The direction of a filter shorter than 0.1 counts in proportion to its length, with weights that the
+    derivative holds fixed (see Note [short filters] in :mod:`orthokit.gram`): a zero-initialised layer trains.
 
     Args:
         matrix: ``(*b, o, n)``, one filter a row.
@@ -106,10 +108,10 @@ def disentangled_orthogonality(
     terms = _terms(o, r, form, count, ceiling)
     if not _is_by_frame(o, n, terms):
         return of_gram(matrix, partial(_apart, terms=terms, weights=weights, squared=squared))
-    squares, unit = squares_and_directions(matrix)
+    squares, unit = squares_and_weighted_directions(matrix)
     length, _ = _norm(torch.linalg.vector_norm(squares - 1, dim=-1), squared)
-    directed = (squares > torch.finfo(squares.dtype).tiny).sum(-1)
-    frame = partial(_by_frame, directed=directed, budget=terms[0][1], squared=squared)
+    own = (squares.detach() / SHORT**2).clamp(max=1).square().sum(-1)
+    frame = partial(_by_frame, own=own, budget=terms[0][1], squared=squared)
     return weights[0] * length + weights[1] * of_gram(unit, frame, "cols")
 
 
@@ -141,8 +143,8 @@ def _apart(
 ) -> tuple[Tensor, Tensor]:
     """``a`` times the errors of length and ``b`` times each term: what it keeps of the cosines, less its budget."""
     a, b = weights
-    squares, inverse, c = lengths_and_cosines(product)
-    d = squares - 1
+    lengths, c = lengths_and_cosines(product)
+    d = lengths.squares - 1
     value, slope = _norm(torch.linalg.vector_norm(d, dim=-1), squared)
     value, lengthwise = a * value, (2 * a * slope).unsqueeze(-1) * d
     pulls = []
@@ -156,14 +158,12 @@ def _apart(
     if len(pulls) > 1:
         pull = sum((times[..., None, None] * pull for pull, times in pulls), torch.zeros_like(c))
         times = torch.ones_like(times)
-    return value, by_filters(inverse, lengthwise, pull, (pull * c).sum(-1), times.unsqueeze(-1))
+    return value, by_filters(lengths, lengthwise, pull, (pull * c).sum(-1), times.unsqueeze(-1))
 
 
-def _by_frame(
-    product: Float[Tensor, "*b n n"], *, directed: Tensor, budget: float | Tensor, squared: bool
-) -> tuple[Tensor, Tensor]:
-    """The cosines' part on a tall layer: ``||U U^T|| = ||U^T U||``, whose diagonal has a 1 for every filter with a direction."""
-    square = (sum_of_squares(product) - directed).clamp(min=torch.finfo(product.dtype).tiny)
+def _by_frame(product: Float[Tensor, "*b n n"], *, own: Tensor, budget: float | Tensor, squared: bool) -> tuple[Tensor, Tensor]:
+    """The cosines' part on a tall layer: ``||U U^T|| = ||U^T U||``, less what each filter contributes by itself, ``own``."""
+    square = (sum_of_squares(product) - own).clamp(min=torch.finfo(product.dtype).tiny)
     value, slope = _norm((0.5 * square).sqrt(), squared, budget)
     return value, slope[..., None, None] * product
 

@@ -14,7 +14,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_number, short_repr
-from orthokit.gram import GramRule, Side, cosine_rule, directions, full_precision, of_gram, self_convolution, sum_of_squares
+from orthokit.gram import (
+    GramRule,
+    Side,
+    cosine_rule,
+    full_precision,
+    of_gram,
+    self_convolution,
+    squares_and_weighted_directions,
+    sum_of_squares,
+)
 from orthokit.kernel import Kernel
 
 
@@ -26,7 +35,8 @@ def angular_dispersion(
 
     The hinge of an angle is how much nearer than ``theta`` it is to 0 or pi; at ``theta = pi/2`` its distance from a right angle.
     Zero at unit filters all of whose angles are in ``[theta, pi - theta]``: orthonormal rows at ``theta = pi/2``. Exact copies
-    have no angular gradient.
+    have no angular gradient. The cosine of a filter shorter than 0.1 counts in proportion to its length (ours; see Note [short
+    filters] in :mod:`orthokit.gram`).
 
     Args:
         matrix: ``(*b, o, n)``, one filter a row.
@@ -66,14 +76,13 @@ def convolution_angular_dispersion(
     """
     _check(theta, weight)
     batch = weights.ndim - 2 - len(stride)
-    length = weights.flatten(batch + 1).square().sum(-1)
-    unit = directions(weights.flatten(batch + 1)).reshape(weights.shape)
-    products = self_convolution(unit, stride)
+    squares, unit = squares_and_weighted_directions(weights.flatten(batch + 1))
+    products = self_convolution(unit.reshape(weights.shape), stride)
     o, lags = products.shape[-2:]
     itself = torch.zeros(o, o, lags, dtype=torch.bool, device=products.device)
     itself.diagonal()[lags // 2] = True
     others = torch.where(itself, 0.0, products)
-    return (1 - length).square().sum(-1) + weight * _hinge(others, theta)[0].square().sum((-3, -2, -1))
+    return (1 - squares).square().sum(-1) + weight * _hinge(others, theta)[0].square().sum((-3, -2, -1))
 
 
 def _rule(target: float, theta: float, weight: float) -> tuple[GramRule, Side]:
