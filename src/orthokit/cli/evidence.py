@@ -153,7 +153,12 @@ class Compare:
     by: tuple[str, ...] = ("network", "data.name")
     """Keys or sections that tell apart what is compared separately."""
     metric: str = "accuracy"
-    """What verdicts go by: accuracy, nll, ece, fgsm, pgd, pgd_l2, noise, corruptions, under_cos, ..."""
+    """What verdicts go by: accuracy, train_accuracy, train_loss, test_loss, nll,
+    ece, fgsm, pgd, pgd_l2, noise, corruptions, under_cos, ..."""
+    contrast: tuple[str, ...] = ()
+    """The primary question: differences "ARM - OTHER ARM", averaged over the panels and adjusted over these alone."""
+    blocks: Literal["seed"] | None = None
+    """Let verdicts go by a test with seeds as blocks, and not by Welch's. State it before the runs."""
     anyway: bool = False
     """Compare what is refused, with a flag."""
     title: str = "comparison"
@@ -185,6 +190,8 @@ class Compare:
             by=self.by,
             baseline=self.baseline,
             metric=self.metric,
+            blocks=self.blocks,
+            contrasts=self.contrast,
             anyway=self.anyway,
             flagged=flagged,
         )

@@ -6,27 +6,28 @@ Results are those of the last epoch.
 """
 
 import itertools
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from string import Template
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
-from orthokit.config import penalty_of
-from orthokit.evidence.fairness import Panel, flags, incomparable, plain, refusals, repeated, under
-from orthokit.evidence.results import COST, MEASURED, METRICS, Metric, Result, metric_of
+from orthokit.evidence.fairness import Panel, flags, incomparable, refusals, repeated, under
+from orthokit.evidence.grouping import arms_of, baseline_of, pair_of, panels_of, sortable
+from orthokit.evidence.results import COST, FITTED, MEASURED, METRICS, Metric, Result, metric_of
 from orthokit.evidence.statistics import (
     ALPHA,
     POWER,
     Contrast,
     Difference,
     Sample,
+    blocked,
     contrast,
     detectable,
     differences,
     holm,
     intraclass,
+    paired,
     per_doubling,
     pooled_sd,
     seeds_needed,
@@ -35,6 +36,9 @@ from orthokit.evidence.tuning import Choice
 from orthokit.lab.recipe import Recipe
 
 Key = TypeVar("Key", bound=Hashable)
+Tested = TypeVar("Tested", Difference, Contrast)
+Blocks = Literal["seed"]
+"""What runs of different arms may share that a test sets apart from their error."""
 FACTOR = ("regularizer",)
 PANELS = ("network", "data.name")
 WORDS = {1: ("better", "worse"), 0: ("higher", "lower"), -1: ("worse", "better")}
@@ -91,6 +95,10 @@ class Comparison:
     """Parts of evaluations that do not compare."""
     choices: tuple[Choice, ...] = ()
     """How the strengths of a study's arms were chosen."""
+    blocks: Blocks | None = None
+    """Whether verdicts go by a test with seeds as blocks, and not by Welch's."""
+    primary_contrasts: tuple[tuple[str, str], ...] = ()
+    """The primary question, stated before the runs: pairs of arms, whose difference over all panels is tested."""
 
     @cached_property
     def arms(self) -> list[str]:
@@ -123,12 +131,27 @@ class Comparison:
             if samples:
                 cells[panel.name] = {arm: Cell(sample) for arm, sample in samples.items()}
             if self.baseline in samples and metric.group != "cost":  # machines and their load differ
-                found |= {(panel.name, arm): each for arm, each in differences(samples, self.baseline).items()}
-        adjusted = _adjusted({key: each.welch for key, each in found.items()})
+                by_seed = blocked(_by_seed(panel, samples), self.baseline)
+                for arm, each in differences(samples, self.baseline).items():
+                    found[panel.name, arm] = self._ruled(replace(each, blocked=by_seed.get(arm)))
+        adjusted = _adjusted({key: self._p(each) for key, each in found.items()})
         for (name, arm), each in found.items():
             each = replace(each, holm=adjusted.get((name, arm)))
             cells[name][arm] = Cell(cells[name][arm].sample, each, _verdict(each, WORDS[metric.better]))
         return cells
+
+    def _ruled(self, found: Tested) -> Tested:
+        """Mean and interval are those of the test that verdicts go by."""
+        if self.blocks is None:
+            return found
+        by_seed = found.blocked
+        return replace(found, interval=None) if by_seed is None else replace(found, mean=by_seed.mean, interval=by_seed.interval)
+
+    def _p(self, found: Difference | Contrast) -> float | None:
+        """Of the test that verdicts go by."""
+        if self.blocks is not None:
+            return None if found.blocked is None else found.blocked.p
+        return found.welch if isinstance(found, Difference) else found.raw
 
     def cell(self, metric: Metric, panel: str, arm: str) -> Cell | None:
         """One cell, if there is."""
@@ -137,14 +160,21 @@ class Comparison:
     def comparisons(self, metric: Metric) -> int:
         """How many tests the adjustment of a metric is over."""
         every = [cell.difference for arms in self.cells(metric).values() for cell in arms.values()]
-        return sum(each is not None and each.welch is not None for each in every)
+        return sum(each is not None and self._p(each) is not None for each in every)
 
     def _titled(self, panel: str) -> str:
         return f"{panel}: " if len(self.panels) > 1 else ""
 
     def told(self) -> dict[str, list[tuple[str, str]]]:
-        """The primary metric's result, of all panels at once and of each: verdict and sentence of each arm."""
+        """The primary question's answer, and the primary metric's result, of all panels at once and of each.
+
+        Returns:
+            Verdict and sentence of each contrast or arm.
+        """
         said: dict[str, list[tuple[str, str]]] = {}
+        if (asked := self.question) is not None:
+            for (arm, other), (name, each) in zip(self.primary_contrasts, asked.found.items(), strict=True):
+                said.setdefault(asked.title, []).append(self._told(arm, asked.verdict(name), each, other))
         for asked in self.contrasts:
             for arm, each in asked.found.items():
                 said.setdefault(asked.title, []).append(self._told(arm, asked.verdict(arm), each))
@@ -155,10 +185,10 @@ class Comparison:
                     said.setdefault(panel, []).append((verdict, f"{sentence}, n = {cell.sample.n}"))
         return said
 
-    def _told(self, arm: str, verdict: str, found: Difference | Contrast) -> tuple[str, str]:
-        show = self.primary.show
+    def _told(self, arm: str, verdict: str, found: Difference | Contrast, other: str | None = None) -> tuple[str, str]:
+        show, other = self.primary.show, other or self.baseline
         told = f"is {verdict} than" if verdict in itertools.chain(*WORDS.values()) else f"{verdict} against"
-        told = f"{told} {self.baseline}" if found.resolved else f"against {self.baseline} is not resolved"
+        told = f"{told} {other}" if found.resolved else f"against {other} is not resolved"
         between = "" if found.interval is None else f" [{', '.join(show(end, sign=True) for end in found.interval)}]"
         p = "no p of single or equal runs" if found.holm is None else f"adjusted p = {found.holm:.2g}"
         what = f"{'points of ' * bool(self.primary.unit)}{self.primary.label}"
@@ -180,32 +210,74 @@ class Comparison:
     @cached_property
     def contrasts(self) -> list[Contrasts]:
         """Of the primary metric: over all panels and, where these grow, per doubling."""
-        cells, names = self.cells(self.primary), [panel.name for panel in self.panels]
-        whole = [arm for arm in self.arms if all(arm in cells.get(name, {}) for name in names)]
-        if len(names) < 2 or self.baseline not in whole:
+        whole, count = self._whole, len(self.panels)
+        if count < 2 or self.baseline not in whole:
             return []
-        samples = {arm: [cells[name][arm].sample for name in names] for arm in whole}
 
         def tested(weights: Sequence[float]) -> dict[str, Contrast]:
-            found = {
-                arm: contrast(weights, each, samples[self.baseline]) for arm, each in samples.items() if arm != self.baseline
-            }
-            adjusted = _adjusted({arm: each.raw for arm, each in found.items()})
+            found = {arm: self._contrast(weights, arm, self.baseline) for arm in whole if arm != self.baseline}
+            adjusted = _adjusted({arm: self._p(each) for arm, each in found.items()})
             return {arm: replace(each, holm=adjusted.get(arm)) for arm, each in found.items()}
 
-        alike = tested([1 / len(names)] * len(names))
-        panels = "both panels" if len(names) == 2 else f"all {len(names)} panels"
-        asked = [Contrasts("mean difference", panels, WORDS[self.primary.better], alike)]
+        alike = tested([1 / count] * count)
+        asked = [Contrasts("mean difference", self._everywhere, WORDS[self.primary.better], alike)]
         if self.grows is not None:
             numbers = [panel.values[self.grows] for panel in self.panels]
             over = f"{self.grows} from {numbers[0]} to {numbers[-1]}"
             asked.append(Contrasts("change per doubling", over, ("rises", "falls"), tested(per_doubling(numbers))))
         return asked if asked[0].found else []
 
+    @cached_property
+    def _whole(self) -> list[str]:
+        """Arms that have the primary metric in every panel."""
+        cells = self.cells(self.primary)
+        return [arm for arm in self.arms if all(arm in cells.get(panel.name, {}) for panel in self.panels)]
+
+    @property
+    def _everywhere(self) -> str:
+        count = len(self.panels)
+        return "both panels" if count == 2 else f"all {count} panels" if count > 2 else self.panels[0].name
+
+    def _contrast(self, weights: Sequence[float], arm: str, other: str) -> Contrast:
+        """An arm less another one over all panels, in the primary metric, not yet adjusted."""
+        both = [[self.cells(self.primary)[panel.name][name].sample for panel in self.panels] for name in (arm, other)]
+        found = contrast(weights, *both)
+        pairs = []
+        for panel, *samples in zip(self.panels, *both, strict=True):
+            one, two = _by_seed(panel, dict(zip((arm, other), samples, strict=True))).values()
+            pairs.append(Sample(tuple(value - two[seed] for seed, value in one.items() if seed in two)))
+        return self._ruled(replace(found, blocked=paired(weights, pairs)))
+
+    @cached_property
+    def question(self) -> Contrasts | None:
+        """What the primary question's pairs of arms answer, adjusted over them; None where none is stated or runs lack."""
+        pairs, count = self.primary_contrasts, len(self.panels)
+        if not pairs or any(arm not in self._whole for pair in pairs for arm in pair):
+            return None
+        found = {f"{arm} - {other}": self._contrast([1 / count] * count, arm, other) for arm, other in pairs}
+        raw = {name: self._p(each) for name, each in found.items()}
+        adjusted = holm([1.0 if p is None else p for p in raw.values()])  # what is not tested yet counts among the family
+        found = {
+            name: replace(each, holm=None if raw[name] is None else p)
+            for (name, each), p in zip(found.items(), adjusted, strict=True)
+        }
+        name = "primary question: mean difference" if count > 1 else "primary question: difference"
+        return Contrasts(name, self._everywhere, WORDS[self.primary.better], found)
+
     def power(self) -> list[str]:
         """What the present seeds could have resolved in the primary metric, and how many seeds would resolve less."""
         said, show, count = [], self.primary.show, self.comparisons(self.primary)
+        for name, each in self.question.found.items() if self.question and self.blocks else ():
+            if each.blocked is not None:
+                least = each.blocked.detectable(len(self.primary_contrasts))
+                said.append(f"primary question: {name}: a difference of {show(least)} is resolved with probability {POWER:.0%}")
         for panel, arms in self.cells(self.primary).items():
+            if self.blocks is not None:
+                by_seed = [cell.difference.blocked for cell in arms.values() if cell.difference and cell.difference.blocked]
+                least = max((each.detectable(count) for each in by_seed), default=0.0)
+                told = f"seeds as blocks resolve a difference of {show(least)} with probability {POWER:.0%}"
+                said.append(f"{self._titled(panel)}{told if by_seed else 'nothing is tested: arms share no two seeds'}")
+                continue
             samples = [cell.sample for cell in arms.values() if cell.sample.n > 1]
             sd, n = pooled_sd(samples), min((sample.n for sample in samples), default=0)
             if not sd or not any(cell.difference and cell.difference.welch is not None for cell in arms.values()):
@@ -225,9 +297,10 @@ class Comparison:
         shown = dict.fromkeys(metric.part for metric in self.metrics if metric.part in MEASURED)
         results = [result for panel in self.panels for result in panel.results]
         first = {part: next(result.parts[part] for result in results if part in result.parts) for part in shown}
+        fitted = [FITTED] if any(metric.path.startswith("train.") for metric in self.metrics) else []
         cost = [COST + self._uneven()] if any(metric.group == "cost" for metric in self.metrics) else []
         said = {part: Template(MEASURED[part]).safe_substitute(each | each["settings"]) for part, each in first.items()}
-        return [*cost, *said.values()]
+        return [*fitted, *cost, *said.values()]
 
     def _uneven(self) -> str:
         """A sentence, where runs of one arm had unequal speeds."""
@@ -241,31 +314,47 @@ class Comparison:
     @property
     def explanation(self) -> str:
         """How the figures were made, in words."""
+        test, less = ("seeds as blocks", "Welch's t") if self.blocks else ("Welch's t", "seeds as blocks")
         return (
-            f"Last epoch, means of seeds. {1 - ALPHA:.0%} intervals, not adjusted: Student's of means, Welch's of differences. "
-            f"p is of Welch's t against {self.baseline}, adjusted after Holm over {self.comparisons(self.primary)} comparisons; "
-            f"verdicts need p < {ALPHA:g}. Beside it Dunnett's test over the arms of each panel, which assumes equal variances. "
-            f"Every metric is adjusted by itself.{self._shared()}"
+            f"Last epoch, means of seeds. {1 - ALPHA:.0%} intervals, not adjusted: Student's of means, of differences by {test}. "
+            f"Verdicts go by {test}: p < {ALPHA:g} after Holm. {self._families()} Beside it stand the p of {less} and Dunnett's "
+            f"test over the arms of each panel, which assumes equal variances. Seeds as blocks: in a panel, arms by seeds "
+            f"without interaction, the error pooled over the arms (with two arms the paired t); over panels, paired within each. "
+            f"All of it is about other seeds on these images, which are one draw.{self._shared()}"
         )
+
+    def _families(self) -> str:
+        """Which tests are adjusted together."""
+        parts = [(f"the {self.comparisons(self.primary)} cells (an arm against {self.baseline} in a panel)", True)]
+        parts += [(f"the {len(asked.found)} of {asked.name}", True) for asked in self.contrasts]
+        parts += [(f"the {len(self.primary_contrasts)} of the primary question", self.question is not None)]
+        families = [words for words, there in parts if there]
+        each = f"Families, each adjusted by itself: {'; '.join(families)}" if len(families) > 1 else f"One family: {families[0]}"
+        return f"{each}. Every other metric has its own family of cells."
 
     def _shared(self) -> str:
         """A sentence on what runs of one seed have in common, where arms share seeds."""
-        found = intraclass([self._by_seed(panel) for panel in self.panels])
+        cells = self.cells(self.primary)
+        read = [
+            list(_by_seed(panel, {arm: cell.sample for arm, cell in cells.get(panel.name, {}).items()}).values())
+            for panel in self.panels
+        ]
+        shared = [sorted(set.intersection(*map(set, each))) if each else [] for each in read]
+        found = intraclass([[[values[s] for s in seeds] for values in each] for each, seeds in zip(read, shared, strict=True)])
         if found is None:
             return ""
+        used = "which verdicts make use of" if self.blocks else "which Welch's t makes no use of"
         return (
             f" Arms share seeds: beyond the means of arms, results of one seed correlate by {found[0]:+.2f} (intraclass; F test "
-            f"p = {found[1]:.2g}), which no test here makes use of."
+            f"p = {found[1]:.2g}), {used}."
         )
 
-    def _by_seed(self, panel: Panel) -> list[list[float]]:
-        """The primary metric of a panel's arms on the seeds that they share."""
-        read = [
-            dict(zip((result.seed for result in panel.arms[arm]), cell.sample.values, strict=True))
-            for arm, cell in self.cells(self.primary).get(panel.name, {}).items()
-        ]
-        shared = sorted(set.intersection(*map(set, read))) if read else []
-        return [[values[seed] for seed in shared] for values in read]
+
+def _by_seed(panel: Panel, samples: Mapping[str, Sample]) -> dict[str, dict[int, float]]:
+    """The values of a panel's arms by seed."""
+    return {
+        arm: dict(zip((result.seed for result in panel.arms[arm]), sample.values, strict=True)) for arm, sample in samples.items()
+    }
 
 
 def _adjusted(raw: Mapping[Key, float | None]) -> dict[Key, float]:
@@ -286,6 +375,8 @@ def compare(
     by: Sequence[str] = PANELS,
     baseline: str | None = None,
     metric: str = "accuracy",
+    blocks: Blocks | None = None,
+    contrasts: Sequence[str] = (),
     anyway: bool = False,
     flagged: Sequence[str] = (),
 ) -> Comparison:
@@ -298,6 +389,9 @@ def compare(
         by: keys or sections that tell panels apart.
         baseline: an arm's name; by default the arm without a regularizer.
         metric: what verdicts go by, a key of ``orthokit.evidence.results.METRICS``.
+        blocks: ``"seed"``: verdicts go by a test with seeds as blocks, and not by Welch's; state it before the runs.
+        contrasts: the primary question, such as ``"strict - none"``: differences of two arms, averaged over all panels and
+            adjusted after Holm over these alone.
         anyway: flag what is else refused.
         flagged: what is known to be amiss, such as what :func:`orthokit.evidence.results.read` tells.
 
@@ -313,16 +407,16 @@ def compare(
     flat = [result.flat for result in results]
     if unknown := [key for key in (*factor, *by) if "." in key and not any(under(each, [key]) for one in flat for each in one)]:
         raise ValueError(f"no run has the key {unknown[0]}")
-    arms = _arms(results, flat, factor)
-    names = _panels(results, flat, [key for each in flat for key in each if under(key, by) and not under(key, factor)])
-    baseline = _baseline(baseline, arms, results)
+    arms = arms_of(results, flat, factor)
+    names = panels_of(results, flat, [key for each in flat for key in each if under(key, by) and not under(key, factor)])
+    baseline = baseline_of(baseline, arms, results)
     grouped: dict[str, dict[str, list[Result]]] = {}
     for (name, _), arm, result in zip(names, arms, results, strict=True):
         grouped.setdefault(name, {}).setdefault(arm, []).append(result)
     values, order = dict(names), dict.fromkeys([baseline, *arms])
     panels = tuple(
         Panel(name, values[name], {a: tuple(sorted(grouped[name][a], key=lambda r: r.seed)) for a in order if a in grouped[name]})
-        for name in sorted(grouped, key=lambda name: [_sortable(value) for value in values[name].values()])
+        for name in sorted(grouped, key=lambda name: [sortable(value) for value in values[name].values()])
     )
     if len(order) < 2:
         raise ValueError(f"there is only one arm, {baseline}; give runs that differ in {' or '.join(factor)}")
@@ -331,65 +425,20 @@ def compare(
         raise ValueError("; ".join(refused))
     excluded, left_out = incomparable(panels)
     told = [*refused, *flagged, *(each for panel in panels for each in flags(panel, baseline)), *left_out]
-    comparison = Comparison(title, baseline, panels, tuple(factor), primary, tuple(dict.fromkeys(told)), tuple(excluded))
+    pairs = tuple(pair_of(each, order) for each in contrasts)
+    comparison = Comparison(
+        title,
+        baseline,
+        panels,
+        tuple(factor),
+        primary,
+        tuple(dict.fromkeys(told)),
+        tuple(excluded),
+        blocks=blocks,
+        primary_contrasts=pairs,
+    )
     if not comparison.cells(primary):
         raise ValueError(
             f"no run has the {primary.label}" + (f"; orthokit evaluate --parts {primary.part}" if primary.part else "")
         )
     return comparison
-
-
-def _sortable(value: Any) -> tuple[int, float, str]:
-    return (0, float(value), "") if isinstance(value, (int, float)) else (1, 0.0, str(value))
-
-
-def _varying(parts: Sequence[dict[str, str]], keys: Sequence[str]) -> list[str]:
-    return [key for key in dict.fromkeys(keys) if len({part.get(key) for part in parts}) > 1]
-
-
-def _short(key: str, part: dict[str, str]) -> str:
-    return f"{key.split('.', 1)[-1]}={plain(part.get(key))}"
-
-
-def _arms(results: Sequence[Result], flat: Sequence[dict[str, str]], factor: Sequence[str]) -> list[str]:
-    """The arm of each result: a study's own name, or what tells it apart."""
-    penalties = any(key.split(".")[0] == "regularizer" for key in factor)
-    keys = _varying(flat, [key for each in flat for key in each if under(key, factor) and not under(key, ["regularizer"])])
-    return [
-        result.summary["study"].get("arm")
-        or ", ".join([*([_penalty(result.recipe)] if penalties else []), *(_short(key, part) for key in keys)])
-        for result, part in zip(results, flat, strict=True)
-    ]
-
-
-def _penalty(recipe: Recipe) -> str:
-    if (said := recipe.regularizer) is None:
-        return "none"
-    strength = said.strength if isinstance(said.strength, dict) else repr(said.strength)
-    shown = ", ".join(f"{key}={value}" for key, value in strength.items()) if isinstance(strength, dict) else strength
-    more = {key: getattr(said, key) for key in ("where", "scale", "decay")}
-    default = {"where": "convs", "scale": None, "decay": True}
-    return ", ".join([repr(penalty_of(said.penalty)), shown, *(f"{k}={v}" for k, v in more.items() if v != default[k])])
-
-
-def _panels(results: Sequence[Result], flat: Sequence[dict[str, str]], keys: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """The panel of each result, and its values of the keys that vary: a study's own name, or these."""
-    varying = _varying(flat, keys)
-    found = []
-    for result, part in zip(results, flat, strict=True):
-        words = [_short(key, part) for key in varying] or [plain(part["network.kind"]), "on", plain(part["data.name"])]
-        name = result.summary["study"].get("panel") or (", " if varying else " ").join(words)
-        found.append((name, {key: json.loads(part[key]) if key in part else None for key in varying}))
-    return found
-
-
-def _baseline(wanted: str | None, arms: Sequence[str], results: Sequence[Result]) -> str:
-    known = ", ".join(map(repr, dict.fromkeys(arms)))
-    if wanted is not None:
-        if wanted not in arms:
-            raise ValueError(f"no arm {wanted!r} to be the baseline; there are {known}")
-        return wanted
-    bare = dict.fromkeys(arm for arm, result in zip(arms, results, strict=True) if result.recipe.regularizer is None)
-    if len(bare) != 1:
-        raise ValueError(f"which arm is the baseline? name it with --baseline; there are {known}")
-    return next(iter(bare))

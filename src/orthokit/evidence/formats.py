@@ -14,6 +14,7 @@ from rich.text import Text
 
 from orthokit.evidence.compare import Cell, Comparison
 from orthokit.evidence.results import METRICS, Group, Metric
+from orthokit.evidence.statistics import Blocked, Contrast, Difference
 from orthokit.evidence.tuning import RULE, VALIDATION, Choice, Trial
 
 Line = list[str]
@@ -25,6 +26,7 @@ GROUPS: dict[Group, str] = {
     "cost": "Cost",
 }
 STYLES = {"better": "bold green", "worse": "bold red", "not resolved": "dim", "rises": "bold", "falls": "bold"}
+BY_SEED = "p by seed (n)"
 MARKS = {"better": "+", "worse": "-", "higher": "↑", "lower": "↓"}
 """Beside a mean that differs from the baseline's; only where that is resolved."""
 COLUMNS = (
@@ -32,9 +34,9 @@ COLUMNS = (
     "|c| > .99. Robustness: accuracy, the mean over all strengths. Features: penultimate."
 )
 CONTRAST = (
-    "A contrast of the differences in all panels: their mean, each panel weighing the same, or their change, linear over the "
-    "binary logarithm of what grows. Its error comes from the seeds alone, with Satterthwaite's degrees of freedom; p is "
-    "adjusted after Holm over the arms."
+    "The gain averaged over all panels, each weighing the same, or its change each time what grows doubles (linear over the "
+    "binary logarithm). Errors come from the seeds alone, with Satterthwaite's degrees of freedom. Each table is a family of its "
+    "own: its p are adjusted after Holm over its lines. By seed: paired by seed within each panel; n counts seeds of a panel."
 )
 LEGEND = f"Mean ± sd; + better, - worse, ↑ higher, ↓ lower than the baseline, where resolved. {COLUMNS}"
 
@@ -42,6 +44,14 @@ LEGEND = f"Mean ± sd; + better, - worse, ↑ higher, ↓ lower than the baselin
 def p(value: float | None) -> str:
     """A p-value."""
     return "–" if value is None else "<.0001" if value < 1e-4 else f"{value:.4f}".lstrip("0")
+
+
+def by_seed(found: Blocked | None) -> str:
+    """The p-value of a test with seeds as blocks, and how many seeds both arms have in a panel."""
+    if found is None:
+        return "–"
+    ends = sorted({min(found.seeds), max(found.seeds)})
+    return f"{p(found.p)} ({' to '.join(map(str, ends))})"
 
 
 def interval(metric: Metric, ends: tuple[float, float] | None, sign: bool = False) -> str:
@@ -60,7 +70,19 @@ def mean(metric: Metric, cell: Cell | None) -> str:
 def primary(comparison: Comparison) -> tuple[Line, dict[str, list[Line]]]:
     """Headers, and the lines of each panel, of the table that verdicts are read from."""
     metric = comparison.primary
-    headers = ["arm", "n", "mean ± sd", "95% interval", "difference", "95% interval", "Welch p", "Holm p", "Dunnett p", "verdict"]
+    headers = [
+        "arm",
+        "n",
+        "mean ± sd",
+        "95% interval",
+        "difference",
+        "95% interval",
+        "Welch p",
+        "Holm p",
+        "Dunnett p",
+        BY_SEED,
+        "verdict",
+    ]
     lines = {}
     for panel, arms in comparison.cells(metric).items():
         lines[panel] = [[arm, str(cell.sample.n), mean(metric, cell), *_tested(metric, cell)] for arm, cell in arms.items()]
@@ -70,8 +92,8 @@ def primary(comparison: Comparison) -> tuple[Line, dict[str, list[Line]]]:
 def _tested(metric: Metric, cell: Cell) -> Line:
     own, found = interval(metric, cell.sample.interval), cell.difference
     if found is None:
-        return [own, *["–"] * 6]
-    ps = [p(found.welch), p(found.holm), p(found.dunnett)]
+        return [own, *["–"] * 7]
+    ps = [p(found.welch), p(found.holm), p(found.dunnett), by_seed(found.blocked)]
     return [own, metric.show(found.mean, sign=True), interval(metric, found.interval, sign=True), *ps, cell.verdict]
 
 
@@ -98,15 +120,17 @@ def secondary(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, lis
 
 
 def contrasts(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, list[Line]]]]:
-    """Title, headers and lines of what is asked of all panels at once."""
+    """Title, headers and lines of the primary question, if one is stated, and of what is asked of all panels at once."""
     metric = comparison.primary
-    for asked in comparison.contrasts:
+    for asked in filter(None, [comparison.question, *comparison.contrasts]):
         lines = []
         for arm, each in asked.found.items():
             ends = metric.show(each.mean, sign=True), interval(metric, each.interval, sign=True)
-            lines.append([arm, *ends, p(each.raw), p(each.holm), asked.verdict(arm)])
-        title = f"Against {comparison.baseline} in {metric.heading}: {asked.name}"
-        yield title, ["arm", asked.name, "95% interval", "p", "Holm p", "verdict"], {asked.over: lines}
+            lines.append([arm, *ends, p(each.raw), by_seed(each.blocked), p(each.holm), asked.verdict(arm)])
+        question = asked is comparison.question
+        what = f"{asked.name[0].upper()}{asked.name[1:]}" if question else f"Against {comparison.baseline}: {asked.name}"
+        headers = ["contrast" if question else "arm", asked.name.rpartition(": ")[2], "95% interval", "p", BY_SEED]
+        yield f"{what} in {metric.heading}", [*headers, "Holm p", "verdict"], {asked.over: lines}
 
 
 def chosen(comparison: Comparison) -> Iterator[tuple[str, Line, dict[str, list[Line]]]]:
@@ -153,7 +177,7 @@ class Shown:
         for flag in comparison.flags:
             yield Text.assemble(("! ", "bold red"), (flag, "red"))
         headers, lines = primary(comparison)
-        drop = [6, 8, 3, 5, 7, 1]  # Welch's p, Dunnett's p, intervals, Holm's p, n: least needed first
+        drop = [6, 8, 9, 3, 5, 7, 1]  # Welch's, Dunnett's and the seeds' p, intervals, Holm's p, n: least needed first
         kept = list(range(len(headers)))
         for panel, rows in lines.items():
             title, less = f"{comparison.primary.heading}: {panel}", list(drop)
@@ -296,23 +320,23 @@ def to_csv(comparison: Comparison) -> str:
     """A line for each metric, panel and arm, and for each strength that was tried, with unrounded numbers."""
     text = io.StringIO()
     keys = ["metric", "panel", "arm", "n", "mean", "sd", "low", "high", "difference", "difference_low", "difference_high"]
-    writer = csv.DictWriter(text, [*keys, "p_welch", "p_holm", "p_dunnett", "verdict", "values"], lineterminator="\n")
+    keys += ["p_welch", "p_holm", "p_dunnett", "verdict", "values", "p_blocked", "n_blocked"]
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
     writer.writeheader()
     for metric in METRICS:
         for panel, arms in comparison.cells(metric).items():
             for arm, cell in arms.items():
                 writer.writerow({"metric": metric.key, "panel": panel, "arm": arm} | _raw(cell))
-    for asked in comparison.contrasts:
+    for asked in filter(None, [comparison.question, *comparison.contrasts]):
         for arm, found in asked.found.items():
-            ends = dict(zip(("difference_low", "difference_high"), found.interval or (None, None), strict=True))
-            tested = {"difference": found.mean, "p_welch": found.raw, "p_holm": found.holm, "verdict": asked.verdict(arm)}
-            writer.writerow({"metric": comparison.primary.key, "panel": asked.title, "arm": arm} | ends | tested)
+            row = {"metric": comparison.primary.key, "panel": asked.title, "arm": arm, "verdict": asked.verdict(arm)}
+            writer.writerow(_raw_difference(found) | {"p_welch": found.raw} | row)
     for choice in comparison.choices:
         for trial in choice.trials:
             said = "diverged" if trial.diverged else "chosen" * (trial is choice.chosen)
             arm = f"{choice.arm}, strength={trial.strength:g}"
-            row = _raw(Cell(trial.sample, verdict=said)) if trial.sample.n else {"n": 0, "verdict": said}
-            writer.writerow({"metric": VALIDATION.key, "panel": choice.panel, "arm": arm} | row)
+            tried = _raw(Cell(trial.sample, verdict=said)) if trial.sample.n else {"n": 0, "verdict": said}
+            writer.writerow({"metric": VALIDATION.key, "panel": choice.panel, "arm": arm} | tried)
     return text.getvalue()
 
 
@@ -321,7 +345,12 @@ def _raw(cell: Cell) -> dict[str, Any]:
     row: dict[str, Any] = {"n": sample.n, "mean": sample.mean, "sd": sample.sd, "verdict": cell.verdict}
     row |= dict(zip(("low", "high"), sample.interval or (None, None), strict=True))
     row["values"] = " ".join(f"{value:g}" for value in sample.values)
-    if found is not None:
-        row |= {"difference": found.mean, "p_welch": found.welch, "p_holm": found.holm, "p_dunnett": found.dunnett}
-        row |= dict(zip(("difference_low", "difference_high"), found.interval or (None, None), strict=True))
+    return row if found is None else row | _raw_difference(found) | {"p_welch": found.welch, "p_dunnett": found.dunnett}
+
+
+def _raw_difference(found: Difference | Contrast) -> dict[str, Any]:
+    row: dict[str, Any] = {"difference": found.mean, "p_holm": found.holm}
+    row |= dict(zip(("difference_low", "difference_high"), found.interval or (None, None), strict=True))
+    if found.blocked is not None:
+        row |= {"p_blocked": found.blocked.p, "n_blocked": " ".join(map(str, found.blocked.seeds))}
     return row

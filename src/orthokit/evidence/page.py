@@ -66,6 +66,7 @@ def page(comparison: Comparison, *, command: str | None = None, drawn: Mapping[s
         tuning=[_shown(d) for name, d in drawn.items() if name.startswith("tuning")],
         interval=formats.interval,
         p=formats.p,
+        by_seed=formats.by_seed,
         spread=formats.mean,
         joints=_joints,
         left_out=curves and len(comparison.panels) - len(few(comparison.panels)),

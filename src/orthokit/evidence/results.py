@@ -212,6 +212,9 @@ def _numbers(value: Any) -> Iterator[float]:
 
 METRICS = (
     Metric("accuracy", "test accuracy", "result", 1, "test.accuracy", unit="%"),
+    Metric("train_accuracy", "training accuracy", "result", 1, "train.accuracy", unit="%"),
+    Metric("train_loss", "training loss", "result", -1, "train.loss", ".3f"),
+    Metric("test_loss", "test loss", "result", -1, "test.loss", ".3f"),
     Metric("nll", "NLL", "result", -1, "evaluation.accuracy.nll", ".3f"),
     Metric("ece", "ECE", "result", -1, "evaluation.accuracy.ece", unit="%"),
     Metric("under_cos", "under: mean |c|", "orthogonality", 0, "orthogonality.under.mean_cos", ".2g"),
@@ -253,6 +256,10 @@ MEASURED = {
 }
 """By part of the evaluation: how it was measured, with which settings."""
 
+FITTED = (
+    "Training accuracy and loss are the means over the batches of the last epoch, as training saw them: augmented, while the "
+    "weights changed, with label smoothing where the recipe has it. Test loss is in the precision of the run."
+)
 COST = "Cost is of training beside whatever else the machine did, other runs included; it is shown, not tested."
 
 

@@ -2,7 +2,7 @@
 
 Welch's t (unequal variances), Dunnett's test against the baseline (equal variances, simultaneous) and Student's intervals are
 SciPy's. A verdict goes by Welch's p, adjusted over all comparisons of one metric after S. Holm, "A simple sequentially rejective
-multiple test procedure" (1979).
+multiple test procedure" (1979). Where a study says so beforehand, it goes by the p of a test with seeds as blocks.
 """
 
 import contextlib
@@ -58,6 +58,39 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Blocked:
+    """A difference between arms with seeds as blocks: only what differs within a seed counts as error."""
+
+    mean: float
+    error: float
+    """Standard error of the mean."""
+    freedom: float
+    seeds: tuple[int, ...]
+    """How many seeds both arms have, in each panel."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Student's interval."""
+        half = float(stats.t.ppf(1 - ALPHA / 2, self.freedom)) * self.error
+        return self.mean - half, self.mean + half
+
+    @property
+    def p(self) -> float:
+        """Of Student's t, two-sided."""
+        return float(2 * stats.t.sf(abs(self.mean) / self.error, self.freedom))
+
+    def detectable(self, comparisons: int = 1) -> float:
+        """The least difference that these seeds resolve with probability ``POWER``, were the error this one."""
+        critical = float(stats.t.isf(ALPHA / comparisons / 2, self.freedom))
+
+        def lacking(shift: float) -> float:
+            chance = float(stats.nct.sf(critical, self.freedom, shift))
+            return (chance if math.isfinite(chance) else float(shift > critical)) - POWER
+
+        return self.error * float(optimize.brentq(lacking, 0.0, 2 * critical + 10))
+
+
+@dataclass(frozen=True)
 class Difference:
     """An arm less the baseline: mean, Welch's interval and p, Dunnett's p; None of single runs, and where no value differs."""
 
@@ -66,7 +99,9 @@ class Difference:
     welch: float | None
     dunnett: float | None
     holm: float | None = None
-    """Welch's p, adjusted over all comparisons of the metric."""
+    """The p that verdicts go by, adjusted over all comparisons of the metric."""
+    blocked: Blocked | None = None
+    """The same with seeds as blocks; None of fewer than two seeds that both have."""
 
     @property
     def resolved(self) -> bool:
@@ -101,7 +136,9 @@ class Contrast:
     interval: tuple[float, float] | None
     raw: float | None
     holm: float | None = None
-    """The p-value, adjusted over the arms."""
+    """The p that verdicts go by, adjusted over the arms."""
+    blocked: Blocked | None = None
+    """The same, paired by seed within each panel; None where a panel has fewer than two seeds that both arms have."""
 
     @property
     def resolved(self) -> bool:
@@ -126,13 +163,72 @@ def contrast(weights: Sequence[float], arm: Sequence[Sample], control: Sequence[
     mean = sum(weight * (one.mean - other.mean) for weight, one, other in pairs)
     samples = [(weight, each) for weight, *both in pairs for each in both]
     parts = [(weight**2 * each.sd**2 / each.n, each.n) for weight, each in samples if each.sd is not None]
-    variance = sum(part for part, _ in parts)
-    if len(parts) < len(samples) or not variance:
+    if len(parts) < len(samples) or not any(part for part, _ in parts):
         return Contrast(mean, None, None)
-    freedom = variance**2 / sum(part**2 / (n - 1) for part, n in parts if part)
-    error = math.sqrt(variance)
+    error, freedom = _satterthwaite(parts)
     half = float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error
     return Contrast(mean, (mean - half, mean + half), float(2 * stats.t.sf(abs(mean) / error, freedom)))
+
+
+def _satterthwaite(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Standard error and degrees of freedom of a sum, from the variance of each part and the number of values behind it."""
+    variance = sum(part for part, _ in parts)
+    return math.sqrt(variance), variance**2 / sum(part**2 / (n - 1) for part, n in parts if part)
+
+
+def paired(weights: Sequence[float], differences: Sequence[Sample]) -> Blocked | None:
+    """``sum_k w_k mean(d_k)`` of differences within seeds, panel by panel: :func:`contrast` with seeds as blocks.
+
+    >>> from orthokit.evidence.statistics import Sample, paired
+    >>> found = paired([0.5, 0.5], [Sample((0.4, 0.5, 0.6)), Sample((0.1, 0.2, 0.3))])
+    >>> round(found.mean, 3), [round(x, 3) for x in found.interval], round(found.p, 4)
+    (0.35, [0.237, 0.463], 0.001)
+    """
+    parts = [
+        (weight**2 * each.sd**2 / each.n, each.n)
+        for weight, each in zip(weights, differences, strict=True)
+        if each.sd is not None
+    ]
+    if len(parts) < len(differences) or not any(part for part, _ in parts):
+        return None
+    mean = sum(weight * each.mean for weight, each in zip(weights, differences, strict=True))
+    return Blocked(mean, *_satterthwaite(parts), tuple(each.n for each in differences))
+
+
+def blocked(arms: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, Blocked]:
+    """Each arm but the baseline against it, with seeds as blocks: ``value = arm + seed + error``, by least squares.
+
+    The error is pooled over all arms. With two arms it is the paired t over the seeds that both have.
+
+    >>> from orthokit.evidence.statistics import blocked
+    >>> found = blocked({"none": {0: 90.0, 1: 90.2, 2: 90.4}, "strict": {0: 90.5, 1: 90.6, 2: 91.0}}, "none")["strict"]
+    >>> round(found.mean, 3), round(found.p, 4), found.seeds
+    (0.5, 0.0131, (3,))
+
+    Args:
+        arms: values by seed.
+        baseline: one of them.
+
+    Returns:
+        Arms with two or more of the baseline's seeds; nothing where no run differs from what its arm and seed say.
+    """
+    others = [arm for arm in arms if arm != baseline]
+    seeds = sorted({seed for values in arms.values() for seed in values})
+    runs = [(arm, seed, value) for arm, values in arms.items() for seed, value in values.items()]
+    design = np.array([[arm == one for one in others] + [seed == one for one in seeds] for arm, seed, _ in runs], float)
+    inverse = np.linalg.pinv(design)
+    values = np.array([value for *_, value in runs])
+    fit = inverse @ values
+    left, freedom = values - design @ fit, len(runs) - int(np.linalg.matrix_rank(design))
+    if freedom < 1 or np.abs(left).max() <= 1e-12 * np.abs(values).max():
+        return {}
+    errors = np.sqrt(np.square(inverse).sum(1) * float(left @ left) / freedom)
+    shared = {arm: len(arms[arm].keys() & arms[baseline].keys()) for arm in others}
+    return {
+        arm: Blocked(float(fit[place]), float(errors[place]), freedom, (shared[arm],))
+        for place, arm in enumerate(others)
+        if shared[arm] > 1
+    }
 
 
 def per_doubling(numbers: Sequence[float]) -> list[float]:

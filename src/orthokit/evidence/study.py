@@ -26,7 +26,14 @@
     images = 1000
 
 A study may itself extend another, and say in what it differs; with ``reuse`` and another ``baseline`` or ``metric`` that is a
-second question to the same runs. File names are relative to the file that gives them.
+second question to the same runs. The primary question is written down before the runs:
+
+.. code-block:: toml
+
+    contrasts = ["tall - strict", "tall - wide only"]    # averaged over all panels, adjusted after Holm over these two
+    blocks = "seed"                                      # all verdicts by a test with seeds as blocks; Welch's by default
+
+File names are relative to the file that gives them.
 
 ``<results>/<study>/runs/<network>-<arm><factors>/<seed>/summary.json`` is all that is kept of a run: where it is, of this recipe
 and evaluated, nothing is left to do for that run, whether or not its weights are there. So it is with the runs by which strengths
@@ -45,9 +52,10 @@ from pydantic import Field, field_validator, model_validator
 
 from orthokit.checks import did_you_mean
 from orthokit.evidence import figures, formats, page
-from orthokit.evidence.compare import FACTOR, Comparison, compare
+from orthokit.evidence.compare import FACTOR, Blocks, Comparison, compare
 from orthokit.evidence.evaluate import PARTS, check_parts, settings
 from orthokit.evidence.fairness import undeclared, under
+from orthokit.evidence.grouping import pair_of
 from orthokit.evidence.results import METRICS, TUNING, Result, metric_of, read_one
 from orthokit.evidence.tuning import Choice, Trial, Tune, cautions, distinct
 from orthokit.lab.files import to_json, write
@@ -109,6 +117,10 @@ class Study(Section):
     """Keys or sections of the recipe in which arms may differ."""
     metric: str = METRICS[0].key
     """What verdicts go by."""
+    contrasts: Annotated[list[str], Field(default_factory=list)]
+    """The primary question: ``"<arm> - <arm>"``, differences averaged over the panels and adjusted over these alone."""
+    blocks: Blocks | None = None
+    """``"seed"``: verdicts go by tests with seeds as blocks."""
     reuse: Annotated[list[str], Field(default_factory=list)]
     """Files of other studies: what they keep, or reuse themselves, serves where recipe, seed and evaluation are the same."""
     tune: Tune | None = None
@@ -116,6 +128,7 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Study":
+        distinct({"contrasts": [pair_of(each, self.arms) for each in self.contrasts]})
         distinct({"seeds": self.seeds} | {f"factors.{key}": values for key, values in self.factors.items()})
         if self.baseline is not None and self.baseline not in self.arms:
             raise ValueError(f"baseline: no arm {self.baseline!r}{did_you_mean(self.baseline, self.arms)}")
@@ -242,6 +255,8 @@ class Plan:
             by=["network", "data.name", *(said.factors), *_panel_keys(said)],
             baseline=said.baseline or next(iter(said.arms)),
             metric=said.metric,
+            blocks=said.blocks,
+            contrasts=said.contrasts,
             flagged=[
                 *flagged,
                 *([f"{lent.total()} of {len(results)} runs are those of other studies ({_counted(lent)})"] if lent else []),
