@@ -210,3 +210,53 @@ def test_how_well_networks_fit():
     headers = formats.markdown(compare(sharing(ARMS)))
     assert "| training accuracy, % | training loss | test loss |" in headers
     assert compare(made_up(ARMS)).cells(metric_of("train_loss")) == {}
+
+
+def with_kept(run):
+    parts = {name: dict(part) for name, part in run.parts.items()}
+    parts["attacks"] |= {f"{name}_kept": [share / 2 for share in parts["attacks"][name]] for name in ("fgsm", "pgd", "pgd_l2")}
+    parts["noise"]["kept"] = [None] * len(parts["noise"]["sigma"])  # no image was right
+    return dataclasses.replace(run, parts=parts)
+
+
+def test_robustness_among_images_that_are_right_clean():
+    runs = made_up({"none": 0, "so": 1}, depths=[8])
+    kept = metric_of("fgsm_kept")
+    assert compare(runs).cells(kept) == {}  # early evaluations lack it
+    comparison = compare([*map(with_kept, runs)])
+    assert comparison.cell(kept, "ResNet-8", "so").sample.mean == pytest.approx(
+        comparison.cell(metric_of("fgsm"), "ResNet-8", "so").sample.mean / 2
+    )
+    assert comparison.cells(metric_of("noise_kept")) == {}
+    mixed = compare([with_kept(run) if run.recipe.regularizer else run for run in runs])
+    assert mixed.excluded == ()
+    assert list(mixed.cells(kept)["ResNet-8"]) == ["so"]
+
+
+def other(run, **environment):
+    return dataclasses.replace(run, summary=run.summary | {"environment": run.summary["environment"] | environment})
+
+
+def test_arms_of_different_commits_are_flagged():
+    runs = made_up({"none": 0, "so": 1}, depths=[8])
+    later = "b" * 40
+    assert compare(runs).flags == ()
+    assert compare([other(run, commit=later) if run.seed == 1 else run for run in runs]).flags == ()  # of all arms alike
+    assert compare([other(run, commit=None) for run in runs]).flags == ()
+    (flag,) = compare([other(run, commit=later) if run.recipe.regularizer else run for run in runs]).flags
+    assert flag.startswith("ResNet-8: arms share no commit: ")
+    assert flag.endswith("none at 8e0da63b; so at bbbbbbbb")
+    (flag,) = compare([other(run, commit=f"{later}+changes") if run == runs[-1] else run for run in runs]).flags
+    assert flag.startswith("ResNet-8: arms were run at different commits")
+    assert flag.endswith("none at 8e0da63b; so at 8e0da63b, bbbbbbbb+changes")
+
+
+def test_processors_of_one_name_are_told_apart():
+    runs = made_up({"none": 0, "so": 1}, depths=[8])
+    genoa = {"family": "25", "model": "17", "instructions": ["avx512f", "avx512_bf16"]}
+    assert compare([other(run, cpu=genoa) for run in runs]).flags == ()
+    for cpu in (genoa | {"model": "1"}, genoa | {"instructions": []}, None):
+        changed = [other(run, cpu=cpu if run.recipe.regularizer else genoa) for run in runs]
+        (flag,) = compare(changed).flags
+        assert "different devices" in flag
+        assert "AMD EPYC (family 25, model 17, avx512f+avx512_bf16) in none" in flag

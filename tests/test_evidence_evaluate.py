@@ -85,6 +85,21 @@ def test_parts_equal_slow_twins(runs, capsys):
     assert clean["pgd"][-1] <= clean["fgsm"][-1] + 1e-6
     assert len(found["noise"]["accuracy"]) == len(found["noise"]["sigma"])
     assert {len(each) for each in found["corruptions"]["accuracy"].values()} == {5}
+    some = evaluate.some(data, 60)
+    x, y = some.pixels.float() / 255, some.labels
+    pixels = attacks.Pixels(model, data.mean, data.std)
+    right, nudged = attacks.clean(pixels, x, y), attacks.fgsm(pixels, x, y, [radius / 255 for radius in attacks.LINF])
+    assert 0 < int(right.sum()) < len(y)
+    assert clean["clean"] == pytest.approx(float(right.float().mean()), abs=1e-6)
+    assert clean["fgsm_kept"] == pytest.approx([float(each[right].float().mean()) for each in nudged], abs=1e-6)
+    assert found["noise"]["kept"] == pytest.approx(
+        [float(each[right].float().mean()) for each in attacks.noisy(pixels, x, y)], abs=1e-6
+    )
+    for name in ("pgd", "pgd_l2"):  # what is wrong clean counts as fooled: the one is the other in a share of the images
+        assert clean[name] == pytest.approx([share * clean["clean"] for share in clean[f"{name}_kept"]], abs=2e-6)
+    kept = found["corruptions"]["kept"]
+    assert {name: len(each) for name, each in kept.items()} == dict.fromkeys(found["corruptions"]["accuracy"], 5)
+    assert all(0 <= share <= 1 for each in kept.values() for share in each)
 
     seen = []
     model.fc.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
@@ -103,7 +118,7 @@ def test_attacks_are_on_a_fixed_part_of_the_test_images_of_every_class_alike(run
     bench = evaluate._bench(subject.weights, "", subject.recipe.to_toml(), 60, runs, torch.device("cpu"))
     assert torch.bincount(bench.some.labels).tolist() == [6] * 10
     right = attacks.fgsm(bench.pixels, bench.some.pixels / 255, bench.some.labels, [0.0])
-    assert float(right.float().mean()) == pytest.approx(bench.right(bench.some))
+    assert float(right.float().mean()) == pytest.approx(float(bench.right(bench.some).float().mean()))
     everything = evaluate._bench(subject.weights, "", subject.recipe.to_toml(), 10**6, runs, torch.device("cpu"))
     assert len(everything.some) == len(everything.data.test)
 

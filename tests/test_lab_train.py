@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import platform
 import random
 import resource
 import shutil
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +151,11 @@ def test_what_is_in_the_folder(tmp_path):
         1,
         torch.__version__,
     )
+    assert environment["cpu"]["machine"] == platform.machine()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        said = info.read_text().split()
+        assert {*environment["cpu"]["instructions"]} <= {*said}
+        assert environment["cpu"]["model"] is None or environment["cpu"]["model"] in said
     assert ok.report(weights(run)).rows
     assert main(["report", str(run.folder / "last.ckpt")]) == 0  # the library's own instrument reads it
 

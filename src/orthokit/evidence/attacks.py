@@ -66,6 +66,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def clean(
+    model: nn.Module,
+    images: Float[Tensor, "n c h w"],
+    labels: Int64[Tensor, "n"],  # noqa: F821
+    *,
+    batch: int = 256,
+) -> Bool[Tensor, "n"]:  # noqa: F821
+    """Which images are right as they are."""
+    return _right(model, images, labels, lambda x, _: iter([x]), batch)[0]
+
+
 def fgsm(
     model: nn.Module,
     images: Float[Tensor, "n c h w"],
@@ -135,7 +146,7 @@ def pgd(
     check_count("steps", steps)
     check_number("path", path, open_low=True)
     generator = torch.Generator().manual_seed(seed)
-    standing = _right(model, images, labels, lambda x, _: iter([x]), batch)[0]
+    standing = clean(model, images, labels, batch=batch)
     right = torch.empty(len(epsilons), len(images), dtype=torch.bool, device=images.device)
     for row in sorted(range(len(epsilons)), key=epsilons.__getitem__):
         epsilon = float(epsilons[row])

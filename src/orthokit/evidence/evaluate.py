@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import joblib
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -142,9 +142,9 @@ class Bench:
             yield self.data.normalise(pixels), labels
 
     @torch.no_grad()
-    def right(self, images: Images) -> float:
-        """Accuracy on images."""
-        return sum(int((self.model(x).argmax(-1) == y).sum()) for x, y in self.batches(images)) / len(images)
+    def right(self, images: Images) -> Bool[Tensor, "n"]:  # noqa: F821
+        """Which images are classified right."""
+        return torch.cat([self.model(x).argmax(-1) == y for x, y in self.batches(images)])
 
 
 def _accuracy(bench: Bench) -> dict[str, Any]:
@@ -159,6 +159,15 @@ def _accuracy(bench: Bench) -> dict[str, Any]:
     }
 
 
+def _share(right: Bool[Tensor, "n"]) -> float:  # noqa: F821
+    return round(float(right.float().mean()), 6)
+
+
+def _kept(changed: Iterable[Bool[Tensor, "n"]], clean: Bool[Tensor, "n"]) -> list[float | None]:  # noqa: F821
+    """Of the images that are right clean, the shares that are right changed, too; None where no image is."""
+    return [_share(right[clean]) if clean.any() else None for right in changed]
+
+
 def _attacks(bench: Bench) -> dict[str, Any]:
     images, labels = bench.some.pixels.float() / 255, bench.some.labels
     linf = [radius / 255 for radius in attacks.LINF]
@@ -167,24 +176,28 @@ def _attacks(bench: Bench) -> dict[str, Any]:
         "pgd": attacks.pgd(bench.pixels, images, labels, linf, norm="linf", steps=STEPS, path=PATH),
         "pgd_l2": attacks.pgd(bench.pixels, images, labels, attacks.L2, norm="l2", steps=STEPS, path=PATH),
     }
-    return {"count": len(labels), "linf": list(attacks.LINF), "l2": list(attacks.L2)} | {
-        name: [round(float(each.float().mean()), 6) for each in right] for name, right in found.items()
-    }
+    clean = attacks.clean(bench.pixels, images, labels)
+    told = {"count": len(labels), "clean": _share(clean), "linf": list(attacks.LINF), "l2": list(attacks.L2)}
+    told |= {name: [_share(each) for each in right] for name, right in found.items()}
+    return told | {f"{name}_kept": _kept(right, clean) for name, right in found.items()}
 
 
 def _noise(bench: Bench) -> dict[str, Any]:
-    right = attacks.noisy(bench.pixels, bench.some.pixels.float() / 255, bench.some.labels)
-    found = [round(float(each.float().mean()), 6) for each in right]
-    return {"count": len(bench.some), "sigma": list(attacks.SIGMAS), "accuracy": found}
+    images, labels = bench.some.pixels.float() / 255, bench.some.labels
+    right, clean = attacks.noisy(bench.pixels, images, labels), attacks.clean(bench.pixels, images, labels)
+    told = {"count": len(labels), "clean": _share(clean), "sigma": list(attacks.SIGMAS)}
+    return told | {"accuracy": [_share(each) for each in right], "kept": _kept(right, clean)}
 
 
 def _corruptions(bench: Bench) -> dict[str, Any]:
-    found = {}
-    pixels = bench.some.pixels.cpu()
+    found: dict[str, list[Tensor]] = {}
+    pixels, clean = bench.some.pixels.cpu(), bench.right(bench.some)
     for name in corruptions.CORRUPTIONS:
         changed = corruptions.corrupted(pixels, name, folder=bench.cache).to(bench.some.pixels.device)
-        found[name] = [round(bench.right(Images(each, bench.some.labels)), 6) for each in changed]
-    return {"count": len(pixels), "accuracy": found}
+        found[name] = [bench.right(Images(each, bench.some.labels)) for each in changed]
+    accuracy = {name: [_share(right) for right in each] for name, each in found.items()}
+    kept = {name: _kept(each, clean) for name, each in found.items()}
+    return {"count": len(pixels), "clean": _share(clean), "accuracy": accuracy, "kept": kept}
 
 
 def _features(bench: Bench) -> dict[str, Any]:

@@ -117,6 +117,7 @@ def flags(panel: Panel, baseline: str) -> list[str]:
     for words, read in NUMERICS.items():
         if len(values := panel.by(partial(_recorded, read))) > 1:
             found.append(f"different {words}, which can move a result as far as another seed does: {_shown(values)}")
+    found += _commits(panel)
     return [f"{panel.name}: {each}" for each in found]
 
 
@@ -132,9 +133,38 @@ def _version(package: str, environment: Environment) -> object:
     return versions.get(package) if isinstance(versions, Mapping) else None
 
 
+def _device(environment: Environment) -> object:
+    """The processor or accelerator by name, and of a processor what its name may hide: family, model and instructions."""
+    if environment.get("device") != "cpu":
+        return environment.get("device")
+    if not isinstance(cpu := environment.get("cpu"), Mapping):
+        return environment.get("processor")
+    instructions = "+".join(cpu.get("instructions") or ["no vector instructions"])
+    return f"{environment.get('processor')} (family {cpu.get('family')}, model {cpu.get('model')}, {instructions})"
+
+
+def _commits(panel: Panel) -> list[str]:
+    """A sentence, where runs of one seed are of different commits, so that arms differ in code too."""
+    by_seed: dict[int, set[str]] = {}
+    for _, result in panel:
+        by_seed.setdefault(result.seed, set()).add(_commit(result))
+    if all(len(commits) == 1 for commits in by_seed.values()):
+        return []
+    found = {arm: dict.fromkeys(map(_commit, results)) for arm, results in panel.arms.items()}
+    shared = set.intersection(*map(set, found.values()))
+    what = "arms share no commit: what the code changed between them cannot be told from what arms do"
+    told = what if not shared else "arms were run at different commits of orthokit, and code that changed rounds otherwise"
+    return [f"{told}: {'; '.join(f'{arm} at {listed(list(commits))}' for arm, commits in found.items())}"]
+
+
+def _commit(result: Result) -> str:
+    commit = result.summary["environment"].get("commit")
+    return f"{commit[:8]}{'+changes' * commit.endswith('+changes')}" if isinstance(commit, str) else "an unknown commit"
+
+
 NUMERICS: dict[str, Callable[[Environment], object]] = {
     "precision": lambda environment: environment.get("precision"),
-    "devices": lambda environment: environment.get("processor" if environment.get("device") == "cpu" else "device"),
+    "devices": _device,
     "numbers of processes": lambda environment: environment.get("ranks"),
     "versions of torch": partial(_version, "torch"),
     "versions of orthokit": partial(_version, "orthokit"),
@@ -237,8 +267,11 @@ def _measured(metric: Metric, result: Result) -> bool:
 
 
 def _form(part: dict[str, Any]) -> str:
-    """The settings of a part and the lengths of its lists: what must be equal for its numbers to compare."""
-    lengths = {key: len(value) for key, value in _lists(part)}
+    """The settings of a part and the lengths of its lists: what must be equal for its numbers to compare.
+
+    Shares of images that are right clean have the lengths of what they are shares of; early evaluations lack them.
+    """
+    lengths = {key: len(value) for key, value in _lists(part) if "kept" not in key}
     return json.dumps([part["settings"], lengths], sort_keys=True)
 
 

@@ -31,7 +31,8 @@ MARKS = {"better": "+", "worse": "-", "higher": "↑", "lower": "↓"}
 """Beside a mean that differs from the baseline's; only where that is resolved."""
 COLUMNS = (
     "Under and over: layers that can be orthogonal, and those with more filters than weights per filter. Copies: pairs with "
-    "|c| > .99. Robustness: accuracy, the mean over all strengths. Features: penultimate."
+    "|c| > .99. Robustness: accuracy, the mean over all strengths; of right: among images that are "
+    "right unchanged, where that was measured. Features: penultimate."
 )
 CONTRAST = (
     "The gain averaged over all panels, each weighing the same, or its change each time what grows doubles (linear over the "

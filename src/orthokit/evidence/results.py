@@ -228,6 +228,11 @@ METRICS = (
     Metric("pgd_l2", "PGD L2", "robustness", 1, "evaluation.attacks.pgd_l2", ".1f", "%"),
     Metric("noise", "noise", "robustness", 1, "evaluation.noise.accuracy", ".1f", "%"),
     Metric("corruptions", "corruptions", "robustness", 1, "evaluation.corruptions.accuracy", ".1f", "%"),
+    Metric("fgsm_kept", "FGSM, of right", "robustness", 1, "evaluation.attacks.fgsm_kept", ".1f", "%"),
+    Metric("pgd_kept", "PGD L∞, of right", "robustness", 1, "evaluation.attacks.pgd_kept", ".1f", "%"),
+    Metric("pgd_l2_kept", "PGD L2, of right", "robustness", 1, "evaluation.attacks.pgd_l2_kept", ".1f", "%"),
+    Metric("noise_kept", "noise, of right", "robustness", 1, "evaluation.noise.kept", ".1f", "%"),
+    Metric("corruptions_kept", "corruptions, of right", "robustness", 1, "evaluation.corruptions.kept", ".1f", "%"),
     Metric("effective_rank", "effective rank", "features", 0, "evaluation.features.penultimate.effective_rank", ".1f"),
     Metric("participation", "participation ratio", "features", 0, "evaluation.features.penultimate.participation_ratio", ".1f"),
     Metric("correlation", "mean |corr|", "features", 0, "evaluation.features.penultimate.mean_correlation", ".3f"),
@@ -246,7 +251,7 @@ MEASURED = {
     ),
     "noise": "Gaussian noise on $count test images, one draw scaled to each standard deviation.",
     "corruptions": (
-        "Corruptions of $count test images, severities 1 to 5 with the parameters of CIFAR-10-C, whose own they are only "
+        "Eight corruptions of $count test images, severities 1 to 5 with the parameters of CIFAR-10-C, whose own they are only "
         "at 32x32, and but for its random draws."
     ),
     "features": (

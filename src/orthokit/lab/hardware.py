@@ -1,6 +1,6 @@
 """Where a run computes: Lightning Fabric set up, and what it is that computes."""
 
-import contextlib
+import functools
 import logging
 import os
 import platform
@@ -82,6 +82,7 @@ def environment(fabric: Fabric) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "platform": platform.platform(),
         "processor": _processor(),
+        "cpu": _cpu(),
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "ranks": fabric.world_size,
@@ -91,13 +92,37 @@ def environment(fabric: Fabric) -> dict[str, Any]:
     }
 
 
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+"""By which kernels of PyTorch and oneDNN are chosen, and with them how sums are rounded."""
+
+
 def _processor() -> str:
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     # Names that virtual machines give hide it.
-    return name + ", AMX" * _supports("amx_tile")
+    return _cpuinfo().get("model name", platform.processor() or platform.machine()) + ", AMX" * _supports("amx_tile")
+
+
+def _cpu() -> dict[str, Any]:
+    """What a processor's name may hide: vendor, family and model, and the vector instructions it has."""
+    found = _cpuinfo()
+    flags = found.get("flags", found.get("Features", "")).split()
+    keys = {
+        "vendor": ("vendor_id", "CPU implementer"),
+        "family": ("cpu family", "CPU architecture"),
+        "model": ("model", "CPU part"),
+    }
+    told = {key: next((found[name] for name in names if name in found), None) for key, names in keys.items()}
+    return {"machine": platform.machine(), **told, "instructions": [each for each in INSTRUCTIONS if each in flags]}
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _commit() -> str | None:
