@@ -22,6 +22,7 @@ from orthokit.lab.models import (
     build,
     flops,
 )
+from orthokit.lab.own import Code, function
 
 
 def option_a(depth):
@@ -282,15 +283,24 @@ def mine(tmp_path, monkeypatch):
         "size = 3\n"
     )
     (tmp_path / f"{name}_broken.py").write_text("import no_such_library\n")
+    (tmp_path / f"{name}_bad.py").write_text("def f(:\n")
+    (tmp_path / f"{name}_exits.py").write_text("raise SystemExit(1)\n")
     monkeypatch.syspath_prepend(tmp_path)
     return name
 
 
-@pytest.mark.parametrize("function", ["linear", "anything"])
-def test_ones_own_network(mine, function):
-    network = build(f"{mine}:{function}", channels=2, classes=5, size=4, bias=False)
+def built(kind, options):
+    own = function(kind, Code()) if ":" in kind else None
+    return build(kind, own, channels=2, classes=5, **options)
+
+
+@pytest.mark.parametrize("name", ["linear", "anything"])
+def test_ones_own_network(mine, name):
+    network = built(f"{mine}:{name}", {"size": 4, "bias": False})
     assert network(torch.randn(3, 2, 4, 4)).shape == (3, 5)
     assert network[1].bias is None
+    with pytest.raises(ValueError, match="no network 'mine"):
+        build(f"{mine}:{name}", channels=2, classes=5)  # imports nothing
 
 
 @pytest.mark.parametrize(
@@ -309,7 +319,9 @@ def test_ones_own_network(mine, function):
         (":linear", {}, ValueError, "named module:function, .*; got ':linear'"),
         ("{mine}.py:linear", {}, ValueError, r"no module 'mine_\d+\.py' for the network"),
         ("../mine:linear", {}, ValueError, "named module:function"),
-        ("no_such_module_at_all:f", {}, ValueError, "no module 'no_such_module_at_all' .*; install it, or set PYTHONPATH"),
+        ("no_such_module_at_all:f", {}, ValueError, "no module 'no_such_module_at_all' .* on Python's path; move it there"),
+        ("{mine}_bad:f", {}, ValueError, r"importing mine_\d+_bad for the network .* fails: SyntaxError: .*line 1"),
+        ("{mine}_exits:f", {}, ValueError, "fails: SystemExit: 1"),
         ("{mine}_broken:f", {}, ModuleNotFoundError, "No module named 'no_such_library'"),
         ("{mine}:liner", {}, ValueError, r"module 'mine_\d+' \(.*\.py\) has no 'liner'; did you mean 'linear'"),
         ("{mine}:size", {}, TypeError, "must be a function that makes a network; got int"),
@@ -321,7 +333,7 @@ def test_ones_own_network(mine, function):
 )
 def test_bad_builds(mine, kind, options, error, message):
     with pytest.raises(error, match=message):
-        build(kind.format(mine=mine), channels=2, classes=5, **options)
+        built(kind.format(mine=mine), options)
 
 
 def test_bottlenecks_have_tall_layers_and_come_back_from_their_weights():

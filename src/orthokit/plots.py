@@ -42,6 +42,7 @@ def draw(
         ValueError: ``where`` selects nothing, or no layer that is free of NaN and infinite weights (those are left out).
     """
     try:
+        import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
@@ -57,37 +58,43 @@ def draw(
     wide = {arm: [k for k in ks if k.o <= k.n] for arm, ks in kernels.items()}
     named = {"Under-determined layers (filters ≤ weights per filter)": wide, "Over-determined layers (more filters)": tall}
     kinds = {name: kind for name, kind in named.items() if any(kind.values())}
-    figure = Figure(figsize=(11, 1.2 + 3.6 * len(kinds)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(kinds), 2, squeeze=False)
-    for (left, right), (name, kind) in zip(axes, kinds.items(), strict=True):
-        for place, arm in enumerate(kind):
-            # Arms often coincide: each later line is thinner, so that the earlier ones show beneath it.
-            line = {"color": COLOURS[place % len(COLOURS)], "linewidth": 1.4 + 3.6 * (1 - (place + 1) / len(kind)), "label": arm}
-            if angles := [_absolute_cosines(k) for k in kind[arm] if k.o > 1]:
-                values = np.concatenate(angles)
-                counts, edges = np.histogram(values, np.linspace(0, 1, 51))
-                left.stairs(100 * counts / len(values), edges, **line)
-            if kind[arm]:
-                spectrum = np.sort(np.concatenate([_relative_singular_values(k) for k in kind[arm]]))[::-1]
-                right.plot(np.linspace(0, 100, len(spectrum)), spectrum, **line)
-        if kind is tall:
-            bounds = sorted({welch_bound(k.o, k.n) for ks in tall.values() for k in ks})
-            for bound in bounds:
-                label = "Welch bound of a layer" if bound == bounds[0] else None
-                left.axvline(bound, color="#444444", linestyle=":", linewidth=1, label=label)
-        left.set(title=name, xlabel="|cosine| of two filters", ylabel="% of pairs", xlim=(0, 1), yscale="symlog")
-        left.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
-        left.set_ylim(0, 130)
-        right.axhline(1, color="#444444", linestyle=":", linewidth=1)
-        right.set(title=name, xlabel="singular values, largest first (%)", ylabel="relative to the ideal", xlim=(0, 100))
-        right.set_ylim(bottom=0)
-        for axis in (left, right):
-            axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[:, 0]:
-        axis.legend(frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=12)
-    figure.savefig(path, dpi=130)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a matplotlibrc in the working directory can ask for LaTeX, which is a program
+        figure = Figure(figsize=(11, 1.2 + 3.6 * len(kinds)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(kinds), 2, squeeze=False)
+        for (left, right), (name, kind) in zip(axes, kinds.items(), strict=True):
+            for place, arm in enumerate(kind):
+                # Arms often coincide: each later line is thinner, so that the earlier ones show beneath it.
+                line = {
+                    "color": COLOURS[place % len(COLOURS)],
+                    "linewidth": 1.4 + 3.6 * (1 - (place + 1) / len(kind)),
+                    "label": arm,
+                }
+                if angles := [_absolute_cosines(k) for k in kind[arm] if k.o > 1]:
+                    values = np.concatenate(angles)
+                    counts, edges = np.histogram(values, np.linspace(0, 1, 51))
+                    left.stairs(100 * counts / len(values), edges, **line)
+                if kind[arm]:
+                    spectrum = np.sort(np.concatenate([_relative_singular_values(k) for k in kind[arm]]))[::-1]
+                    right.plot(np.linspace(0, 100, len(spectrum)), spectrum, **line)
+            if kind is tall:
+                bounds = sorted({welch_bound(k.o, k.n) for ks in tall.values() for k in ks})
+                for bound in bounds:
+                    label = "Welch bound of a layer" if bound == bounds[0] else None
+                    left.axvline(bound, color="#444444", linestyle=":", linewidth=1, label=label)
+            left.set(title=name, xlabel="|cosine| of two filters", ylabel="% of pairs", xlim=(0, 1), yscale="symlog")
+            left.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+            left.set_ylim(0, 130)
+            right.axhline(1, color="#444444", linestyle=":", linewidth=1)
+            right.set(title=name, xlabel="singular values, largest first (%)", ylabel="relative to the ideal", xlim=(0, 100))
+            right.set_ylim(bottom=0)
+            for axis in (left, right):
+                axis.spines[["top", "right"]].set_visible(False)
+        for axis in axes[:, 0]:
+            axis.legend(frameon=False, fontsize=9)
+        figure.suptitle(title, fontsize=12)
+        figure.savefig(path, dpi=130)
 
 
 def _absolute_cosines(kernel: Kernel) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ from orthokit.cli.base import UsageError
 from orthokit.cli.evidence import Compare, Evaluate, Power, Study
 from orthokit.cli.lab import Demo, Sweep, Train
 from orthokit.cli.look import List, Plan, Report
+from orthokit.lab import own
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "list": List,
@@ -54,6 +55,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # Greek letters on a terminal without them
     errors = Console(stderr=True, soft_wrap=True)
+    own.TOLD.clear()
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

@@ -39,7 +39,9 @@ class Evaluate:
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT...")]
     """Runs, folders of runs, or weights (.safetensors, .pt, .pth; nothing in them is executed)."""
     recipe: Path | None = None
-    """Of checkpoints that orthokit did not save: the recipe with their [network] and [data]."""
+    """Of checkpoints that orthokit did not save, and of runs of your own code: the recipe with their [network] and [data]."""
+    model: str | None = None
+    """The module:function of runs of your own network, here or on Python's path; it is imported."""
     parts: tuple[Part, ...] = PARTS
     """What to measure."""
     images: int = 1000
@@ -63,7 +65,10 @@ class Evaluate:
             from orthokit.evidence import evaluate, formats
             from orthokit.lab import recipe
         given = None if self.recipe is None else recipe.load(self.recipe)
-        wanted = [subject for path in self.paths for subject in evaluate.subjects(path, given)]
+        wanted = [subject for path in self.paths for subject in evaluate.subjects(path, given, self.model)]
+        if self.model is not None and not any(subject.recipe.network.kind == self.model for subject in wanted):
+            kinds = ", ".join(dict.fromkeys(subject.recipe.network.kind for subject in wanted))
+            raise UsageError(f"--model {self.model} names a network that none of these runs has; theirs: {kinds}")
         unique = list({subject.record.resolve(): subject for subject in wanted}.values())
         quiet = Console(stderr=True) if self.format != "table" else console
         options = {name: getattr(self, name) for name in ("parts", "images", "root", "device", "jobs", "threads")}
@@ -322,7 +327,7 @@ class Study:
             if untrained:
                 status = machine.run_all(untrained, console, test=bool(plan.tasks))
             if plan.tasks and (trained := [task for task in left if task.run.summary() is not None]):
-                wanted = [subject for task in trained for subject in evaluate.subjects(task.run.folder)]
+                wanted = [subject for task in trained for subject in evaluate.subjects(task.run.folder, task.run.recipe)]
                 options = {"root": machine.root, "device": machine.device, "jobs": machine.jobs, "threads": machine.threads or 1}
                 failed = measured(wanted, console, parts=asked.parts, images=asked.images, **options)
                 status = 4 if failed else status

@@ -122,6 +122,8 @@ class Train:
     """Keys of the recipe to set, such as train.epochs=10 regularizer.strength=0.03."""
     name: str | None = None
     """Folder of the runs below --out, for a single recipe; by default the file's name and what --set says."""
+    code: tuple[Path, ...] = ()
+    """Folders of the modules that recipes call module:function; by default those of the recipes."""
     devices: int = 1
     """Processes that share a run, one a device."""
     strategy: str = "auto"
@@ -143,7 +145,7 @@ class Train:
         if not seeds or not all(0 <= seed < SEEDS for seed in seeds) or len({*seeds}) < len(seeds):
             raise UsageError(f"--seeds must be different numbers from 0 to 2^32; got {' '.join(map(str, seeds)) or 'none'}")
         machine, settings = self.machine, [setting for given in self.set for setting in given]
-        loaded = {self.name or path.stem + label(settings): load(path, settings) for path in self.recipes}
+        loaded = {self.name or path.stem + label(settings): load(path, settings, self.code) for path in self.recipes}
         if len(loaded) < len(self.recipes):
             raise UsageError("two recipes of one name would share a folder; train them apart, with --name")
         runs = [Run(recipe, seed, machine.out / name / str(seed)) for name, recipe in loaded.items() for seed in seeds]

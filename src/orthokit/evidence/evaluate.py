@@ -30,6 +30,7 @@ from orthokit.evidence.results import RECORD, Result, digest, read_parts, read_s
 from orthokit.lab.data import Images, ImageSet, choose
 from orthokit.lab.files import to_json, write
 from orthokit.lab.models import orthogonality, unwrapped
+from orthokit.lab.own import Code, function, refusal
 from orthokit.lab.recipe import DataSection, Recipe, differences
 from orthokit.lab.record import SUMMARY
 
@@ -59,12 +60,16 @@ class Subject:
         return self.recipe.model_dump(mode="json", include={"data", "network"})
 
 
-def subjects(path: Path, recipe: Recipe | None = None) -> list[Subject]:
+def subjects(path: Path, recipe: Recipe | None = None, model: str | None = None) -> list[Subject]:
     """What is to be evaluated in ``path``: a run, a folder of runs, or a checkpoint.
+
+    A recipe that is found there is data: of a network of somebody's own it builds only what ``recipe`` or ``model`` names too.
 
     Args:
         path: a run's folder, or one above several; or a file that ``orthokit report`` reads.
-        recipe: of a checkpoint that does not carry its own.
+        recipe: of a checkpoint that does not carry its own, or of runs whose network or data set is the user's own.
+        model: ``module:function``, looked for in the working directory first; recipes found in ``path`` with this network may
+            import it.
 
     Raises:
         FileNotFoundError: nothing is there, or no finished run.
@@ -74,25 +79,31 @@ def subjects(path: Path, recipe: Recipe | None = None) -> list[Subject]:
         runs = {file: read_summary(file)["recipe"] for file in sorted(path.rglob(SUMMARY))}
         if not runs:
             raise FileNotFoundError(f"no finished run (summary.json) in {path}")
-        return [_subject(file.with_name("last.safetensors"), Recipe.of(raw, str(file)), recipe) for file, raw in runs.items()]
+        return [_subject(file.with_name("last.safetensors"), _carried(raw, file, model), recipe) for file, raw in runs.items()]
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; give a run's folder, or a .pt, .pth or .safetensors file")
-    carried = _carried(path)
+    carried = _metadata(path)
     if carried is None and recipe is None:
         raise ValueError(f"{path} does not say what network it is, and of which images; give its recipe with --recipe FILE")
-    return [_subject(path, Recipe.of(json.loads(carried), str(path)) if carried else None, recipe)]
+    return [_subject(path, _carried(json.loads(carried), path, model) if carried else None, recipe)]
+
+
+def _carried(raw: Mapping[str, Any], path: Path, model: str | None) -> Recipe:
+    """The recipe that a file holds, which is data but for the network that the user names."""
+    recipe = Recipe.of(raw, str(path))
+    return recipe.named(Code((Path.cwd(),))) if [model] == recipe.own else recipe
 
 
 def _subject(weights: Path, carried: Recipe | None, given: Recipe | None) -> Subject:
-    own = carried or given
+    own = given or carried
     assert own is not None
-    if given is not None and given != own:
-        raise ValueError(f"{weights} is of another recipe than --recipe: {differences(own, given)}; leave --recipe out")
+    if carried is not None and carried != own:
+        raise ValueError(f"{weights} is of another recipe than --recipe: {differences(carried, own)}; leave --recipe out")
     run = weights.name == "last.safetensors" and weights.with_name(SUMMARY).is_file()
     return Subject(weights, own, weights.with_name(RECORD if run else f"{weights.name}.{RECORD}"))
 
 
-def _carried(path: Path) -> str | None:
+def _metadata(path: Path) -> str | None:
     """The recipe in the metadata of weights that ``orthokit train`` saved."""
     if path.suffix != ".safetensors":
         return None
@@ -291,6 +302,13 @@ def evaluate(
         for subject in digests
         if part in parts and recorded[subject].get(part, {}).get("settings") != settings(part, images)
     ]
+    refused = {subject: refusal(own[0]) for subject, _ in left if (own := subject.recipe.own) and subject.recipe.code is None}
+    if refused and len(refused) == len(wanted):
+        raise ValueError(f"{wanted[0].weights}: {refused[wanted[0]]}")
+    left = [(subject, part) for subject, part in left if subject not in refused]
+    for subject, _ in left:
+        for name in subject.recipe.own:
+            function(name, subject.recipe.code)  # told by this process, and fails here rather than in each
     for section in dict.fromkeys(subject.recipe.data.model_dump_json() for subject, _ in left):
         data = _images(section, root)  # decoded once, for all; fails here rather than in each
         if any("images" in settings(part, images) for _, part in left):
@@ -299,7 +317,9 @@ def evaluate(
     jobs = jobs or (max(1, (os.cpu_count() or 1) // threads) if place.type == "cpu" else 1)
     for subject in gone:
         tick(subject, "all", f"{subject.weights} is not there")
-    failed = len(gone)
+    for subject, why in refused.items():
+        tick(subject, "all", why)
+    failed = len(gone) + len(refused)
     with joblib.parallel_config("loky", inner_max_num_threads=threads):
         pool = joblib.Parallel(min(jobs, max(1, len(left))), return_as="generator_unordered")
         tasks = (
@@ -330,7 +350,11 @@ def _measured(
     """A part of a subject, or what went wrong."""
     torch.set_num_threads(threads)
     try:
-        return index, PARTS[part][0](_bench(subject.weights, digest, subject.recipe.to_toml(), images, root, device)), None
+        return (
+            index,
+            PARTS[part][0](_bench(subject.weights, digest, subject.recipe.to_toml(), images, root, device, subject.recipe.code)),
+            None,
+        )
     except Exception as error:  # of anybody's network
         return index, {}, " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
@@ -342,8 +366,10 @@ def _images(section: str, root: Path) -> ImageSet:
 
 
 @functools.lru_cache(maxsize=2)
-def _bench(weights: Path, digest: str, recipe: str, images: int, root: Path, device: torch.device) -> Bench:
-    said = Recipe.of(tomllib.loads(recipe))
+def _bench(
+    weights: Path, digest: str, recipe: str, images: int, root: Path, device: torch.device, code: Code | None = None
+) -> Bench:
+    said = Recipe.of(tomllib.loads(recipe)).named(code)
     data = _images(said.data.model_dump_json(), root).to(device)
     model = said.build(data)
     try:

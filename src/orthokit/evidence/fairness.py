@@ -11,8 +11,9 @@ import torch
 
 from orthokit.config import penalty_of, where_of
 from orthokit.evidence.results import METRICS, Metric, Result
+from orthokit.kernel import kernel_of
+from orthokit.lab.own import is_own
 from orthokit.penalties import Disentangled
-from orthokit.select import select
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,11 +176,17 @@ NUMERICS: dict[str, Callable[[Environment], object]] = {
 def _equal(panel: Panel) -> list[str]:
     """Arms that are one arm: equal plans, or the very same results."""
     found = []
-    plans = {arm: _plan(results[0]) for arm, results in panel.arms.items()}
+    plans, unread = dict[str, Any](), dict[str, list[str]]()
+    for arm, results in panel.arms.items():
+        try:
+            plans[arm] = _plan(results[0])
+        except Exception as error:  # of whatever options a summary names
+            unread.setdefault(" ".join(f"{error}".split())[:300], []).append(arm)
+    found += [f"plans of {listed(arms)} are not compared: {why}" for why, arms in unread.items()]
     for (one, a), (two, b) in itertools.combinations(panel.arms.items(), 2):
         first, second = ({r.seed: (r.summary["test"], r.summary.get("train")) for r in arm} for arm in (a, b))
         shared = first.keys() & second.keys()
-        if plans[one] is not None and plans[one] == plans[two]:
+        if plans.get(one) is not None and plans[one] == plans.get(two):
             found.append(f"{one} and {two} have equal plans (orthokit plan): they are the same arm, and what differs is chance")
         elif shared and all(first[seed] == second[seed] for seed in shared):
             found.append(f"{one} and {two} have the very same results in every shared seed: they are the same arm")
@@ -187,23 +194,34 @@ def _equal(panel: Panel) -> list[str]:
 
 
 def _plan(result: Result) -> Any:
-    """What a disentangled norm asks for; None where there is no telling, or nothing to tell."""
+    """What a disentangled norm asks for; None where there is nothing to tell.
+
+    Raises:
+        ValueError: there is no telling.
+    """
     said = result.recipe.regularizer
     penalty = said and penalty_of(said.penalty)
     if said is None or not isinstance(penalty, Disentangled):
         return None
     rest = {**said.model_dump(), "penalty": repr(replace(penalty, relax=None, form="pairs", count="expected"))}
     ranks = result.summary.get("ranks") or {}
-    if penalty.relax is None:
-        return rest, "strict"
-    try:
-        with torch.random.fork_rng(devices=()):
-            network = result.recipe.network.build(channels=3, classes=10)
-    except Exception:  # somebody's own network, which need not be here
-        return None
-    if all(layer.kernel.o == ranks.get(layer.name) for layer in select(network, where_of(said.where))):
+    if penalty.relax is None or all(filters == ranks.get(name) for name, filters in _filters(result).items()):
         return rest, "strict"
     return rest, penalty.form, penalty.count if penalty.form == "pairs" else None, ranks
+
+
+def _filters(result: Result) -> dict[str, Any]:
+    """The filters in a group of each regularized layer: as the summary says, or as a built-in network has them."""
+    if isinstance(layers := result.summary.get("layers"), Mapping):
+        return {name: layer.get("o") if isinstance(layer, Mapping) else None for name, layer in layers.items()}
+    recipe = result.recipe
+    if is_own(recipe.network.kind):
+        raise ValueError(f"{result.source} does not hold its layers' shapes, and {recipe.network.kind} is not imported here")
+    assert recipe.regularizer is not None
+    with torch.random.fork_rng(devices=()), torch.device("meta"):
+        network = recipe.network.build(channels=3, classes=10)
+    where = where_of(recipe.regularizer.where)
+    return {name: kernel_of(module).o for name, module in network.named_modules() if where(name, module)}
 
 
 def _selected(panel: Panel) -> list[str]:

@@ -328,6 +328,7 @@ class _Place:
     def of(self, strength: float) -> "_Place":
         """The same, with this strength."""
         recipe = Recipe.of(merged(self.recipe.to_dict(), {"regularizer": {"strength": strength}}))
+        recipe = recipe.named(self.recipe.code)
         return replace(self, recipe=recipe, settings=(*self.settings, f"strength={inline(strength)}"))
 
 
@@ -429,7 +430,7 @@ def _tasks(
 
 def _places(said: Study, file: Path) -> list[_Place]:
     """Every arm in every panel; where strengths are to be chosen, all with the same one."""
-    base = joined(said.recipe, file)
+    base, code = joined(said.recipe, file)
     found, folders, panels = [], dict[str, tuple[str, str]](), dict[tuple[str, str], str]()
     for (network, part), values in itertools.product(
         (said.networks or {"": {}}).items(), itertools.product(*said.factors.values())
@@ -446,7 +447,7 @@ def _places(said: Study, file: Path) -> list[_Place]:
             own = merged(raw, over)
             if said.tune is not None and isinstance(own.get("regularizer"), Mapping):
                 own = merged(own, {"regularizer": {"strength": said.tune.values[0]}})
-            recipes[arm] = Recipe.of(own, f"{file}: {arm}" + f" of {panel}" * bool(panel))
+            recipes[arm] = Recipe.of(own, f"{file}: {arm}" + f" of {panel}" * bool(panel)).named(code)
         _check(f"{file}" + f", {panel}" * bool(panel), recipes, said, laid)
         for arm, recipe in recipes.items():
             name = "-".join(_slug(file, each) for each in ([network, arm] if said.networks else [arm]))

@@ -130,7 +130,8 @@ def _commit() -> str | None:
     folder = Path(orthokit.__file__).parent
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
+        # A repository's own settings may name a program that watches its files: it is not started.
+        command = ["git", "-c", "core.fsmonitor=false", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:

@@ -1,7 +1,5 @@
 """Networks for small images: residual networks, wide residual networks, and anybody's own by name."""
 
-import importlib
-import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -15,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from orthokit.checkpoint import state_of
 from orthokit.checks import check_choice, check_count, check_number, did_you_mean
 from orthokit.kernel import evaluating
+from orthokit.lab.own import accepted, check_options
 from orthokit.report import report
 from orthokit.select import convs, layers
 from orthokit.tables import Row
@@ -334,7 +333,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(kind: str, *, channels: int, classes: int, **options: Any) -> nn.Module:
+def build(kind: str, own: Callable[..., Any] | None = None, /, *, channels: int, classes: int, **options: Any) -> nn.Module:
     """The network that a recipe names.
 
     >>> from orthokit.lab.models import build
@@ -342,55 +341,29 @@ def build(kind: str, *, channels: int, classes: int, **options: Any) -> nn.Modul
     269722
 
     Args:
-        kind: a key of ``NETWORKS``, or ``"module:function"`` for one of your own, called with ``channels``, ``classes`` and the
-            options by name. Importing the module runs it.
+        kind: a key of ``NETWORKS``; or any name for ``own``, used in messages.
+        own: a function of the caller's, called with ``channels``, ``classes`` and the options by name. Nothing is imported here:
+            see ``orthokit.lab.own``.
         channels: of the images.
         classes: outputs.
         **options: the network's other arguments.
 
     Raises:
-        ValueError: no such network, module or function; an option it does not have, or a value out of range.
+        ValueError: no such network; an option it does not have, or a value out of range.
         TypeError: an option of the wrong type, or something that makes no ``nn.Module``.
     """
-    make = _imported(kind) if ":" in kind else NETWORKS.get(kind)
+    make = own or NETWORKS.get(kind)
     if make is None:
         raise ValueError(f"no network {kind!r}{did_you_mean(kind, NETWORKS)} (module:function names one of your own)")
-    parameters = inspect.signature(make).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        known = [name for name in parameters if name not in ("channels", "classes")]
-        if missing := [name for name in ("channels", "classes") if name not in parameters]:
+    names, more = accepted(make)
+    if not more:
+        if missing := [name for name in ("channels", "classes") if name not in names]:
             raise ValueError(f"{kind} must take channels and classes; it takes no {' and no '.join(missing)}")
-        for option in options:
-            if option not in known:
-                raise ValueError(f"{kind} has no option {option!r}{did_you_mean(option, known)}")
+        check_options(kind, options, [name for name in names if name not in ("channels", "classes")])
     network = make(channels=channels, classes=classes, **options)
     if not isinstance(network, nn.Module):
         raise TypeError(f"{kind} must return a torch.nn.Module; got {type(network).__name__}")
     return network
-
-
-def _imported(kind: str) -> Callable[..., nn.Module]:
-    """What ``"module:function"`` names."""
-    path, _, name = kind.partition(":")
-    if not all(part.isidentifier() for part in [*path.split("."), name]):
-        raise ValueError(f"a network of your own is named module:function, as in my_package.networks:small; got {kind!r}")
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-            raise  # the module is there, something that it imports is not
-        raise ValueError(
-            f"no module {error.name!r} for the network {kind!r}; install it, or set PYTHONPATH to its folder"
-        ) from None
-    make = getattr(module, name, None)
-    if make is None:
-        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise ValueError(
-            f"module {path!r} ({getattr(module, '__file__', 'built in')}) has no {name!r}{did_you_mean(name, public)}"
-        )
-    if not callable(make):
-        raise TypeError(f"{kind} must be a function that makes a network; got {type(make).__name__}")
-    return make  # type: ignore[no-any-return]
 
 
 def flops(model: nn.Module, input_shape: Iterable[int]) -> int:

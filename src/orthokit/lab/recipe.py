@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from torch import nn
 
 from orthokit.checks import did_you_mean
@@ -36,6 +36,7 @@ from orthokit.lab import data as image_sets
 from orthokit.lab import models
 from orthokit.lab.batches import Augment
 from orthokit.lab.data import SETS, ImageSet
+from orthokit.lab.own import Code, function, is_own
 from orthokit.regularizer import Regularizer, sqrt_filters
 
 _Keys = tuple[str, ...]
@@ -104,10 +105,11 @@ class NetworkSection(Section):
     kind: str
     """The network; every other key is an option of it."""
 
-    def build(self, channels: int, classes: int) -> nn.Module:
-        """The network, freshly initialised from the global generator."""
+    def build(self, channels: int, classes: int, code: Code | None = None) -> nn.Module:
+        """The network, freshly initialised from the global generator; ``code`` is the recipe's."""
+        own = function(self.kind, code) if is_own(self.kind) else None
         try:
-            return models.build(self.kind, channels=channels, classes=classes, **(self.model_extra or {}))
+            return models.build(self.kind, own, channels=channels, classes=classes, **(self.model_extra or {}))
         except TypeError as error:
             raise ValueError(f"network: {error}") from error
 
@@ -204,6 +206,28 @@ class Recipe(Section):
     train: TrainSection
     regularizer: RegularizerSection | None = None
 
+    _code: Code | None = PrivateAttr(None)
+
+    @property
+    def code(self) -> Code | None:
+        """Of a recipe that the user named: the permission to import its ``module:function``. None if it came with data."""
+        return self._code
+
+    @property
+    def own(self) -> list[str]:
+        """What it calls ``module:function``."""
+        return [name for name in (self.network.kind,) if is_own(name)]
+
+    def named(self, code: Code | None) -> "Recipe":
+        """The same recipe, as one that the user named."""
+        copy = self.model_copy()
+        copy._code = code
+        return copy
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same, wherever they came from."""
+        return isinstance(other, Recipe) and self.to_dict() == other.to_dict()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with every default written out."""
         return self.model_dump(mode="json", exclude_none=True)
@@ -214,7 +238,7 @@ class Recipe(Section):
 
     def build(self, data: ImageSet) -> nn.Module:
         """The network for the images of a set, initialised from the global generator as the recipe says."""
-        model = self.network.build(data.train.pixels.shape[1], data.classes)
+        model = self.network.build(data.train.pixels.shape[1], data.classes, self.code)
         if self.train.init == "orthogonal":
             for module in model.modules():
                 if isinstance(module, nn.modules.conv._ConvNd):
@@ -224,7 +248,7 @@ class Recipe(Section):
 
     @classmethod
     def of(cls, raw: Mapping[str, Any], source: str = "recipe") -> "Recipe":
-        """The recipe of a nested dictionary.
+        """The recipe of a nested dictionary, which is data: it has no :attr:`code`.
 
         Raises:
             ValueError: unknown keys, missing ones, values of the wrong type or out of range; all of them in one message.
@@ -232,12 +256,15 @@ class Recipe(Section):
         return _valid(cls, raw, source)
 
 
-def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
-    """The recipe of a TOML file with what it extends and the ``settings`` of the command line merged in.
+def load(path: Path, settings: Sequence[str] = (), code: Sequence[Path] = ()) -> Recipe:
+    """The recipe of a TOML file that the user named, with what it extends and the ``settings`` of the command line merged in.
+
+    The recipe of a run's folder is data: it is read with :func:`read_toml` and :meth:`Recipe.of`.
 
     Args:
         path: the file.
         settings: such as ``"train.epochs=10"``, as if they stood in the file; the value is read as TOML, or else is a string.
+        code: folders of the modules that the recipe calls ``module:function``; by default those of the files.
 
     Raises:
         FileNotFoundError: no such file.
@@ -247,7 +274,8 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
     raw = reader.read(path, "recipe")
     for setting in settings:
         raw = merged(raw, reader.extended(parsed(setting), path, (path.resolve(),)))
-    return _valid(Recipe, raw, " + ".join([str(path), *settings]), reader.giver)
+    recipe = _valid(Recipe, raw, " + ".join([str(path), *settings]), reader.giver)
+    return recipe.named(Code(tuple(folder.absolute() for folder in code)) if code else Code.beside(*reader.opened))
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,6 +366,7 @@ class _Reader:
     def __init__(self, files: Sequence[str] = ()) -> None:
         self.files = files
         """Keys of file names, relative to the file that gives them."""
+        self.opened: list[Path] = []
         self.given: dict[_Keys, Path | None] = {}
         """By its place, which of the extended files gave a value last; none, where the one that was asked for did."""
 
@@ -348,6 +377,7 @@ class _Reader:
             raise FileNotFoundError(f"{named} is a folder, no {what}" if path.is_dir() else f"no {what} {named} is there")
         if path.resolve() in above:
             raise ValueError(f"{path} extends itself, through {', '.join(map(str, above))}")
+        self.opened.append(path)
         own = read_toml(path)
         own |= {name: _beside(path, own[name]) for name in self.files if not place and name in own}
         return self.extended(own, path, (*above, path.resolve()), place)
@@ -407,8 +437,8 @@ def read_section(cls: type[S], path: Path) -> S:
     return _valid(cls, reader.read(path, cls.__name__.lower()), f"{path}", reader.giver)
 
 
-def joined(files: str | Sequence[str], by: Path) -> dict[str, Any]:
-    """What recipes say together, merged in order, for the file that names them and may have to add to them.
+def joined(files: str | Sequence[str], by: Path) -> tuple[dict[str, Any], Code]:
+    """What recipes say together, merged in order, for the file that names them and may have to add to them; and its code.
 
     Raises:
         FileNotFoundError: no such file.
@@ -421,7 +451,7 @@ def joined(files: str | Sequence[str], by: Path) -> dict[str, Any]:
     except ValidationError as error:
         if lasting := [problem for problem in error.errors() if problem["type"] not in ("missing", "value_error")]:
             raise ValueError(f"{by}: {_told(Recipe, lasting, reader.giver)}") from None
-    return raw
+    return raw, Code.beside(*reader.opened, by)
 
 
 def _valid(cls: type[S], raw: Mapping[str, Any], source: str, giver: Callable[[_Keys], Path | None] = lambda _: None) -> S:

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field
 
 from orthokit.lab.files import to_json, write
-from orthokit.lab.recipe import Recipe, differences, load
+from orthokit.lab.recipe import Recipe, differences, read_toml
 
 SEEDS = 2**32
 """Seeds are below this, as numpy wants them."""
@@ -70,7 +70,7 @@ class Run:
             self._check(Recipe.of(found["recipe"], str(path)), path)
             return found
         if self.checkpoint.is_file() and (path := self.folder / "recipe.toml").is_file():
-            self._check(load(path), path)
+            self._check(Recipe.of(read_toml(path), str(path)), path)
         return None
 
     def _check(self, present: Recipe, path: Path) -> None:

@@ -76,8 +76,11 @@ class Pool:
             "--device": self.device,
             "--threads": self.threads,
         }
-        recipe = str(folder / QUEUED)
-        return [sys.executable, "-m", "orthokit.cli", "train", recipe, *(str(part) for item in options.items() for part in item)]
+        recipe, code = str(folder / QUEUED), run.recipe.code
+        # -P: a run in a folder of somebody else's does not import what lies there.
+        command = [sys.executable, "-P", "-m", "orthokit.cli", "train", recipe]
+        command += [str(part) for item in options.items() for part in item]
+        return [*command, "--code", *map(str, code.folders)] if code and code.folders and run.recipe.own else command
 
 
 @dataclass

@@ -113,6 +113,15 @@ def learning_rate(section: TrainSection, steps: int) -> Schedule:
     return ok.warmup(rising, schedule) if rising else schedule
 
 
+def shapes(ortho: ok.Regularizer) -> dict[str, dict[str, Any]]:
+    """The shape of each regularized layer, so that plans can be compared without the network."""
+    kernels = {layer.name: layer.kernel for layer in ortho.layers}
+    return {
+        name: {"groups": kernel.matrix.shape[:-2].numel(), "o": kernel.o, "n": kernel.n, "stride": list(kernel.stride)}
+        for name, kernel in kernels.items()
+    }
+
+
 class Training:
     """A run in progress."""
 
@@ -291,6 +300,7 @@ class Training:
             "train": row["train"],
             "orthogonality": orthogonality(self.evaluated),
             "ranks": self.ortho.ranks if self.ortho else {},
+            "layers": shapes(self.ortho) if self.ortho else {},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "flops": flops(self.model, self.data.test.pixels.shape[1:]),
             "images": {"train": len(self.data.train), "test": len(self.data.test)},
