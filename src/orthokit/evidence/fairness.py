@@ -11,9 +11,9 @@ import torch
 
 from orthokit.config import penalty_of, where_of
 from orthokit.evidence.results import METRICS, Metric, Result
-from orthokit.kernel import kernel_of
 from orthokit.lab.own import is_own
 from orthokit.penalties import Disentangled
+from orthokit.select import select
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,10 +218,9 @@ def _filters(result: Result) -> dict[str, Any]:
     if is_own(recipe.network.kind):
         raise ValueError(f"{result.source} does not hold its layers' shapes, and {recipe.network.kind} is not imported here")
     assert recipe.regularizer is not None
-    with torch.random.fork_rng(devices=()), torch.device("meta"):
-        network = recipe.network.build(channels=3, classes=10)
-    where = where_of(recipe.regularizer.where)
-    return {name: kernel_of(module).o for name, module in network.named_modules() if where(name, module)}
+    with torch.device("meta"):  # shapes are enough
+        network = recipe.network.build(channels=3, classes=10).to_empty(device="cpu")
+    return {layer.name: layer.kernel.o for layer in select(network, where_of(recipe.regularizer.where))}
 
 
 def _selected(panel: Panel) -> list[str]:
