@@ -134,7 +134,7 @@ def test_the_primary_question_over_all_panels():
     said = comparison.told()["primary question: mean difference, both panels"]
     assert [verdict for verdict, _ in said] == ["better", "better"]
     assert said[1][1].startswith("tall is better than wide only: +0.")
-    assert "the 2 of the primary question" in comparison.explanation
+    assert "the primary question (2: " in comparison.explanation
     assert comparison.power()[0].startswith("primary question: tall - strict: a difference of ")
     for text in (formats.markdown(comparison), page(comparison), formats.latex(comparison)):
         assert "rimary question: mean difference in test accuracy" in text
@@ -193,9 +193,9 @@ def test_a_study_states_its_question(tmp_path):
 def test_families_are_named():
     comparison = compare(made_up(ARMS, depths=(8, 14, 20)))
     said = comparison.explanation
-    for words in ("the 9 cells", "the 3 of mean difference", "the 3 of change per doubling", "each adjusted by itself"):
+    for words in ("cells (9: ", "means (3: ", "trends (3: ", "each adjusted by itself"):
         assert words in said
-    assert "One family: the 3 cells" in compare(made_up(ARMS, depths=[8])).explanation
+    assert "One family of tests: cells (3: " in compare(made_up(ARMS, depths=[8])).explanation
     assert said.replace("<", "&lt;") in formats.markdown(comparison)
 
 
@@ -244,11 +244,11 @@ def test_arms_of_different_commits_are_flagged():
     assert compare([other(run, commit=later) if run.seed == 1 else run for run in runs]).flags == ()  # of all arms alike
     assert compare([other(run, commit=None) for run in runs]).flags == ()
     (flag,) = compare([other(run, commit=later) if run.recipe.regularizer else run for run in runs]).flags
-    assert flag.startswith("ResNet-8: arms share no commit: ")
-    assert flag.endswith("none at 8e0da63b; so at bbbbbbbb")
+    assert flag.startswith("ResNet-8: arms share no commit of orthokit: ")
+    assert flag.endswith("8e0da63b in none; bbbbbbbb in so")
     (flag,) = compare([other(run, commit=f"{later}+changes") if run == runs[-1] else run for run in runs]).flags
     assert flag.startswith("ResNet-8: arms were run at different commits")
-    assert flag.endswith("none at 8e0da63b; so at 8e0da63b, bbbbbbbb+changes")
+    assert flag.endswith("8e0da63b in none; 8e0da63b, bbbbbbbb+changes in so")
 
 
 def test_processors_of_one_name_are_told_apart():

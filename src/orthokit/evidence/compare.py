@@ -325,12 +325,13 @@ class Comparison:
 
     def _families(self) -> str:
         """Which tests are adjusted together."""
-        parts = [(f"the {self.comparisons(self.primary)} cells (an arm against {self.baseline} in a panel)", True)]
-        parts += [(f"the {len(asked.found)} of {asked.name}", True) for asked in self.contrasts]
-        parts += [(f"the {len(self.primary_contrasts)} of the primary question", self.question is not None)]
-        families = [words for words, there in parts if there]
-        each = f"Families, each adjusted by itself: {'; '.join(families)}" if len(families) > 1 else f"One family: {families[0]}"
-        return f"{each}. Every other metric has its own family of cells."
+        families = [f"cells ({self.comparisons(self.primary)}: an arm against {self.baseline} in a panel)"]
+        words = "means ({}: an arm's difference over all panels)", "trends ({}: its change per doubling)"
+        families += [words.format(len(asked.found)) for words, asked in zip(words, self.contrasts, strict=False)]
+        if self.question is not None:
+            families.append(f"the primary question ({len(self.primary_contrasts)}: pairs of arms over all panels)")
+        told = "One family of tests" if len(families) == 1 else "Families of tests, each adjusted by itself"
+        return f"{told}: {'; '.join(families)}. Every other metric has a family of cells of its own."
 
     def _shared(self) -> str:
         """A sentence on what runs of one seed have in common, where arms share seeds."""

@@ -151,11 +151,13 @@ def _commits(panel: Panel) -> list[str]:
         by_seed.setdefault(result.seed, set()).add(_commit(result))
     if all(len(commits) == 1 for commits in by_seed.values()):
         return []
-    found = {arm: dict.fromkeys(map(_commit, results)) for arm, results in panel.arms.items()}
-    shared = set.intersection(*map(set, found.values()))
-    what = "arms share no commit: what the code changed between them cannot be told from what arms do"
-    told = what if not shared else "arms were run at different commits of orthokit, and code that changed rounds otherwise"
-    return [f"{told}: {'; '.join(f'{arm} at {listed(list(commits))}' for arm, commits in found.items())}"]
+    arms: dict[tuple[str, ...], list[str]] = {}
+    for arm, results in panel.arms.items():
+        arms.setdefault(tuple(dict.fromkeys(map(_commit, results))), []).append(arm)
+    apart = "arms share no commit of orthokit: what the code changed between them cannot be told from what the arms do"
+    partly = "arms were run at different commits of orthokit, and code that changed may round otherwise"
+    told = partly if set.intersection(*map(set, arms)) else apart
+    return [f"{told}: {_shown({listed(commits): each for commits, each in arms.items()})}"]
 
 
 def _commit(result: Result) -> str:
