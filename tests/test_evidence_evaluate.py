@@ -113,6 +113,17 @@ def test_parts_equal_slow_twins(runs, capsys):
     assert list(found["features"]["stages"]) == ["stage 1 (8x8)", "stage 2 (4x4)", "stage 3 (2x2)"]
 
 
+def test_full_confidence_belongs_to_the_last_bin():
+    """100 images at a confidence of 1 and an accuracy of .95, 100 at .94 and 1: together .97 and .975, apart .05 and .06."""
+    certain, sure = torch.tensor([200.0, 0.0]), torch.tensor([0.94, 0.06]).log()
+    logits = torch.cat([certain.expand(100, 2), sure.expand(100, 2)])
+    labels = torch.zeros(200, dtype=torch.int64)
+    labels[:5] = 1
+    assert logits.softmax(-1).max() == 1
+    assert evaluate.calibration_error(logits, labels) == pytest.approx(0.005, abs=2e-6)
+    assert evaluate.calibration_error(logits[:100], labels[:100]) == pytest.approx(0.05, abs=1e-6)
+
+
 def test_attacks_are_on_a_fixed_part_of_the_test_images_of_every_class_alike(runs):
     (subject,) = evaluate.subjects(runs / "so/0")
     bench = evaluate._bench(subject.weights, "", subject.recipe.to_toml(), 60, runs, torch.device("cpu"))

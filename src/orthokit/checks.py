@@ -7,8 +7,9 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Collection
-from typing import Any, cast
+from collections.abc import Callable, Collection
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
@@ -21,10 +22,13 @@ def check_number(name: str, value: object, low: float = 0.0, high: float = math.
     """Raise unless ``value`` is a finite real number in ``[low, high]`` (``(low, high]`` with ``open_low``)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number; got {value!r}")
-    real = cast(float, value)
-    if not (low <= real <= high and real < math.inf) or (open_low and real == low):
-        interval = f"{'(' if open_low else '['}{low:g}, {f'{high:g}]' if high < math.inf else 'inf)'}"
-        raise ValueError(f"{name} must be a finite number in {interval}; got {value!r}")
+    try:
+        real = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        real = math.inf
+    if not (low <= real <= high and math.isfinite(real)) or (open_low and real == low):
+        interval = f"{'(' if open_low or low == -math.inf else '['}{low:g}, {f'{high:g}]' if high < math.inf else 'inf)'}"
+        raise ValueError(f"{name} must be a finite number in {interval}; got {value!r:.200}")
 
 
 def check_count(name: str, value: object, low: int = 1, high: float = math.inf) -> None:
@@ -34,6 +38,51 @@ def check_count(name: str, value: object, low: int = 1, high: float = math.inf) 
     if not low <= int(value) <= high:
         wanted = f"at least {low}" if high == math.inf else f"from {low} to {high:g}"
         raise ValueError(f"{name} must be an integer, {wanted}; got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r:.200}")
+
+
+def check_options(self: Any) -> None:
+    """Raise ``TypeError``, or ``ValueError`` for an unknown choice, unless every option of a dataclass fits its annotation.
+
+    Annotations may be ``bool``, ``int``, ``float``, a ``Literal``, a tuple of these, a callable, a class, None, or a union.
+    """
+    for option in dataclasses.fields(self):
+        value = getattr(self, option.name)
+        if not _fits(value, option.type):
+            error = ValueError if get_origin(option.type) is Literal else TypeError
+            raise error(f"{option.name} must be {_in_words(option.type)}; got {value!r:.200}")
+
+
+def _fits(value: object, wanted: Any) -> bool:
+    kind, parts = get_origin(wanted), get_args(wanted)
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:
+        return isinstance(value, str) and value in parts
+    if kind is tuple:
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if kind is Callable:
+        return callable(value) and not isinstance(value, type)
+    if wanted in (int, float):  # True is an integer to Python
+        return isinstance(value, numbers.Integral if wanted is int else numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, wanted)
+
+
+def _in_words(wanted: Any) -> str:
+    kind, parts = get_origin(wanted), get_args(wanted)
+    if kind in (Union, UnionType):
+        return " or ".join(map(_in_words, parts))
+    if kind is Literal:
+        return f"one of {', '.join(map(repr, parts))}"
+    if kind is tuple:
+        return f"a tuple ({', '.join(map(_in_words, parts))})"
+    words = {bool: "True or False", int: "an integer", float: "a number", type(None): "None", Callable: "a function"}
+    return words.get(kind or wanted) or f"{wanted.__name__}()"
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:

@@ -1,5 +1,6 @@
 """The Regularizer: binds a penalty to the layers of a model."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from orthokit.checks import check_count, check_number, warn_once
+from orthokit.checks import check_count, check_flag, check_number, warn_once
 from orthokit.closed import Batch, Measured, add_grads_, add_up, identity, in_batches, total
 from orthokit.gram import GramRule, Side, is_by_rows, is_finite, outside_autocast, upcast
 from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources
-from orthokit.schedules import Schedule, as_schedule, constant
+from orthokit.schedules import Schedule, as_schedule, check_strength, constant
 from orthokit.select import Layer, Where, convs, reshard, select
 
 
@@ -24,6 +25,8 @@ def sqrt_filters(kernel: Kernel) -> float:
     return float((kernel.groups * kernel.o) ** 0.5)
 
 
+MOST_STEPS = 2**53
+"""Steps that a schedule can still tell apart as floating-point numbers."""
 RULED = "gram_rule", "__call__"
 STACKED = 2**21
 """Bytes up to which weights of equal shape are copied into one stack: small enough for a core's cache, large enough for its
@@ -148,6 +151,8 @@ class Regularizer:
             raise TypeError(f"penalty must be an instance such as orthokit.SO(); got {name}")
         self.model, self.penalty, self.schedule, self.scale = model, penalty, as_schedule(strength), scale
         check_count("every", every)
+        check_flag("include_frozen", include_frozen)
+        check_flag("shard", shard)
         self.include_frozen, self.every, self.shard = include_frozen, every, shard
         self.steps = 0
         self.calls: Counter[str] = Counter()
@@ -193,7 +198,7 @@ class Regularizer:
     def strength(self) -> float:
         """The strength at the present step."""
         strength = self.schedule(self.steps)
-        check_number(f"strength at step {self.steps}", strength)
+        check_strength(f"strength at step {self.steps}", strength)
         return float(strength)
 
     def __call__(self) -> Tensor:
@@ -364,6 +369,10 @@ class Regularizer:
         if self.shard:
             raise RuntimeError("with shard=True the ranks' shares meet where gradients do: add the value of a call to the loss")
         wanted = None if only is None else set(map(id, only))
+        if not isinstance(scale, Tensor):
+            check_number("scale", scale, -math.inf)
+        elif scale.numel() != 1:
+            raise ValueError(f"scale must be one number; got a tensor of shape {tuple(scale.shape)}")
         strength = self._due(self._first(wanted))
         closed, stacks = self._read(apart=True) if strength > 0 else ({}, ())
         values = []
@@ -456,9 +465,14 @@ class Regularizer:
         """Continue at the step of a saved :meth:`state_dict`."""
         if not isinstance(state, Mapping) or "steps" not in state:
             raise ValueError(f"not the state of a Regularizer: expected {{'steps': ...}}, got {state!r:.200}")
-        check_count("steps", state["steps"], 0)
+        calls = state.get("calls", {})
+        check_count("steps", state["steps"], 0, MOST_STEPS)
+        if not isinstance(calls, Mapping) or not all(isinstance(name, str) for name in calls):
+            raise ValueError(f"not the state of a Regularizer: calls must map names of layers to counts, got {calls!r:.200}")
+        for name, count in calls.items():
+            check_count(f"calls of {name!r}", count, 0, MOST_STEPS)
         self.steps = int(state["steps"])
-        self.calls = Counter(state.get("calls", {}))
+        self.calls = Counter({name: int(count) for name, count in calls.items()})
 
     def __repr__(self) -> str:
         strength = self.schedule.strength if isinstance(self.schedule, constant) else self.schedule

@@ -167,6 +167,8 @@ class ranks:
         if not isinstance(by_name, Mapping):
             raise TypeError(f"ranks takes a mapping from layer name to rank; got {by_name!r}")
         for name, r in by_name.items():
+            if not isinstance(name, str):
+                raise TypeError(f"ranks takes the names of layers; got {name!r:.200}")
             check_count(f"the rank of {name!r}", r)
         object.__setattr__(self, "by_name", tuple(by_name.items()))
         _check_floor(floor)

@@ -8,6 +8,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from orthokit.checks import check_count, check_number
 
@@ -25,7 +26,7 @@ class constant:
     strength: float
 
     def __post_init__(self) -> None:
-        check_number("strength", self.strength)
+        check_strength("strength", self.strength)
 
     def __call__(self, step: int) -> float:
         return float(self.strength)
@@ -47,7 +48,7 @@ class piecewise:
             raise TypeError(f"piecewise takes a mapping from step to strength; got {pieces!r}")
         for start, strength in pieces.items():
             check_count("the steps of piecewise", start, 0)
-            check_number("the strengths of piecewise", strength)
+            check_strength("the strengths of piecewise", strength)
         if 0 not in pieces:
             raise ValueError(f"piecewise needs the strength from step 0 on; got steps {sorted(pieces)}")
         object.__setattr__(self, "pieces", tuple(sorted(pieces.items())))
@@ -72,8 +73,8 @@ class linear:
     steps: int
 
     def __post_init__(self) -> None:
-        check_number("start", self.start)
-        check_number("end", self.end)
+        check_strength("start", self.start)
+        check_strength("end", self.end)
         check_count("steps", self.steps)
 
     def __call__(self, step: int) -> float:
@@ -152,12 +153,21 @@ class chain:
         return as_schedule(self.last)(step)
 
 
+STRONGEST = 1e30
+"""The largest strength: its product with a penalty's value still fits into float32."""
+
+
+def check_strength(name: str, value: object) -> None:
+    """Raise unless ``value`` is a number in ``[0, STRONGEST]``."""
+    check_number(name, value, 0, STRONGEST)
+
+
 def as_schedule(strength: object) -> Schedule:
     """A schedule as it is, a number as a constant one."""
-    if callable(strength):
+    if callable(strength) and not isinstance(strength, type):
         return strength
     if isinstance(strength, numbers.Real):
-        return constant(float(strength))
+        return constant(cast(float, strength))
     raise TypeError(f"a strength is a number or a function from step to number; got {strength!r}")
 
 

@@ -312,7 +312,7 @@ def parsed(setting: str) -> dict[str, Any]:
     try:
         value: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        value = {"True": True, "False": False}.get(text.strip(), text.strip())  # as Python writes them
     for name in reversed(names):
         value = {name: value}
     return dict(value)

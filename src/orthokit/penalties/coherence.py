@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.checks import check_choice, short_repr
+from orthokit.checks import check_choice, check_options, short_repr
 from orthokit.gram import GramRule, Side, cosine_rule, full_precision, less_identity, of_gram
 from orthokit.kernel import Kernel
 
@@ -89,7 +89,7 @@ class MC:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
-        check_choice("norm", self.norm, NORMS)
+        check_options(self)
 
     def __call__(self, kernel: Kernel) -> Tensor:
         return mutual_coherence(kernel.matrix, norm=self.norm)

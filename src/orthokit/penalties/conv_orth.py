@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.checks import short_repr
+from orthokit.checks import check_flag, check_options, short_repr
 from orthokit.gram import convolution_distance, full_precision
 from orthokit.kernel import Kernel
 
@@ -41,6 +41,7 @@ def convolution_orthogonality(
 
     Source: Wang, Chen, Chakraborty, Yu 2020, arXiv 1911.12207.
     """
+    check_flag("squared", squared)
     square = convolution_distance(weight, stride)
     return square if squared else square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
 
@@ -72,6 +73,9 @@ class ConvOrth:
 
     squared: bool = True
     __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def __call__(self, kernel: Kernel) -> Tensor:
         weight, stride = kernel.convolution

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from orthokit.checks import check_choice, check_count, check_number, short_repr, warn_once
+from orthokit.checks import check_choice, check_count, check_flag, check_number, check_options, short_repr, warn_once
 from orthokit.gram import (
     SHORT,
     GramRule,
@@ -97,6 +97,8 @@ def disentangled_orthogonality(
     """
     check_choice("form", form, FORMS)
     check_choice("count", count, COUNTS)
+    check_flag("squared", squared)
+    _check_weights(weights)
     o, n = matrix.shape[-2:]
     r = o if r is None else r
     if not isinstance(r, Tensor):
@@ -113,6 +115,15 @@ def disentangled_orthogonality(
     own = (squares.detach() / SHORT**2).clamp(max=1).square().sum(-1)
     frame = partial(_by_frame, own=own, budget=terms[0][1], squared=squared)
     return weights[0] * length + weights[1] * of_gram(unit, frame, "cols")
+
+
+def _check_weights(weights: object) -> None:
+    if not isinstance(weights, (tuple, list)) or len(weights) != 2:
+        raise ValueError(f"weights must be two numbers, for lengths and for directions; got {weights!r:.200}")
+    for weight in weights:
+        check_number("weights", weight)
+    if not any(weights):
+        raise ValueError("weights must not both be 0: nothing would be measured")
 
 
 Term = tuple[Callable[[Tensor], Tensor], float | Tensor]
@@ -257,18 +268,12 @@ class Disentangled:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
-        check_choice("form", self.form, FORMS)
-        check_choice("count", self.count, COUNTS)
         check_policy(self.relax)
         if not isinstance(self.ceiling, welch | None):
             check_number("ceiling", self.ceiling, 0, 1)
-        if not isinstance(self.weights, (tuple, list)) or len(self.weights) != 2:
-            raise ValueError(f"weights must be two numbers, for lengths and for directions; got {self.weights!r}")
-        for weight in self.weights:
-            check_number("weights", weight)
-        if not any(self.weights):
-            raise ValueError("weights must not both be 0: nothing would be measured")
+        _check_weights(self.weights)
         object.__setattr__(self, "weights", tuple(self.weights))
+        check_options(self)
         if self.relax is None and self.form != "pairs":
             warn_once(f"form={self.form!r} does nothing without relax=: every form is the same where all pairs count")
         if self.count != "expected" and (self.relax is None or self.form != "pairs"):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.checks import check_number, short_repr
+from orthokit.checks import check_flag, check_number, check_options, short_repr
 from orthokit.gram import (
     GramRule,
     Side,
@@ -50,6 +50,7 @@ def angular_dispersion(
     Source: besonder/Evenly-Dispersing-Regularization (EADK).
     """
     _check(theta, weight)
+    check_flag("double", double)
     o, n = matrix.shape[-2:]
     value = of_gram(matrix, *_rule(1.0, theta, weight))
     return value + of_gram(matrix.mT, *_rule(o / n, theta, weight)) if double else value
@@ -125,6 +126,7 @@ class EADK:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
+        check_options(self)
         _check(self.theta, self.weight)
 
     def __call__(self, kernel: Kernel) -> Tensor:
@@ -145,6 +147,7 @@ class EADC:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
+        check_options(self)
         _check(self.theta, self.weight)
 
     def __call__(self, kernel: Kernel) -> Tensor:

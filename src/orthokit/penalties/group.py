@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.checks import check_choice, check_count, short_repr
+from orthokit.checks import check_choice, check_count, check_options, short_repr
 from orthokit.gram import distance_to_identity, full_precision
 from orthokit.kernel import Kernel
 
@@ -59,7 +59,7 @@ class GOR:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, KINDS)
+        check_options(self)
         if self.groups is not None:
             check_count("groups", self.groups)
 

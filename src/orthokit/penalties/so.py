@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.checks import check_choice, short_repr
+from orthokit.checks import check_choice, check_flag, check_options, short_repr
 from orthokit.gram import SIDES, GramRule, Side, distance_rule, distance_to_identity, full_precision, polar
 from orthokit.kernel import Kernel
 
@@ -34,6 +34,7 @@ def soft_orthogonality(matrix: Float[Tensor, "*b o n"], *, side: Side = "rows", 
     Source: Bansal, Chen, Wang 2018, arXiv 1810.09102.
     """
     check_choice("side", side, SIDES)
+    check_flag("squared", squared)
     return distance_to_identity(matrix, side, squared=squared)
 
 
@@ -46,7 +47,7 @@ class SO:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
-        check_choice("side", self.side, SIDES)
+        check_options(self)
 
     def __call__(self, kernel: Kernel) -> Tensor:
         return soft_orthogonality(kernel.matrix, side=self.side, squared=self.squared)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.checks import check_choice, check_count, short_repr
+from orthokit.checks import check_choice, check_count, check_flag, check_options, short_repr
 from orthokit.gram import (
     SIDES,
     GramRule,
@@ -61,6 +61,7 @@ def spectral_restricted_isometry(
     Source: Bansal, Chen, Wang 2018, arXiv 1810.09102.
     """
     check_choice("side", side, SIDES)
+    check_flag("squared", squared)
     check_count("steps", steps)
     left = matrix if is_by_rows(matrix.shape, side) else matrix.mT
     size = left.shape[-2]
@@ -159,8 +160,8 @@ class SRIP:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
+        check_options(self)
         check_count("steps", self.steps)
-        check_choice("side", self.side, SIDES)
 
     def __call__(self, kernel: Kernel) -> Tensor:
         return spectral_restricted_isometry(kernel.matrix, steps=self.steps, squared=self.squared, side=self.side)
