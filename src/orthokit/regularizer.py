@@ -340,8 +340,7 @@ class Regularizer:
             if not is_finite(values):
                 raise FloatingPointError(f"{self.penalty!r} is not finite")
         except FloatingPointError as error:
-            broken = [layer.name for layer in layers if not layer.kernel.weight.isfinite().all()]
-            raise FloatingPointError(f"layer {', '.join(broken or [layer.name for layer in layers])}: {error}") from None
+            raise _named(layers, error) from None
         values = values.flatten(1)
         factor = self._factor(values.shape[-1], lambda: kernel)
         return values.sum(-1) if factor == 1 else values.sum(-1) * factor
@@ -415,6 +414,7 @@ class Regularizer:
         on the minimum; the optimizer's state is not changed.
 
         Raises:
+            FloatingPointError: a weight is NaN or infinite; the message names the layers.
             TypeError: the penalty has no method ``nearest`` (``SO``, ``DSO``, ``SRIP`` and ``Disentangled`` have).
             ValueError: ``rate`` is not in (0, 1]; a relaxation whose nearest minimum is not known in closed form; or a layer
                 whose weight is computed (parametrized, pruned, sharded) and cannot be set.
@@ -425,7 +425,11 @@ class Regularizer:
             raise TypeError(f"{self.penalty!r} knows no nearest minimum in closed form; use SO, DSO, SRIP or Disentangled")
         moves = []
         for stack in self._read()[1]:
-            for layer, target in zip(stack.layers, nearest(stack.kernel()), strict=True):
+            try:
+                targets = nearest(stack.kernel())
+            except FloatingPointError as error:
+                raise _named(stack.layers, error) from None
+            for layer, target in zip(stack.layers, targets, strict=True):
                 with torch.enable_grad():
                     own = layer.kernel
                 weight, behind = own.weight.detach(), sources(layer.module, own)
@@ -477,6 +481,12 @@ class Regularizer:
     def __repr__(self) -> str:
         strength = self.schedule.strength if isinstance(self.schedule, constant) else self.schedule
         return f"Regularizer({self.penalty!r}, strength={strength}, {len(self.layers)} layers)"
+
+
+def _named(layers: Sequence[Layer], error: FloatingPointError) -> FloatingPointError:
+    """The same error with the names of the layers that hold NaN or infinite weights, or of all of them."""
+    broken = [layer.name for layer in layers if not layer.kernel.weight.isfinite().all()]
+    return FloatingPointError(f"layer {', '.join(broken or [layer.name for layer in layers])}: {error}")
 
 
 def _stacked(plain: _Plain) -> Iterator[_Stack]:

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_flag, check_options, short_repr
-from orthokit.gram import convolution_distance, full_precision
+from orthokit.convolution import convolution_distance
+from orthokit.gram import full_precision
 from orthokit.kernel import Kernel
 
 

@@ -28,10 +28,12 @@ from orthokit.gram import (
     full_precision,
     is_finite,
     is_visible,
+    lengths,
     lengths_and_cosines,
     of_gram,
     polar,
     reciprocal,
+    scattered,
     squares_and_weighted_directions,
     sum_of_squares,
 )
@@ -243,6 +245,16 @@ def _nth_largest(sizes: Float[Tensor, "*b m"], count: int | Tensor) -> Float[Ten
     return torch.from_numpy(np.partition(sizes.numpy(), place)[..., place : place + 1])
 
 
+@torch.no_grad()
+def _nearest_frame(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o n"]:
+    """The nearest tight frame of a tall matrix, its filters then of length 1; zero filters first get a direction."""
+    o, n = matrix.shape[-2:]
+    exact = matrix.double()
+    length = lengths(exact)
+    anywhere = directions(scattered(o * n).to(exact).reshape(o, n)) * length.amax(-1).clamp(min=1)[..., None, None]
+    return directions(polar(torch.where(length[..., None] == 0, anywhere, exact))).to(matrix.dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Disentangled:
     """:func:`disentangled_orthogonality` of a layer's kernel matrix; strict by default, relaxed by a policy.
@@ -314,7 +326,10 @@ class Disentangled:
     def nearest(self, kernel: Kernel) -> Tensor:
         """The nearest kernel matrix at its minimum: orthonormal rows; on a tall layer a tight frame, its lengths then set to 1.
 
+        Where filters do not determine it (copies on a wide layer, zero filters) the rest is chosen, always in the same way.
+
         Raises:
+            FloatingPointError: a weight is NaN or infinite.
             ValueError: relaxed (or with a ceiling) so that no nearest one is known in closed form.
         """
         o, n = kernel.o, kernel.n
@@ -327,5 +342,4 @@ class Disentangled:
                 f"{why} leaves many minima, and no formula projects onto them; take it strict, or form='budget' with "
                 "relax=feasible(), or add the penalty to the loss"
             )
-        nearest = polar(kernel.matrix)
-        return nearest if o <= n else directions((o / n) ** 0.5 * nearest)
+        return polar(kernel.matrix) if o <= n else _nearest_frame(kernel.matrix)

@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_flag, check_number, check_options, short_repr
+from orthokit.convolution import self_convolution
 from orthokit.gram import (
     GramRule,
     Side,
     cosine_rule,
     full_precision,
     of_gram,
-    self_convolution,
     squares_and_weighted_directions,
     sum_of_squares,
 )

@@ -28,6 +28,7 @@ from orthokit.gram import (
     outside_autocast,
     polar,
     reciprocal,
+    scattered,
 )
 from orthokit.kernel import Kernel
 
@@ -143,10 +144,8 @@ def _by_power(product: Float[Tensor, "*b m m"], *, steps: int, squared: bool) ->
 
 @cache
 def _start(size: int) -> Tensor:
-    """A unit vector of numbers without visible order: of no generator, which no compiler would follow."""
-    scattered = torch.arange(1, size + 1, dtype=torch.float64, device="cpu").mul(12.9898).sin() * 43758.5453
-    centred = scattered - scattered.floor() - 0.5
-    unit: Tensor = centred / torch.linalg.vector_norm(centred)
+    vector = scattered(size)
+    unit: Tensor = vector / torch.linalg.vector_norm(vector)
     return unit
 
 

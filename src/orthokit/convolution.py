@@ -1,0 +1,107 @@
+"""Self-convolutions: all filters of a convolution with all its filters shifted, by the cheapest way to them."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from orthokit.gram import distance_to_identity, gram, is_differentiated, less_identity, outside_autocast, sum_of_squares
+
+
+def self_convolution(weight: Float[Tensor, "..."], stride: tuple[int, ...]) -> Float[Tensor, "*b o o lags"]:
+    """Inner products of all filters with all filters shifted: the Gram matrix of a convolution operator.
+
+    Args:
+        weight: ``(*b, o, i, *spatial)``.
+        stride: one entry per spatial dimension, in taps.
+
+    Returns:
+        ``(*b, o, o, lags)``: every shift by a multiple of the stride at which two filters overlap, ``2 floor((k - 1) / s) + 1``
+        of them per dimension. Lag zero is in the middle.
+    """
+    if not stride:
+        return gram(weight).unsqueeze(-1)
+    batch, size = weight.shape[: -2 - len(stride)], weight.shape[-len(stride) :]
+    o, i = weight.shape[-2 - len(stride) : -len(stride)]
+    many = batch.numel()
+    padding = [(k - 1) // s * s for k, s in zip(size, stride, strict=True)]
+    flat = weight.reshape(many, o, i, *size)
+    convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
+    # The filters are the images and the filters; each kernel of the batch is a group.
+    images = flat.transpose(0, 1).reshape(o, many * i, *size)
+    products = convolve(images, flat.reshape(many * o, i, *size), stride=stride, padding=padding, groups=many)
+    return products.reshape(o, many, o, -1).transpose(0, 1).reshape(*batch, o, o, -1)
+
+
+def convolution_distance(weight: Float[Tensor, "..."], stride: tuple[int, ...], less: int = 0) -> Float[Tensor, "*b"]:
+    """``||conv(K, K) - I_0||_F^2 - less``: :func:`self_convolution` less the identity at lag zero, by the cheapest way to it.
+
+    Where filters meet at lag zero alone, one Gram matrix. At stride 1, by Parseval's theorem, the mean over the frequencies of
+    a grid as large as the lags, of each ``||A A^H - I||^2`` with ``A`` the kernel's transform there: 37 products of the size
+    ``o x o x i`` instead of 81 for a kernel of 3x3, and of the smaller side.
+
+    Args:
+        weight: ``(*b, o, i, *spatial)``.
+        stride: one entry per spatial dimension, in taps.
+        less: what is subtracted; where it is the least possible value, no rounding remains of it.
+    """
+    size = weight.shape[weight.ndim - len(stride) :]
+    if all(k <= s for k, s in zip(size, stride, strict=True)):
+        return distance_to_identity(weight.flatten(weight.ndim - len(stride) - 1), less=less)
+    if any(s > 1 for s in stride):
+        products = self_convolution(weight, stride)
+        products[..., products.shape[-1] // 2].diagonal(dim1=-2, dim2=-1).sub_(1)
+        return products.square().sum((-3, -2, -1)) - less
+    flat = weight.flatten(weight.ndim - len(stride))
+    *batch, o, i, taps = flat.shape
+    table = _transform(tuple(size), weight.dtype, weight.device)
+    transformed = (table @ flat.reshape(-1, taps).mT).reshape(-1, *batch, o, i)
+    if o > i:
+        transformed = transformed.mT
+    real, pairs = transformed[0], len(transformed) // 2
+    value = cast(Tensor, _OfSpectrum.apply(transformed[1 : 1 + pairs], transformed[1 + pairs :]))  # type: ignore[no-untyped-call]
+    return (distance_to_identity(real) + 2 * value) / len(transformed) + (max(0, o - i) - less)
+
+
+@functools.lru_cache(64)
+def _transform(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Float[Tensor, "frequencies taps"]:
+    """The discrete Fourier transform of a real kernel, on ``2 k - 1`` points a dimension, as a matrix of real rows.
+
+    Frequency zero; the real parts of half of the others, as the rest are their conjugates; their imaginary parts.
+    """
+    grid = torch.cartesian_prod(*(torch.arange(1 - k, k, dtype=torch.float64) / (2 * k - 1) for k in size)).reshape(-1, len(size))
+    taps = torch.cartesian_prod(*(torch.arange(k, dtype=torch.float64) for k in size)).reshape(-1, len(size))
+    half = 2 * math.pi * grid[len(grid) // 2 + 1 :] @ taps.T  # from the end, the rest are their negatives
+    table = torch.cat([torch.ones(1, len(taps), dtype=torch.float64), half.cos(), -half.sin()])
+    return table.to(device, dtype)
+
+
+class _OfSpectrum(torch.autograd.Function):
+    """``sum_f ||A_f A_f^H - I||^2`` of matrices ``A_f = X_f + i Y_f``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "f *b o i"], y: Float[Tensor, "f *b o i"]) -> Float[Tensor, "*b"]:
+        real, imaginary = _complex_residual(x, y)
+        ctx.save_for_backward(x, y, real, imaginary)
+        return (sum_of_squares(real) + sum_of_squares(imaginary)).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor, Tensor]:
+        x, y, real, imaginary = ctx.saved_tensors
+        with outside_autocast(x.device):
+            if is_differentiated():
+                real, imaginary = _complex_residual(x, y)
+            scale = 4 * of_value[..., None, None]
+            real, imaginary = scale * real, scale * imaginary
+            return real @ x - imaginary @ y, real @ y + imaginary @ x
+
+
+def _complex_residual(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of ``A A^H - I``: three products."""
+    crossed = y @ x.mT
+    return less_identity(x @ x.mT + y @ y.mT), crossed - crossed.mT
