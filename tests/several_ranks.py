@@ -102,6 +102,39 @@ def train(way, penalty, wrap=None, accumulated=1, rank=0, ranks=1):
     return weights(m)
 
 
+class Branches(nn.Module):
+    """A layer that no forward pass uses, as DistributedDataParallel wants to be told."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.unused, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.used(x).mean((2, 3)))
+
+
+def train_a_part(way, rank=0, ranks=1):
+    """The weights of a network of which a part is unused, after a few steps; the error, where there is one."""
+    m = Branches()
+    net = DistributedDataParallel(m, find_unused_parameters=True) if dist.is_initialized() else m
+    ortho = ok.Regularizer(net, PENALTIES["strict"], strength=0.05)
+    optimizer = torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)
+    if way == "attach":
+        ok.attach(ortho, optimizer)
+    for x, y in batches():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x.chunk(ranks)[rank]), y.chunk(ranks)[rank])
+        try:
+            (loss + ortho() if way == "loss" else loss).backward()
+        except RuntimeError as error:
+            return str(error)
+        if way == "add_grad_":
+            ortho.add_grad_()
+        optimizer.step()
+    return weights(m)
+
+
 def weights(m):
     parameters = (p.detach() for p in m.parameters())
     return torch.cat([(p.full_tensor() if isinstance(p, DTensor) else p).flatten() for p in parameters])
@@ -189,7 +222,8 @@ def work(rank, ranks, directory):
         for wrap, way, penalty, accumulated in combinations()
     }
     read = {wrap: reading(wrap) for wrap in WRAPS} | {"FSDP2 in bfloat16": reading(half=True)}
-    torch.save({"trained": found, "read": read, "whole": whole()}, directory / f"{rank} of {ranks}.pt")
+    parts = {way: train_a_part(way, rank, ranks) for way in WAYS[:-1]}
+    torch.save({"trained": found, "read": read, "whole": whole(), "parts": parts}, directory / f"{rank} of {ranks}.pt")
     dist.destroy_process_group()
 
 

@@ -22,6 +22,7 @@ def test_several_ranks_train_as_one(tmp_path):
     settings = {combination[1:] for combination in combinations}
     trained = {(way, penalty, parts): here.train(way, penalty, accumulated=parts) for way, penalty, parts in settings}
     unpenalised = here.train("none", "strict")
+    part = here.train_a_part("loss")
     for rank, ranks in [(r, n) for n in here.RANKS for r in range(n)]:
         found = torch.load(tmp_path / f"{rank} of {ranks}.pt")
         assert list(found["trained"]) == combinations
@@ -34,6 +35,10 @@ def test_several_ranks_train_as_one(tmp_path):
             for name, value in values.items():
                 assert value.dtype == torch.float32
                 assert torch.allclose(value, read[name], atol=1e-6), (rank, ranks, wrap, name)
+        # With find_unused_parameters=True the parts that no forward pass used must not come in by the loss.
+        for way in ("add_grad_", "attach"):
+            assert torch.allclose(found["parts"][way], part, atol=1e-6), (rank, ranks, way)
+        assert "mark a variable ready only once" in found["parts"]["loss"]
         # Each selected layer once, the tied one not again, the parametrized one in its two parts.
         assert found["whole"]["gathers"] == 9
         assert found["whole"]["message"].startswith("layer 3: disentangled_orthogonality is not finite")

@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from orthokit.estimate import estimate
 from orthokit.gram import welch_bound
+from orthokit.groups import param_groups
 from orthokit.integrations.optimizer import attach
 from orthokit.kernel import Kernel, kernel_of
 from orthokit.penalties import (
@@ -109,6 +110,7 @@ __all__ = [
     "matching",
     "mutual_coherence",
     "off_diagonal_orthogonality",
+    "param_groups",
     "piecewise",
     "plan",
     "pointwise",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from orthokit.checks import check_count, check_flag, check_number, warn_once
 from orthokit.closed import Batch, Measured, add_grads_, add_up, identity, in_batches, total
 from orthokit.gram import GramRule, Side, is_by_rows, is_finite, outside_autocast, upcast
+from orthokit.groups import param_groups
 from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources
 from orthokit.schedules import Schedule, as_schedule, check_strength, constant
 from orthokit.select import Layer, Where, convs, reshard, select
@@ -439,23 +440,9 @@ class Regularizer:
         for weight, target in moves:
             weight.lerp_(target, rate)
 
-    def param_groups(self, model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-        """The parameters of ``model`` for an optimizer, with weight decay on all but the regularized kernels.
-
-        Decay would pull their lengths towards 0 while the penalty pulls them towards 1.
-        """
-        check_number("weight_decay", weight_decay)
-        reshard(model)
-        kernels = {parameter for layer in self.layers for parameter in sources(layer.module)}
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in model.parameters() if p not in kernels], "weight_decay": weight_decay},
-            {"params": [p for p in model.parameters() if p in kernels], "weight_decay": 0.0},
-        ]
-        if not groups[1]["params"]:
-            raise ValueError(
-                f"{type(model).__name__} holds none of the regularized kernels; pass the model that was selected from"
-            )
-        return [group for group in groups if group["params"]]
+    def param_groups(self, model: nn.Module, *, weight_decay: float, decay_biases_and_norms: bool = True) -> list[dict[str, Any]]:
+        """:func:`orthokit.param_groups` of this regularizer alone: weight decay on all but the regularized kernels."""
+        return param_groups(model, self, weight_decay=weight_decay, decay_biases_and_norms=decay_biases_and_norms)
 
     def step(self) -> None:
         """Advance the schedule by one, in whatever unit you call it: batches or epochs."""

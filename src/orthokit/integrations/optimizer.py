@@ -1,5 +1,6 @@
 """Any framework that steps a ``torch.optim.Optimizer``: the penalty's gradient is added in the optimizer's step."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,34 +8,66 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from orthokit.checks import warn_once
 from orthokit.kernel import sources
 from orthokit.regularizer import Regularizer
 from orthokit.select import reshard
 
 
-def attach(ortho: Regularizer, optimizer: Optimizer) -> RemovableHandle:
+def attach(ortho: Regularizer, optimizer: Any) -> RemovableHandle:
     """Add the gradient of ``ortho`` whenever ``optimizer.step()`` runs, as if the penalty were part of the loss.
 
     It comes after gradient clipping, once per step however many batches were accumulated, and obeys a ``GradScaler`` (fused
     optimizers too). A step that takes a closure gets the penalty inside the closure. Advancing the schedule stays with you: call
     ``ortho.step()`` once a batch or an epoch.
 
+    An optimizer in the wrapper of a framework (Accelerate's, or one as Lookahead's) is found inside of it. A SAM that is used in
+    two calls, ``first_step`` and ``second_step``, never runs its ``step``: attaching to one warns.
+
     Args:
         ortho: the regularizer.
-        optimizer: the one that trains all of the regularizer's layers.
+        optimizer: the ``torch.optim.Optimizer`` that trains all of the regularizer's layers, or a wrapper of it.
 
     Returns:
         A handle; ``handle.remove()`` undoes it.
 
     Raises:
+        TypeError: an argument is of the wrong kind.
         ValueError: the optimizer does not hold every regularized parameter that asks for a gradient.
     """
-    if not isinstance(ortho, Regularizer) or not isinstance(optimizer, Optimizer):
+    inner = _unwrapped(optimizer)
+    if not isinstance(ortho, Regularizer) or inner is None:
         raise TypeError(
             f"attach takes a Regularizer and a torch.optim.Optimizer; got {type(ortho).__name__}, {type(optimizer).__name__}"
         )
-    check_trained(ortho, optimizer)
-    return add_in_step(ortho, optimizer)
+    check_trained(ortho, inner)
+    if callable(getattr(inner, "first_step", None)) and callable(getattr(inner, "second_step", None)):
+        warn_once(
+            f"{type(inner).__name__} has first_step() and second_step(): where your loop calls these two, step() never runs and "
+            "the penalty is left out. Pass a closure to step(), or add ortho() to both losses instead of attaching"
+        )
+    if any(isinstance(hook, _BeforeStep) and hook.ortho is ortho for hook in inner._optimizer_step_pre_hooks.values()):
+        warn_once(
+            f"{ortho!r} is already attached to this {type(inner).__name__}: its penalty now counts once more in each step; "
+            "call remove() of the handle that the first attach returned"
+        )
+    return add_in_step(ortho, inner)
+
+
+WRAPPED = "optimizer", "base_optimizer", "_optimizer", "optim"
+"""Attributes under which wrappers keep the optimizer that they step."""
+
+
+def _unwrapped(optimizer: object) -> Optimizer | None:
+    """The optimizer whose ``step`` runs hooks: itself, or the one that it wraps; None if there is none."""
+    seen: set[int] = set()
+    while id(optimizer) not in seen:
+        # A wrapper may call itself an Optimizer without having been initialised as one.
+        if isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            return optimizer
+        seen.add(id(optimizer))
+        optimizer = next((inner for name in WRAPPED if (inner := getattr(optimizer, name, None)) is not None), None)
+    return None
 
 
 def check_trained(ortho: Regularizer, *optimizers: Optimizer) -> None:
@@ -55,27 +88,33 @@ def check_trained(ortho: Regularizer, *optimizers: Optimizer) -> None:
 
 def add_in_step(ortho: Regularizer, optimizer: Optimizer) -> RemovableHandle:
     """:func:`attach` without its check: each step serves those regularized parameters that the optimizer then holds."""
+    return optimizer.register_step_pre_hook(_BeforeStep(ortho))
 
-    def before_step(
-        optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+
+@dataclass(frozen=True, eq=False)
+class _BeforeStep:
+    """The hook that adds the penalty's gradient; a class, so that :func:`attach` knows its own hooks."""
+
+    ortho: Regularizer
+
+    def __call__(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # torch passes the optimizer itself as the first of args.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             # A fused optimizer under a GradScaler divides by this scale itself, inside its step.
             scale = getattr(optimizer, "grad_scale", None)
-            ortho.add_grad_(1.0 if scale is None else scale, only=_parameters(optimizer))
+            self.ortho.add_grad_(1.0 if scale is None else scale, only=_parameters(optimizer))
             return None
 
         def with_penalty() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            penalty = ortho.add_grad_(only=_parameters(optimizer))
+            penalty = self.ortho.add_grad_(only=_parameters(optimizer))
             return loss if loss is None else loss + penalty
 
         return args[:1], {**kwargs, "closure": with_penalty}
-
-    return optimizer.register_step_pre_hook(before_step)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

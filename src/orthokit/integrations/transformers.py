@@ -120,8 +120,6 @@ class OrthoTrainerCallback(TrainerCallback):
                 )
             self.ortho.load_state_dict(saved)
         self._save(state)
-        while not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # accelerate's wrapper has no hooks of its own
-            optimizer = optimizer.optimizer
         self._handle = attach(self.ortho, optimizer)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
