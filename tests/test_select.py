@@ -59,8 +59,9 @@ def test_predicates_print_as_themselves():
 def test_predicates_pickle(where):
     again = pickle.loads(pickle.dumps(where))
     assert repr(again) == repr(where)
-    m = model()
+    m = model().extend([nn.Embedding(2, 4), nn.Linear(4, 2)])
     m[1][0].weight.data.zero_()  # for `zeros`
+    m[6].weight = m[5].weight  # for `tied`
     assert names(again, m) == names(where, m)
 
 

@@ -15,14 +15,30 @@ from orthokit.kernel import KernelMeasure
 from orthokit.penalties import PENALTIES
 from orthokit.relax import feasible, fraction, ranks, share, welch
 from orthokit.schedules import Schedule, as_schedule, chain, constant, cosine, linear, piecewise, warmup
-from orthokit.select import Predicate, convs, depthwise, layers, linears, matching, pointwise, spatial, stem, tall, zeros
+from orthokit.select import (
+    Predicate,
+    convs,
+    depthwise,
+    embeddings,
+    head,
+    layers,
+    linears,
+    matching,
+    pointwise,
+    spatial,
+    stem,
+    tall,
+    tied,
+    zeros,
+)
 
 POLICIES: tuple[type, ...] = (feasible, fraction, share, ranks)
 SCHEDULES: tuple[type, ...] = (constant, piecewise, linear, cosine, warmup, chain)
 NESTED: dict[str, tuple[type, ...]] = {"relax": POLICIES, "ceiling": (welch,), "schedule": SCHEDULES, "parts": SCHEDULES}
 """Options that take another such value."""
 PREDICATES = {
-    predicate.name: predicate for predicate in (convs, linears, layers, spatial, pointwise, depthwise, stem, tall, zeros)
+    predicate.name: predicate
+    for predicate in (convs, linears, layers, spatial, pointwise, depthwise, stem, tall, zeros, embeddings, tied, head)
 }
 
 

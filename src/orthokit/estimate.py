@@ -126,7 +126,7 @@ class _Probe:
                 f"output for another kernel is not known; estimate knows {', '.join(kind.__name__ for kind in KINDS)}. "
                 "Leave it out with where="
             )
-        kernel = layer.kernel
+        kernel = layer.stored
         self.layer, self.positions, self.shape, self.n = layer, positions, kernel.weight.shape, kernel.n
         self.moments = Moments(kernel.groups, kernel.o)
         self.generator = torch.Generator().manual_seed(seed)  # each layer its own: it does not depend on which others are chosen

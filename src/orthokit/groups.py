@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from orthokit.checks import check_flag, check_number
-from orthokit.kernel import sources
 from orthokit.select import Layer, reshard
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -57,7 +56,7 @@ def param_groups(
     own = set(model.parameters())
     kernels: set[Tensor] = set()
     for each in regularizers:
-        found = {parameter for layer in each.layers for parameter in sources(layer.module)}
+        found = {parameter for layer in each.layers for parameter in layer.sources}
         if not found & own:
             raise ValueError(
                 f"{type(model).__name__} holds none of the regularized kernels; pass the model that was selected from"

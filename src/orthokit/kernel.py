@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from orthokit.gram import check_weight, whole
+from orthokit.in_use import computed_weight, is_overridden
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +114,9 @@ class Kernel:
 def kernel_of(layer: object) -> Kernel:
     """The :class:`Kernel` of a layer: its weight as it is now, gradients attached.
 
-    Linear and Conv1d/2d/3d give one filter per output feature; ConvTranspose1d/2d/3d the filters of the *output* channels.
+    Linear and Conv1d/2d/3d give one filter per output feature; ConvTranspose1d/2d/3d the filters of the *output* channels;
+    MultiheadAttention the query, key and value projections as three groups; an embedding its rows. A Linear or convolution whose
+    class has a forward pass of its own is read as that pass uses it (weight standardisation, fake quantisation).
     A plain tensor ``(o, i, *spatial)`` is read as an ungrouped convolution of stride 1. Teach it a layer of your own with
     ``@orthokit.kernel_of.register``.
 
@@ -132,7 +135,7 @@ def kernel_of(layer: object) -> Kernel:
 
 @dataclass(frozen=True)
 class View:
-    """How a layer's weight ``(*batch, out, i, *spatial)`` is read as a kernel."""
+    """How a layer's weight ``(*batch, out, i, *spatial)`` is read as a kernel; ``(*batch, in, o, *spatial)`` if transposed."""
 
     groups: int = 1
     stride: tuple[int, ...] = ()
@@ -141,37 +144,100 @@ class View:
 
     def kernel(self, weight: Tensor, rank: int | None = None) -> Kernel:
         """The kernel of one weight, or of a batch of them."""
-        place = weight.ndim - 2 - len(self.stride)
-        weight = weight.unflatten(place, (self.groups, -1))
+        axis = weight.ndim - 2 - len(self.stride)
+        weight = weight.unflatten(axis, (self.groups, -1))
         if self.transposed:
-            weight = weight.transpose(place + 1, place + 2)
-        return Kernel(weight, self.stride, rank, self.dilation, self.transposed)
+            weight = weight.transpose(axis + 1, axis + 2)
+        # Only a convolution has an adjoint; a matrix is just stored the other way round.
+        return Kernel(weight, self.stride, rank, self.dilation, self.transposed and bool(self.stride))
+
+    def size(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Groups, filters per group and weights per filter of a weight of this shape."""
+        first, second, *spatial = shape
+        o, i = (second, first // self.groups) if self.transposed else (first // self.groups, second)
+        return self.groups, o, i * math.prod(spatial)
 
 
-@kernel_of.register
-def _linear(layer: nn.Linear) -> Kernel:
-    return View().kernel(weight_of(layer))
+@functools.singledispatch
+def _views(layer: object) -> dict[str, View]:
+    """How the weights of a layer of torch are read, by the name of the tensor."""
+    return {}
 
 
-@kernel_of.register
-def _convolution(layer: _ConvNd) -> Kernel:
-    return _view(layer).kernel(weight_of(layer))
+@_views.register(nn.Linear)
+@_views.register(nn.Embedding)
+@_views.register(nn.EmbeddingBag)
+def _one_matrix(layer: nn.Module) -> dict[str, View]:
+    return {"weight": View()}
 
 
-def _view(layer: _ConvNd) -> View:
-    return View(layer.groups, tuple(layer.stride), tuple(layer.dilation), isinstance(layer, _ConvTransposeNd))
+@_views.register
+def _one_convolution(layer: _ConvNd) -> dict[str, View]:
+    view = View(layer.groups, tuple(layer.stride), tuple(layer.dilation), isinstance(layer, _ConvTransposeNd))
+    return {"weight": view}
 
 
-def plain_view(layer: nn.Module) -> View | None:
-    """How :func:`kernel_of` reads the layer's weight; None for a layer that somebody else taught it to read."""
-    reader = kernel_of.dispatch(type(layer))
-    return View() if reader is _linear else _view(cast(_ConvNd, layer)) if reader is _convolution else None
+@_views.register
+def _three_projections(layer: nn.MultiheadAttention) -> dict[str, View]:
+    packed_or_not = {"in_proj_weight": 3, "q_proj_weight": 1, "k_proj_weight": 1, "v_proj_weight": 1}
+    return {name: View(groups) for name, groups in packed_or_not.items() if getattr(layer, name, None) is not None}
 
 
-def plain_weight(layer: nn.Module) -> nn.Parameter | None:
-    """``layer.weight`` where it is a parameter as it is: not parametrized, pruned, normalised or sharded."""
-    weight = layer._parameters.get("weight")
-    return weight if type(weight) is nn.Parameter and not hasattr(type(layer), "weight") else None
+def _read(layer: nn.Module) -> Kernel:
+    """The kernel of a layer whose views are known."""
+    names = list(_views(layer))
+    if len(names) != 1:
+        raise ValueError(
+            f"this {type(layer).__name__} has {len(names)} weights that are kernels ({', '.join(names) or 'none'}); "
+            "orthokit.select gives each as a layer of its own"
+        )
+    return kernel_named(layer, names[0])
+
+
+for _kind in (nn.Linear, _ConvNd, nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag):
+    kernel_of.register(_kind)(_read)
+
+
+def _reader(kind: type) -> Callable[[Any], Kernel]:
+    """The function that :func:`kernel_of` calls for this class."""
+    reader = kernel_of.dispatch(kind)
+    if reader is kernel_of.dispatch(object):
+        # transformers' Conv1D, a Linear whose weight is stored (in, out), is known by its name: nothing is imported for it.
+        for base in kind.__mro__:
+            if base.__name__ == "Conv1D" and base.__module__.partition(".")[0] == "transformers":
+                _views.register(base)(lambda layer: {"weight": View(transposed=True)})
+                return kernel_of.register(base)(_read)
+    return reader
+
+
+def views(layer: object) -> dict[str, View]:
+    """How the weights of a layer are read, by the name of the tensor; empty for one that somebody else taught us to read."""
+    return _views(layer) if _reader(type(layer)) is _read else {}
+
+
+def kernel_named(layer: nn.Module, name: str, *, stored: bool = False) -> Kernel:
+    """The kernel of the layer's weight ``name``, one of its :func:`views`; of a layer without views its only one.
+
+    With ``stored`` the weight is the stored one, whatever the layer's forward pass makes of it.
+    """
+    view = views(layer).get(name)
+    if view is None:
+        return kernel_of(layer)
+    return view.kernel(whole(stored_weight(layer, name)) if stored else weight_of(layer, name))
+
+
+def plain_view(layer: nn.Module, name: str) -> View | None:
+    """How the weight is read; None where its forward pass computes another from it, or somebody else taught us to read it."""
+    view = views(layer).get(name)
+    if view is None or not is_overridden(layer):
+        return view
+    return None if computed_weight(layer, stored_weight(layer, name)) is not None else view
+
+
+def plain_weight(layer: nn.Module, name: str) -> nn.Parameter | None:
+    """The weight where it is a parameter as it is: not parametrized, pruned, normalised or sharded."""
+    weight = layer._parameters.get(name)
+    return weight if type(weight) is nn.Parameter and not hasattr(type(layer), name) else None
 
 
 @kernel_of.register
@@ -183,50 +249,75 @@ def _tensor(weight: Tensor) -> Kernel:
 
 def has_kernel(layer: object) -> bool:
     """Whether :func:`kernel_of` knows this kind of layer."""
-    return kernel_of.dispatch(type(layer)) is not kernel_of.dispatch(object)
+    reader = _reader(type(layer))
+    return bool(_views(layer)) if reader is _read else reader is not kernel_of.dispatch(object)
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    """``layer.weight`` fresh from its parameters, whatever computes it; reading changes nothing in the model.
+def is_embedding(layer: object) -> bool:
+    """Whether the layer looks up rows of its weight."""
+    return isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
+
+
+def is_linear(layer: object) -> bool:
+    """Whether the layer multiplies with its weights: Linear, attention's projections, transformers' ``Conv1D``."""
+    return not is_embedding(layer) and any(not view.stride for view in views(layer).values())
+
+
+def weight_of(layer: nn.Module, name: str = "weight") -> Tensor:
+    """The layer's weight fresh from its parameters, whatever computes it; reading changes nothing in the model.
+
+    A Linear or convolution with a forward pass of its own is asked which weight it uses: see :mod:`orthokit.in_use`.
+    """
+    stored = stored_weight(layer, name)
+    used = computed_weight(layer, stored) if is_overridden(layer) else None
+    return whole(stored if used is None else used)
+
+
+def stored_weight(layer: nn.Module, name: str) -> Tensor:
+    """``layer.weight``, computed anew.
 
     The old ``nn.utils.weight_norm``, ``spectral_norm`` and ``prune`` refresh ``.weight`` only in the forward pass, and a
     spectral normalisation in training mode advances its power iteration whenever it is read: both are handled here.
     """
-    if parametrize.is_parametrized(layer, "weight"):
-        parametrization = cast(nn.ModuleDict, layer.parametrizations)["weight"]
+    if parametrize.is_parametrized(layer, name):
+        parametrization = cast(nn.ModuleDict, layer.parametrizations)[name]
         # Its own call rather than `layer.weight`, which would leave this reading in the cache of `parametrize.cached()`.
-        sharded = {name: whole(part) for name, part in parametrization.named_parameters() if hasattr(part, "full_tensor")}
+        sharded = {part: whole(value) for part, value in parametrization.named_parameters() if hasattr(value, "full_tensor")}
         with evaluating(parametrization):
             return cast(Tensor, functional_call(parametrization, sharded, ()) if sharded else parametrization())
     for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.name == "weight":
+        if isinstance(hook, WeightNorm) and hook.name == name:
             return cast(Tensor, hook.compute_weight(layer))
-        if isinstance(hook, SpectralNorm) and hook.name == "weight":
-            matrix = hook.reshape_weight_to_matrix(cast(Tensor, layer.weight_orig))
+        if isinstance(hook, SpectralNorm) and hook.name == name:
+            original, u, v = (cast(Tensor, getattr(layer, f"{name}_{part}")) for part in ("orig", "u", "v"))
             # Copies: the next forward pass overwrites these vectors, perhaps before our backward pass.
-            u, v = cast(Tensor, layer.weight_u).clone(), cast(Tensor, layer.weight_v).clone()
-            return cast(Tensor, layer.weight_orig) / torch.dot(u, torch.mv(matrix, v))
-        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+            u, v = u.clone(), v.clone()
+            return original / torch.dot(u, torch.mv(hook.reshape_weight_to_matrix(original), v))
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
             return cast(Tensor, hook.apply_mask(layer))
-    weight = layer.weight
+    weight = getattr(layer, name)
     if isinstance(weight, UninitializedParameter):
         raise ValueError(f"{type(layer).__name__} has no weight yet; run one batch through the model first")
     if not isinstance(weight, Tensor):
-        raise TypeError(f"the weight of this {type(layer).__name__} is {weight!r}, not a tensor")
-    return whole(weight)
+        raise TypeError(f"the {name} of this {type(layer).__name__} is {weight!r}, not a tensor")
+    return weight
 
 
-def sources(layer: nn.Module, kernel: Kernel | None = None) -> tuple[Tensor, ...]:
+def sources(layer: nn.Module, name: str = "weight", kernel: Kernel | None = None) -> tuple[Tensor, ...]:
     """The parameters from which a layer's kernel is computed: its weight, or what a parametrization makes it from.
 
     They are read off the graph of the kernel; pass it if it was read already. Where nothing asks for a gradient: the parameters
     with which it could.
     """
     with torch.enable_grad():
-        if found := leaves((kernel or kernel_of(layer)).weight):
-            return found
-    own = layer._parameters.get("weight")
-    if own is not None or isinstance(layer._buffers.get("weight"), Tensor):
+        if kernel is not None:
+            value = kernel.weight
+        else:
+            value = weight_of(layer, name) if name in views(layer) else kernel_of(layer).weight
+        if parameters := leaves(value):
+            return parameters
+    own = layer._parameters.get(name)
+    if own is not None or isinstance(layer._buffers.get(name), Tensor):
         return () if own is None else (own,)
     return tuple(layer.parameters())
 

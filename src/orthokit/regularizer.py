@@ -54,12 +54,12 @@ class _Form(NamedTuple):
     @property
     def o(self) -> int:
         """Filters per group."""
-        return self.size[0] // self.reading.view.groups
+        return self.reading.view.size(self.size)[1]
 
     @property
     def n(self) -> int:
         """Weights per filter."""
-        return self.size[1:].numel()
+        return self.reading.view.size(self.size)[2]
 
 
 _Plain = dict[_Form, list[tuple[Layer, nn.Parameter]]]
@@ -177,7 +177,7 @@ class Regularizer:
             kernel = layer.kernel
             if (transition := getattr(penalty, "transition", None)) is not None:
                 self.ranks[layer.name] = transition(kernel.o, kernel.n, layer.name)
-            view, rank = plain_view(layer.module), self.ranks.get(layer.name)
+            view, rank = plain_view(layer.module, layer.weight), self.ranks.get(layer.name)
             self._readings.append(None if view is None else readings.setdefault((view, rank), _Reading(view, rank)))
             self._costs.append(kernel.groups * kernel.o * kernel.n * min(kernel.o, kernel.n))
             if not bool(kernel.weight.detach().any()):
@@ -270,7 +270,7 @@ class Regularizer:
         for place, (layer, reading) in enumerate(zip(self.layers, self._readings, strict=True)):
             if mine is not None and place not in mine:
                 continue
-            if reading is not None and (weight := plain_weight(layer.module)) is not None:
+            if reading is not None and (weight := plain_weight(layer.module, layer.weight)) is not None:
                 trains = weight.requires_grad
                 if trains or self.include_frozen:
                     # A tuple is found as a form is, and made faster.
@@ -281,7 +281,11 @@ class Regularizer:
                 continue
             with torch.enable_grad():  # without it the kernel would not tell whether it trains
                 kernel = replace(layer.kernel, rank=self.ranks.get(layer.name))
-            if self.include_frozen or kernel.weight.requires_grad or any(p.requires_grad for p in sources(layer.module, kernel)):
+            if (
+                self.include_frozen
+                or kernel.weight.requires_grad
+                or any(p.requires_grad for p in sources(layer.module, layer.weight, kernel))
+            ):
                 computed.setdefault(kernel.layout, []).append((layer, kernel))
         closed = {form: members for form, members in plain.items() if apart and self._rule(form) is not None}
         return closed, chain(
@@ -299,7 +303,7 @@ class Regularizer:
             owner = {name: next((c for c in type(self.penalty).__mro__ if name in vars(c)), object) for name in RULED}
             found = None
             # Not that of a class whose call was overridden.
-            if issubclass(owner["gram_rule"], owner["__call__"]) and not view.transposed:
+            if issubclass(owner["gram_rule"], owner["__call__"]) and not (view.transposed and view.stride):
                 found = cast(Any, self.penalty).gram_rule(form.o, form.n, rank)
             # Equal ones are one.
             same = (known for known in self._rules.values() if known and found and identity(known) == identity(found))
@@ -314,7 +318,8 @@ class Regularizer:
             weights: list[Tensor] = [weight for _, weight in members]
             view = form.reading.view
             scale = self._factor(view.groups, _Stack([members[0][0]], weights[:1], form).kernel)
-            by_rows = is_by_rows((form.o, form.n), side)
+            # The filters of a matrix that is stored the other way round are its columns.
+            by_rows = is_by_rows((form.o, form.n), side) != view.transposed
             found.append(Batch([weights], view.groups, rule, by_rows, scale, form.trains))
         return list(in_batches(found))
 
@@ -433,7 +438,7 @@ class Regularizer:
             for layer, target in zip(stack.layers, targets, strict=True):
                 with torch.enable_grad():
                     own = layer.kernel
-                weight, behind = own.weight.detach(), sources(layer.module, own)
+                weight, behind = own.weight.detach(), sources(layer.module, layer.weight, own)
                 if len(behind) != 1 or weight.data_ptr() != behind[0].data_ptr() or weight.numel() != behind[0].numel():
                     raise ValueError(f"the weight of layer {layer.name!r} is computed from others and cannot be set; see where=")
                 moves.append((weight, target.reshape(weight.shape).to(weight.dtype)))

@@ -9,6 +9,7 @@ Policies are plain values, written in lower case because they are used as words 
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
@@ -147,8 +148,11 @@ class share:
         check_number("q", self.q, 0, 1)
 
     def __call__(self, o: int, n: int, name: str = "") -> int:
-        target = self.q * o * (o - 1) / 2
-        nearest = min(range(1, min(o, n) + 1), key=lambda r: (abs(expected_cardinality(o, r) - target), -r))
+        target, most = self.q * o * (o - 1) / 2, min(o, n)
+        # The cardinality falls with r: the nearest is the first at or below the target, or the one before.
+        below = bisect_left(range(1, most + 1), -target, key=lambda r: -expected_cardinality(o, r)) + 1
+        around = (r for r in (below - 1, below) if 1 <= r <= most)
+        nearest = min(around, key=lambda r: (abs(expected_cardinality(o, r) - target), -r))
         return _raised(nearest, o, n, self.floor)
 
 
@@ -242,7 +246,7 @@ def plan(
     where: Where = convs,
     count: Count = "expected",
 ) -> Table:
-    """What ``relax`` asks of each layer of a model or state dict; print it before training.
+    """What ``relax`` asks of each layer of a model or state dict; print it before training. Shapes suffice: a meta model will do.
 
     Columns: filters ``o`` and weights per filter ``n`` (of each group), under- or over-determined, the transition dimension
     ``r``, how many pairs ``form="pairs"`` leaves free of how many, and the ceiling ``w_r`` of ``form="welch"``. Two arms of
@@ -253,8 +257,7 @@ def plan(
     """
     rows: list[Row] = []
     for layer in select(model, where):
-        kernel = layer.kernel
-        o, n, groups = kernel.o, kernel.n, kernel.groups
+        groups, o, n = layer.size
         r = transition_dimension(relax, o, n, layer.name)
         rows.append(
             {

@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from orthokit.checks import warn_once
-from orthokit.kernel import sources
 from orthokit.regularizer import Regularizer
 from orthokit.select import reshard
 
@@ -77,7 +76,7 @@ def check_trained(ortho: Regularizer, *optimizers: Optimizer) -> None:
     missing = [
         layer.name
         for layer in ortho.layers
-        if not held.issuperset(id(parameter) for parameter in sources(layer.module) if parameter.requires_grad)
+        if not held.issuperset(id(parameter) for parameter in layer.sources if parameter.requires_grad)
     ]
     if missing:
         raise ValueError(

@@ -1,0 +1,114 @@
+"""The weight that a layer's forward pass uses, where a subclass may compute it there (weight standardisation, fake quantisation).
+
+The forward pass itself is asked: a copy of the layer runs on a tiny input of zeros, and the weight that reaches torch's
+convolution or linear function is the weight in use, with its graph. So no list of classes is needed, and a harmless override
+(padding, casting, a branch beside) is told from one that uses another weight.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+
+TORCH = "torch.nn.modules.conv", "torch.nn.modules.linear"
+WEIGHTED: frozenset[Any] = frozenset(
+    (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+)
+PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "einsum"))
+
+
+def is_overridden(layer: nn.Module) -> bool:
+    """Whether somebody else than torch wrote the forward pass of this Linear or convolution."""
+    if not isinstance(layer, (nn.Linear, _ConvNd)):
+        return False
+    methods = (getattr(type(layer), name, None) for name in ("forward", "_conv_forward"))
+    return "forward" in vars(layer) or any(method is not None and method.__module__ not in TORCH for method in methods)
+
+
+def computed_weight(layer: nn.Module, stored: Tensor) -> Tensor | None:
+    """The weight that the forward pass computes from ``stored``, the layer's weight; None where it uses that as it is.
+
+    The layer is left as it was: the copy has its own parameters and buffers, through which gradients reach the layer's.
+
+    Raises:
+        TypeError: the forward pass cannot be followed; the message says how to register the layer.
+    """
+    twin: Any = _twin(layer)
+    if "weight" in vars(layer):  # set by the old `weight_norm` in its hook, perhaps long ago
+        vars(twin)["weight"] = stored
+    watch = _Watch(twin.weight)
+    reason = "no convolution or linear function of torch gets a weight of that shape"
+    try:
+        with watch:
+            twin.forward(_tiny_input(layer, stored))
+    except Exception as error:  # a forward pass can fail in any way
+        if not watch.weights:
+            reason = f"on an input of zeros it fails with {type(error).__name__}: {str(error).partition(chr(10))[0]:.120}"
+    weights = [weight for weight in watch.weights if weight.shape == stored.shape]
+    if weights and all(_is_same(weight, weights[0]) for weight in weights):
+        return None if any(_is_same(weights[0], own) for own in (twin.weight, stored)) else weights[0]
+    if not weights and watch.multiplied:
+        return None
+    name = type(layer).__name__
+    if weights:
+        reason = f"it uses {len(weights)} different ones"
+    raise TypeError(
+        f"{name} has a forward pass of its own, and which weight it uses could not be read off: {reason}. Say how to read it "
+        f"with @orthokit.kernel_of.register({name}), or leave it out with where="
+    )
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the weights that torch's convolution and linear functions get, and whether ``own`` is multiplied as it is."""
+
+    def __init__(self, own: Tensor) -> None:
+        super().__init__()
+        self.own, self.weights, self.multiplied = own, list[Tensor](), False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in WEIGHTED:
+            self.weights.append(args[1] if len(args) > 1 else kwargs["weight"])
+            with torch.no_grad():
+                return func(*args, **kwargs)
+        if getattr(func, "__name__", "") in PRODUCTS:
+            given = [each for arg in args for each in (arg if isinstance(arg, (list, tuple)) else [arg])]
+            self.multiplied |= any(isinstance(each, Tensor) and _shares(each, self.own) for each in given)
+        return func(*args, **kwargs)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose tensors are computed from the module's."""
+    twin = type(module).__new__(type(module))  # `copy` would ask __getstate__, which parametrized modules refuse
+    vars(twin).update(vars(module))
+    for kind in ("_parameters", "_buffers"):
+        tensors = vars(module)[kind].items()
+        vars(twin)[kind] = {name: tensor if tensor is None else tensor.clone() for name, tensor in tensors}
+    vars(twin)["_modules"] = {name: part if part is None else _twin(part) for name, part in module._modules.items()}
+    vars(twin)["training"] = False
+    return twin
+
+
+def _tiny_input(layer: nn.Module, weight: Tensor) -> Tensor:
+    size: tuple[int, ...] = (1, layer.in_features) if isinstance(layer, nn.Linear) else ()
+    if isinstance(layer, _ConvNd):
+        # One position of the kernel, and more than a reflecting padding can reflect.
+        padding = max(layer.padding) if isinstance(layer.padding, tuple) else 0
+        taps = [max(d * (k - 1), padding) + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        size = 1, layer.in_channels, *taps
+    return torch.zeros(size, dtype=weight.dtype, device=weight.device)
+
+
+def _shares(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are all of the same numbers."""
+    return one.numel() == other.numel() and one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and one.stride() == other.stride() and _shares(one, other))
