@@ -1,4 +1,4 @@
-"""Argument checks, one-time warnings and short reprs, shared by every floor above."""
+"""Argument checks, one-time warnings, short reprs and printable text, shared by every floor above."""
 
 import dataclasses
 import difflib
@@ -6,6 +6,7 @@ import functools
 import math
 import numbers
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Collection
 from types import UnionType
@@ -97,7 +98,7 @@ def warn_once(message: str) -> None:
     level = 2
     while sys._getframe(level - 1).f_globals.get("__name__", "").startswith("orthokit.") and sys._getframe(level - 1).f_back:
         level += 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(printable(message), stacklevel=level)
 
 
 def short_repr(self: Any) -> str:
@@ -114,3 +115,26 @@ def short_repr(self: Any) -> str:
         else:
             arguments.append(repr(value) if positional else f"{option.name}={value!r}")
     return f"{type(self).__name__}({', '.join(arguments)})"
+
+
+def printable(text: object, most: int = 2000, *, lines: bool = False) -> str:
+    r"""``text`` as one line that is safe to show: characters that a terminal, a page or a picture would act on are escaped.
+
+    These are control characters (C0, C1), those that change the direction of writing or take no room, lone surrogates, and
+    code points that are not assigned. Letters of every language and spaces stay.
+
+    Args:
+        text: a string, or what ``str`` makes one of.
+        most: longer text loses its middle.
+        lines: keep the ends of lines, and any length.
+
+    >>> print(printable("red \x1b[31m, \u202egnp.exe, café"))
+    red \x1b[31m, \u202egnp.exe, café
+    """
+    whole = str(text)
+    if not lines and len(whole) > most:
+        whole = f"{whole[: most // 2]} … {whole[len(whole) - most // 2 :]}"
+    if whole.isprintable():
+        return whole
+    kept = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c in kept or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in whole)

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,8 @@ from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from orthokit.checks import printable
 
 Row = dict[str, Any]
 
@@ -30,8 +32,8 @@ class Column:
     shown: bool = True
 
     def show(self, value: Any) -> str:
-        """``value`` as text; a dash where there is none."""
-        return "–" if value is None else format(value, self.format)
+        """``value`` as text that is safe to show; a dash where there is none."""
+        return "–" if value is None else printable(format(value, self.format))
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,8 @@ class Table:
         return _written(json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False) + "\n", path)
 
     def to_csv(self, path: str | PathLike[str] | None = None) -> str:
-        """One line per layer, every column. Written to ``path`` if given."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [column.key for column in self.columns], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        return _written(text.getvalue(), path)
+        """One line per layer, every column; see :func:`to_csv`. Written to ``path`` if given."""
+        return _written(to_csv([column.key for column in self.columns], self.rows), path)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable | Text]:
         every = [*self.rows, *self.totals.values()]
@@ -76,10 +74,10 @@ class Table:
             columns.pop()
             drawn = self._drawn(columns)
         yield drawn
-        yield from map(Text, self.notes)
+        yield from (Text(printable(note)) for note in self.notes)
 
     def _drawn(self, columns: list[Column]) -> RichTable:
-        drawn = RichTable(title=Text(self.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        drawn = RichTable(title=Text(printable(self.title)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for place, column in enumerate(columns):
             drawn.add_column(column.header, justify="right" if place else "left", no_wrap=bool(place), overflow="fold")
         for place, row in enumerate(self.rows, 1):
@@ -93,6 +91,36 @@ class Table:
         width = shutil.get_terminal_size((110, 24)).columns
         Console(file=text, width=width, color_system=None).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def to_csv(keys: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    r"""Rows as CSV that a spreadsheet can open: text is printable, and no cell of text is a formula.
+
+    Text that begins as a formula does, with ``= + - @``, gets an apostrophe in front unless it consists of numbers.
+
+    >>> to_csv(["layer", "cosine"], [{"layer": "=1+1", "cosine": -0.5}, {"layer": "conv", "cosine": None}])
+    "layer,cosine\n'=1+1,-0.5\nconv,\n"
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    shown = printable(value, lines=True).replace("\n", " ")
+    return f"'{shown}" if shown.lstrip().startswith(("=", "+", "-", "@")) and not all(map(_is_number, shown.split())) else shown
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _finite(value: Any) -> Any:

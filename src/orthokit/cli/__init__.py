@@ -3,16 +3,17 @@
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 import orthokit as ok
-from orthokit.cli.base import UsageError
+from orthokit.checks import printable
+from orthokit.cli.base import Terminal, UsageError
 from orthokit.cli.evidence import Compare, Evaluate, Power, Study
 from orthokit.cli.lab import Demo, Sweep, Train
 from orthokit.cli.look import List, Plan, Report
@@ -32,13 +33,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
-class _Console(Console):
-    """Treats a closed pipe (``| head``) as the reader having seen enough."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
@@ -54,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # Greek letters on a terminal without them
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = Terminal(stderr=True, soft_wrap=True)
     own.TOLD.clear()
     try:
         command = tyro.extras.subcommand_cli_from_dict(
@@ -64,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> int:
             args=args or ["--help"],
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-        status: int | None = command.run(_Console())
+        status: int | None = command.run(Terminal())
         with contextlib.suppress(AttributeError):  # of no stdout at all
             sys.stdout.flush()
         return status or 0
@@ -74,8 +68,13 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        errors.print(f"[bold red]orthokit:[/] {escape(str(error))}", highlight=False)
+        errors.print(Text.assemble(("orthokit:", "bold red"), " ", _line(error)))
         return getattr(error, "status", 2)
     except KeyboardInterrupt as interrupt:
-        errors.print(escape(str(interrupt) or "interrupted"), highlight=False)
+        errors.print(Text(_line(interrupt) or "interrupted"))
         return 130
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return printable(re.sub(r"\s*\n\s*", " ", str(error)))

@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
+from orthokit.checks import printable
 from orthokit.tables import Table
 
 if TYPE_CHECKING:
@@ -18,6 +20,22 @@ Format = Literal["table", "json", "csv"]
 
 class UsageError(Exception):
     """Something the caller can put right; printed without a traceback."""
+
+
+class Terminal(Console):
+    """A console that shows no character a terminal would act on, whatever a file or a name holds.
+
+    A closed pipe (``| head``) is treated as the reader having seen enough.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The segments of ``renderable``, each of them printable."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text, lines=True))
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line."""
+        raise BrokenPipeError
 
 
 def check_positive(command: object, *names: str) -> None:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from orthokit.cli.base import Format, UsageError, check_positive, needing
+from orthokit.cli.base import Format, Terminal, UsageError, check_positive, needing
 from orthokit.cli.lab import Machine
 from orthokit.tables import Column, Table
 
@@ -70,7 +70,7 @@ class Evaluate:
             kinds = ", ".join(dict.fromkeys(subject.recipe.network.kind for subject in wanted))
             raise UsageError(f"--model {self.model} names a network that none of these runs has; theirs: {kinds}")
         unique = list({subject.record.resolve(): subject for subject in wanted}.values())
-        quiet = Console(stderr=True) if self.format != "table" else console
+        quiet = Terminal(stderr=True) if self.format != "table" else console
         options = {name: getattr(self, name) for name in ("parts", "images", "root", "device", "jobs", "threads")}
         failed = measured(unique, quiet, **options)
         found = [evaluate.result(subject) for subject in unique]
