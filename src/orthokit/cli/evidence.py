@@ -20,6 +20,7 @@ from orthokit.cli.lab import Machine
 from orthokit.tables import Column, Table
 
 if TYPE_CHECKING:
+    from orthokit.evidence.compare import Comparison
     from orthokit.evidence.evaluate import Subject
     from orthokit.evidence.results import Result
     from orthokit.evidence.study import Plan
@@ -146,20 +147,25 @@ class Compare:
     """Compare arms with a baseline: means, intervals, tests, and a verdict in words.
 
     Arms are runs that differ in --factor; they are compared among runs of equal --by. What differs besides is refused. Results
-    are of the last epoch, never of the best one.
+    are of the last epoch, never of the best one. Anybody's results are compared alike: a CSV file with a line for each run and
+    the columns arm, seed, metrics, and panel or network if there are several.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS...")]
-    """Folders of runs; all finished runs below them count."""
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS|FILE.csv...")]
+    """Folders of runs, below which all finished runs count; or CSV files."""
     baseline: str | None = None
-    """Name of the arm that the others are compared with; by default the one without a penalty."""
+    """Name of the arm that the others are compared with; by default the one without a penalty (in CSV: none or baseline)."""
     factor: tuple[str, ...] = ("regularizer",)
     """Keys or sections of the recipe in which arms differ."""
-    by: tuple[str, ...] = ("network", "data.name")
-    """Keys or sections that tell apart what is compared separately."""
-    metric: str = "accuracy"
+    by: tuple[str, ...] = ()
+    """Keys or sections that tell apart what is compared separately: network and data.name by default; columns of CSV files."""
+    metric: str | None = None
     """What verdicts go by: accuracy, train_accuracy, train_loss, test_loss, nll,
     ece, fgsm, pgd, pgd_l2, noise, corruptions, under_cos, ..."""
+    higher: tuple[str, ...] = ()
+    """Columns of CSV files of which more is better, where their names do not say so as accuracy or loss do."""
+    lower: tuple[str, ...] = ()
+    """Columns of which less is better."""
     contrast: tuple[str, ...] = ()
     """The primary question: differences "ARM - OTHER ARM", averaged over the panels and adjusted over these alone."""
     blocks: Literal["seed"] | None = None
@@ -182,24 +188,21 @@ class Compare:
             raise UsageError("name folders of runs, such as runs")
         with needing("comparing needs"):
             from orthokit.evidence import formats, page, results
-            from orthokit.evidence.compare import compare
+            from orthokit.evidence.compare import PANELS, compare
             from orthokit.lab.files import write
         files = [path for path in (self.markdown, self.latex, self.csv, self.html) if path is not None]
         if len({path.resolve() for path in files}) < len(files):
             raise UsageError("--html, --markdown, --latex and --csv need different files")
-        found, flagged = results.read(self.runs)
-        comparison = compare(
-            found,
-            title=self.title,
-            factor=self.factor,
-            by=self.by,
-            baseline=self.baseline,
-            metric=self.metric,
-            blocks=self.blocks,
-            contrasts=self.contrast,
-            anyway=self.anyway,
-            flagged=flagged,
-        )
+        options: dict[str, Any] = {"title": self.title, "baseline": self.baseline}
+        options |= {"blocks": self.blocks, "contrasts": self.contrast}
+        if any(path.suffix.lower() == ".csv" for path in self.runs):
+            comparison = self._of_sheets(options)
+        elif self.higher or self.lower:
+            raise UsageError("--higher and --lower are of columns in CSV files")
+        else:
+            found, flagged = results.read(self.runs)
+            options |= {"factor": self.factor, "by": self.by or PANELS, "metric": self.metric or "accuracy"}
+            comparison = compare(found, anyway=self.anyway, flagged=flagged, **options)
         tables = (self.markdown, formats.markdown), (self.latex, formats.latex), (self.csv, formats.to_csv)
         for path, writer in (*tables, (self.html, page.page)):
             if path is not None:
@@ -208,16 +211,31 @@ class Compare:
         for path in files:
             console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
 
+    def _of_sheets(self, options: dict[str, Any]) -> "Comparison":
+        from orthokit.evidence.sheet import compare_lines
+
+        if others := [path for path in self.runs if path.suffix.lower() != ".csv"]:
+            raise UsageError(f"{others[0]} is no CSV file; give CSV files, or folders of runs, not both at once")
+        if self.factor != ("regularizer",) or self.anyway:
+            raise UsageError("--factor and --anyway are of runs with recipes; in CSV files the column arm says what an arm is")
+        options |= {"by": self.by, "metric": self.metric, "higher": self.higher, "lower": self.lower}
+        return compare_lines(self.runs, **options)
+
 
 @dataclass(frozen=True)
 class Power:
     """How many seeds resolve a gain, or which gain some seeds resolve.
 
-    Of Welch's t between two arms, two-sided; with several comparisons, of the strictest step of Holm's adjustment.
+    Two-sided Welch t-test. With --comparisons N the level is divided by N (Holm's worst case). Without --sd, the standard
+    deviation is taken from runs that are there: the median over the networks below --like.
     """
 
-    sd: float
+    sd: float | None = None
     """Standard deviation of an arm's results from seed to seed, in the unit of the effect."""
+    like: tuple[Path, ...] = ()
+    """Folders of runs or of studies' results, or CSV files, whose runs vary as the planned ones will; results by default."""
+    metric: str | None = None
+    """Of --like: test accuracy by default, or the first column with numbers."""
     effect: float | None = None
     """Gain to be resolved, such as 0.3 (points of accuracy)."""
     seeds: int | None = None
@@ -229,6 +247,26 @@ class Power:
     alpha: float = 0.05
     """Risk of a wrong verdict among all comparisons."""
 
+    def _typical(self, console: Console) -> float:
+        """A standard deviation of runs that are there."""
+        from orthokit.evidence.spread import spreads, typical
+
+        paths = self.like or (Path("results"),)
+        if not self.like and not paths[0].is_dir():
+            raise UsageError("give --sd, or --like with a folder of runs or a CSV file whose runs vary as yours will")
+        heading, found = spreads(paths, self.metric)
+        table = RichTable(title=f"standard deviation of seeds, {heading}", title_justify="left", box=box.SIMPLE_HEAD)
+        for header in ("network", "arms", "runs", "sd"):
+            table.add_column(header, justify="left" if header == "network" else "right")
+        for each in found:
+            table.add_row(escape(each.where), str(each.arms), str(each.runs), f"{each.sd:.3g}")
+        console.print(table)
+        sd = typical(found)
+        least, most = min(each.sd for each in found), max(each.sd for each in found)
+        spread = f" the median of {len(found)}, from {least:.3g} to {most:.3g};" if len(found) > 1 else ""
+        console.print(f"sd = {sd:.3g} of {heading}:{spread} --sd sets another", highlight=False, soft_wrap=True, markup=False)
+        return sd
+
     def run(self, console: Console) -> None:
         with needing("this needs"):
             from orthokit.evidence.statistics import detectable, power, seeds_needed
@@ -239,23 +277,24 @@ class Power:
 
         if self.effect is None and self.seeds is None:
             raise UsageError("give --effect, --seeds, or both")
+        sd = self.sd if self.sd is not None else self._typical(console)
         if self.seeds is not None and self.effect is not None:
-            chance = power(self.seeds, self.effect, self.sd, **family)
+            chance = power(self.seeds, self.effect, sd, **family)
             say(f"[bold]{chance:.0%}[/] is the chance that {self.seeds} seeds an arm resolve a difference of {self.effect:g}")
         elif self.seeds is not None:
-            least = detectable(self.seeds, self.sd, chance=self.chance, **family)
+            least = detectable(self.seeds, sd, chance=self.chance, **family)
             say(f"[bold]{least:.3g}[/] is what {self.seeds} seeds an arm resolve with probability {100 * self.chance:g}%")
         if self.effect is None:
             return
-        needed = seeds_needed(self.effect, self.sd, chance=self.chance, **family)
+        needed = seeds_needed(self.effect, sd, chance=self.chance, **family)
         say(f"[bold]{needed:,} seeds an arm[/] resolve a difference of {self.effect:g} with probability {100 * self.chance:g}%")
         table = RichTable(box=box.SIMPLE_HEAD)
         for header in ("seeds an arm", f"chance to resolve {self.effect:g}", f"resolved with {100 * self.chance:g}%"):
             table.add_column(header, justify="right")
         for n in sorted({2, 3, 5, 10, 20, max(2, needed), *({self.seeds} if self.seeds else ())}):
-            least = detectable(n, self.sd, chance=self.chance, **family)
+            least = detectable(n, sd, chance=self.chance, **family)
             style = "bold" if n == needed else ""
-            table.add_row(f"{n:,}", f"{power(n, self.effect, self.sd, **family):.0%}", f"{least:.3g}", style=style)
+            table.add_row(f"{n:,}", f"{power(n, self.effect, sd, **family):.0%}", f"{least:.3g}", style=style)
         console.print(table)
 
 

@@ -99,16 +99,25 @@ class Comparison:
     """Whether verdicts go by a test with seeds as blocks, and not by Welch's."""
     primary_contrasts: tuple[tuple[str, str], ...] = ()
     """The primary question, stated before the runs: pairs of arms, whose difference over all panels is tested."""
+    known: tuple[Metric, ...] = METRICS
+    """What may have been measured."""
+    remarks: tuple[str, ...] = ()
+    """Notes on where the numbers are from."""
 
     @cached_property
     def arms(self) -> list[str]:
         """Of all panels, the baseline first."""
         return list(dict.fromkeys([self.baseline, *(arm for panel in self.panels for arm in panel.arms)]))
 
+    @property
+    def recorded(self) -> bool:
+        """Whether its runs are the lab's."""
+        return all(panel.recorded for panel in self.panels)
+
     @cached_property
     def metrics(self) -> list[Metric]:
         """Those that there are numbers of."""
-        return [metric for metric in METRICS if self.cells(metric)]
+        return [metric for metric in self.known if self.cells(metric)]
 
     def cells(self, metric: Metric) -> dict[str, dict[str, Cell]]:
         """Panel -> arm -> cell of a metric; p-values are adjusted over all of them. Arms without numbers are left out."""
@@ -300,7 +309,7 @@ class Comparison:
         fitted = [FITTED] if any(metric.path.startswith("train.") for metric in self.metrics) else []
         cost = [COST + self._uneven()] if any(metric.group == "cost" for metric in self.metrics) else []
         said = {part: Template(MEASURED[part]).safe_substitute(each | each["settings"]) for part, each in first.items()}
-        return [*fitted, *cost, *said.values()]
+        return [*self.remarks, *fitted, *cost, *said.values()]
 
     def _uneven(self) -> str:
         """A sentence, where runs of one arm had unequal speeds."""
@@ -315,12 +324,13 @@ class Comparison:
     def explanation(self) -> str:
         """How the figures were made, in words."""
         test, less = ("seeds as blocks", "Welch's t") if self.blocks else ("Welch's t", "seeds as blocks")
+        means, data = ("Last epoch, means", "images") if self.recorded else ("Means", "data")
         return (
-            f"Last epoch, means of seeds. {1 - ALPHA:.0%} intervals, not adjusted: Student's of means, of differences by {test}. "
+            f"{means} of seeds. {1 - ALPHA:.0%} intervals, not adjusted: Student's of means, of differences by {test}. "
             f"Verdicts go by {test}: p < {ALPHA:g} after Holm. {self._families()} Beside it stand the p of {less} and Dunnett's "
             f"test over the arms of each panel, which assumes equal variances. Seeds as blocks: in a panel, arms by seeds "
             f"without interaction, the error pooled over the arms (with two arms the paired t); over panels, paired within each. "
-            f"All of it is about other seeds on these images, which are one draw.{self._shared()}"
+            f"All of it is about other seeds on these {data}, which are one draw.{self._shared()}"
         )
 
     def _families(self) -> str:

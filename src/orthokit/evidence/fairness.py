@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from orthokit.config import penalty_of, where_of
-from orthokit.evidence.results import METRICS, Metric, Result
+from orthokit.evidence.results import METRICS, Metric, Result, Row
 from orthokit.lab.own import is_own
 from orthokit.penalties import Disentangled
 from orthokit.select import select
@@ -31,8 +31,15 @@ class Panel:
         return [result for _, result in self]
 
     @property
+    def recorded(self) -> bool:
+        """Whether its runs are the lab's, with recipe, images and environment on record."""
+        return not any(isinstance(result, Row) for result in self.results)
+
+    @property
     def depth(self) -> int | None:
         """Of the network, if it has one."""
+        if not self.recorded:
+            return None
         depth = self.results[0].recipe.to_dict()["network"].get("depth")
         return depth if isinstance(depth, int) else None
 
@@ -109,17 +116,27 @@ def repeated(results: Iterable[Result]) -> list[str]:
 
 def flags(panel: Panel, baseline: str) -> list[str]:
     """What a reader must know before believing a comparison in a panel."""
-    found = [*_equal(panel), *_selected(panel)]
+    found = []
+    for words, read in NUMERICS.items():
+        if len(values := panel.by(partial(_recorded, read))) > 1:
+            found.append(f"different {words}, which can move a result as far as another seed does: {_shown(values)}")
+    found += _commits(panel)
+    return [*_in(panel, [*_equal(panel), *_selected(panel)]), *unequal(panel, baseline), *_in(panel, found)]
+
+
+def unequal(panel: Panel, baseline: str) -> list[str]:
+    """What arms of a panel lack: the baseline, or seeds that others have."""
+    found = []
     if baseline not in panel.arms:
         found.append(f"no run of the baseline {baseline}, hence no differences")
     seeds = {arm: " ".join(str(result.seed) for result in results) for arm, results in panel.arms.items()}
     if len(set(seeds.values())) > 1:
         found.append("arms have different seeds: " + "; ".join(f"{each} in {arm}" for arm, each in seeds.items()))
-    for words, read in NUMERICS.items():
-        if len(values := panel.by(partial(_recorded, read))) > 1:
-            found.append(f"different {words}, which can move a result as far as another seed does: {_shown(values)}")
-    found += _commits(panel)
-    return [f"{panel.name}: {each}" for each in found]
+    return _in(panel, found)
+
+
+def _in(panel: Panel, sentences: Iterable[str]) -> list[str]:
+    return [f"{panel.name}: {each}" for each in sentences]
 
 
 Environment = Mapping[str, Any]
@@ -259,26 +276,32 @@ def _of_a_sweep(result: Result) -> bool:
 def incomparable(panels: Sequence[Panel]) -> tuple[list[str], list[str]]:
     """Parts of evaluations made with different settings, and what to say of them and of parts that some runs lack."""
     results = [result for panel in panels for result in panel.results]
-    differing, lacking = [], dict[int, list[str]]()
+    differing, missing = [], dict[int, list[str]]()
     for part in dict.fromkeys(part for result in results for part in result.parts):
         found = [_form(result.parts[part]) for result in results if part in result.parts]
         if len(set(found)) > 1:
             differing.append(part)
         elif len(found) < len(results):
-            lacking.setdefault(len(results) - len(found), []).append(part)
+            missing.setdefault(len(results) - len(found), []).append(part)
     said = [
         f"not evaluated in {count} of {len(results)} runs, whose arms are left out there: {', '.join(parts)}"
-        for count, parts in lacking.items()
+        for count, parts in missing.items()
     ]
     if differing:
         said.append(f"evaluated with different settings, hence left out: {', '.join(differing)}; orthokit evaluate them alike")
-    for metric in METRICS:
+    return differing, [*said, *lacking(panels, METRICS)]
+
+
+def lacking(panels: Sequence[Panel], metrics: Sequence[Metric]) -> list[str]:
+    """A sentence for each metric and panel in which some runs have no number, and others have."""
+    said = []
+    for metric in metrics:
         for panel in panels:
             none = [(arm, result.seed) for arm, result in panel if metric.read(result) is None and _measured(metric, result)]
             if 0 < len(none) < len(panel.results):
                 shown = listed([f"{arm} (seed {seed})" for arm, seed in none])
                 said.append(f"{panel.name}: no {metric.label}, or no finite one, of {shown}; these arms are left out of it")
-    return differing, said
+    return said
 
 
 def _measured(metric: Metric, result: Result) -> bool:

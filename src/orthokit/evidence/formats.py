@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orthokit.evidence.compare import Cell, Comparison
-from orthokit.evidence.results import METRICS, Group, Metric
+from orthokit.evidence.results import Group, Metric
 from orthokit.evidence.statistics import Blocked, Contrast, Difference
 from orthokit.evidence.tuning import RULE, VALIDATION, Choice, Trial
 
@@ -39,7 +39,17 @@ CONTRAST = (
     "binary logarithm). Errors come from the seeds alone, with Satterthwaite's degrees of freedom. Each table is a family of its "
     "own: its p are adjusted after Holm over its lines. By seed: paired by seed within each panel; n counts seeds of a panel."
 )
-LEGEND = f"Mean ± sd; + better, - worse, ↑ higher, ↓ lower than the baseline, where resolved. {COLUMNS}"
+LEGEND = "Mean ± sd; + better, - worse, ↑ higher, ↓ lower than the baseline, where resolved."
+
+
+def columns(comparison: Comparison) -> str:
+    """What columns of the lab's runs are; nothing of others."""
+    return COLUMNS if comparison.recorded else ""
+
+
+def legend(comparison: Comparison) -> str:
+    """Of tables with marks."""
+    return f"{LEGEND} {columns(comparison)}".rstrip()
 
 
 def p(value: float | None) -> str:
@@ -190,9 +200,9 @@ class Shown:
             yield table
         yield from (Text(each) for each in comparison.verdicts())
         yield Text()
-        for tables, legend in (
+        for tables, words in (
             (contrasts(comparison), CONTRAST),
-            (secondary(comparison) if self.more else (), LEGEND),
+            (secondary(comparison) if self.more else (), legend(comparison)),
             (chosen(comparison), RULE),
         ):
             found = list(tables)
@@ -200,7 +210,7 @@ class Shown:
                 for panel, rows in parts.items():
                     yield Wide(f"{title}: {panel}", names, rows)
             if found:
-                yield Text(legend, style="dim")
+                yield Text(words, style="dim")
         yield from (Text(f"power: {each}") for each in comparison.power())
         yield Padding(Text("\n".join([comparison.explanation, *comparison.notes]), style="dim"), (1, 0, 0, 0))
 
@@ -256,15 +266,15 @@ def markdown(comparison: Comparison, *, figures: Sequence[tuple[str, str]] = (),
     parts += ["\n".join(f"* {_plain(each)}" for each in comparison.verdicts())]
     parts += ["\n".join(f"* {_plain(each)}" for each in comparison.power()), _plain(comparison.explanation)]
     parts += [f"![{_plain(words)}]({file})" for file, words in figures]
-    for tables, legend in (
+    for tables, words in (
         (contrasts(comparison), [CONTRAST]),
-        (secondary(comparison), [LEGEND, *comparison.notes]),
+        (secondary(comparison), [legend(comparison), *comparison.notes]),
         (chosen(comparison), [RULE]),
     ):
         found = list(tables)
         for title, names, each in found:
             parts += [f"## {_plain(title)}", *(f"**{_plain(panel)}**\n\n{_pipes(names, rows)}" for panel, rows in each.items())]
-        parts += legend if found else []
+        parts += words if found else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -302,7 +312,7 @@ def latex(comparison: Comparison) -> str:
     headers, lines = primary(comparison)
     tables = [(comparison.primary.heading, headers, lines), *contrasts(comparison), *secondary(comparison), *chosen(comparison)]
     cautions = "".join(f"% CAUTION: {' '.join(flag.split())}\n" for flag in comparison.flags)
-    return f"{cautions}% {LEGEND}\n" + "\n".join(_tabular(comparison.title, *table) for table in tables)
+    return f"{cautions}% {legend(comparison)}\n" + "\n".join(_tabular(comparison.title, *table) for table in tables)
 
 
 def _tabular(title: str, caption: str, headers: Line, panels: dict[str, list[Line]]) -> str:
@@ -324,7 +334,7 @@ def to_csv(comparison: Comparison) -> str:
     keys += ["p_welch", "p_holm", "p_dunnett", "verdict", "values", "p_blocked", "n_blocked"]
     writer = csv.DictWriter(text, keys, lineterminator="\n")
     writer.writeheader()
-    for metric in METRICS:
+    for metric in comparison.known:
         for panel, arms in comparison.cells(metric).items():
             for arm, cell in arms.items():
                 writer.writerow({"metric": metric.key, "panel": panel, "arm": arm} | _raw(cell))

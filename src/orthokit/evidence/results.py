@@ -4,7 +4,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -42,9 +42,30 @@ class Result:
         """Of the run."""
         return int(self.summary["seed"])
 
+    def numbers(self, path: str) -> list[float]:
+        """What a metric's path leads to: one number, all of a curve's, or none."""
+        return _at(self.summary | {"evaluation": self.parts}, path)
+
     def small(self) -> dict[str, Any]:
         """All of it as one dictionary of a few kilobytes, as ``summary.json`` of which :func:`read` makes the same again."""
         return self.summary | {"evaluation": self.parts, "history": list(self.history)}
+
+
+@dataclass(frozen=True, eq=False)
+class Row(Result):
+    """A run of which only seed and numbers are known: a line of somebody's CSV file, by column. It has no recipe."""
+
+    recipe: None  # type: ignore[assignment]
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: Path, seed: int, values: Mapping[str, float]) -> "Row":
+        """The run of a line."""
+        return cls(source, {"seed": seed}, None, {}, (), values)
+
+    def numbers(self, path: str) -> list[float]:
+        """What stands in the column of this name."""
+        return [self.values[path]] if path in self.values else []
 
 
 def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
@@ -189,10 +210,13 @@ class Metric:
 
     def read(self, result: Result) -> float | None:
         """Its value, None where it is missing or not finite; fractions become percent where that is the unit."""
-        value: Any = result.summary | {"evaluation": result.parts}
-        for key in self.path.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        numbers = list(_numbers(value))
+        return self._of(result.numbers(self.path))
+
+    def of(self, record: Mapping[str, Any]) -> float | None:
+        """As :meth:`read`, of a dictionary such as a summary."""
+        return self._of(_at(record, self.path))
+
+    def _of(self, numbers: Sequence[float]) -> float | None:
         if not numbers or not all(abs(number) < HUGE for number in numbers):
             return None
         return statistics.fmean(numbers) * (100 if self.unit == "%" else 1)
@@ -200,6 +224,14 @@ class Metric:
     def show(self, value: float | None, sign: bool = False) -> str:
         """``value`` as text; a dash where there is none."""
         return "–" if value is None else format(value, "+" * sign + self.format)
+
+
+def _at(record: Mapping[str, Any], path: str) -> list[float]:
+    """The numbers in a nested dictionary below dotted keys."""
+    value: Any = record
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return list(_numbers(value))
 
 
 def _numbers(value: Any) -> Iterator[float]:
