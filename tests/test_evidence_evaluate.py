@@ -170,6 +170,9 @@ def test_formats(runs, capsys):
         assert check(capsys.readouterr().out)
 
 
+OWN = '[data]\nname = "digits"\nvalidation = 0\n[network]\nkind = "test_evidence_evaluate:Plain"\n[train]\nepochs = 1\n'
+
+
 class Plain(nn.Module):
     """Somebody's own network."""
 
@@ -185,9 +188,7 @@ class Plain(nn.Module):
 def test_any_checkpoint_with_a_recipe(tmp_path, capsys):
     torch.manual_seed(0)
     torch.save({"epoch": 3, "model": {f"module.{k}": v for k, v in Plain(1, 10).state_dict().items()}}, tmp_path / "own.pt")
-    (tmp_path / "own.toml").write_text(
-        '[data]\nname = "digits"\nvalidation = 0\n[network]\nkind = "test_evidence_evaluate:Plain"\n[train]\nepochs = 1\n'
-    )
+    (tmp_path / "own.toml").write_text(OWN)
     assert main(["evaluate", str(tmp_path / "own.pt"), "--jobs", "1"]) == 2
     assert "--recipe" in capsys.readouterr().err
     command = ["evaluate", str(tmp_path / "own.pt"), "--recipe", str(tmp_path / "own.toml"), "--jobs", "1", "--images", "30"]
@@ -238,9 +239,7 @@ def test_how_many_images(runs, capsys):
 
 def test_two_networks_of_one_name(tmp_path, capsys):
     torch.manual_seed(0)
-    (tmp_path / "own.toml").write_text(
-        '[data]\nname = "digits"\nvalidation = 0\n[network]\nkind = "test_evidence_evaluate:Plain"\n[train]\nepochs = 1\n'
-    )
+    (tmp_path / "own.toml").write_text(OWN)
     paths = [tmp_path / name for name in ("a/net.pt", "b/net.pt", "a/net.pth")]
     for path in paths:
         path.parent.mkdir(exist_ok=True)
@@ -289,3 +288,21 @@ def test_what_goes_wrong_is_told_and_the_rest_is_done(trained, runs, tmp_path, c
         assert main(["evaluate", *wrong]) == 2
     with pytest.raises(ValueError, match="no part 'acuracy'; did you mean 'accuracy'"):
         evaluate.evaluate([], parts=["acuracy"])
+
+
+def test_of_several_networks_in_a_checkpoint_one_is_evaluated_whatever_their_order(tmp_path, capsys):
+    (tmp_path / "own.toml").write_text(OWN)
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(Plain(1, 10).state_dict())
+    values = {}
+    for order, key in (((0, 1), None), ((1, 0), None), ((0, 1), "model_ema")):
+        names = ("model", "model_ema")
+        torch.save({names[k]: states[k] for k in order}, path := tmp_path / f"{order[0]}{key}.pt")
+        command = ["evaluate", str(path), "--recipe", str(tmp_path / "own.toml"), "--jobs", "1", "--parts", "accuracy"]
+        assert main(command + (["--key", key] if key else [])) == 0
+        assert ("read model (" in capsys.readouterr().out) == (key is None)
+        record = json.loads(path.with_name(f"{path.name}.evaluation.json").read_text())
+        values[order, key] = record["parts"]["accuracy"]["nll"]
+    assert values[(0, 1), None] == values[(1, 0), None] != values[(0, 1), "model_ema"]

@@ -106,7 +106,7 @@ def test_bad_arguments(unchecked):
 def test_state_dicts():
     m = model()
     kinds = {layer.name: type(layer.module).__name__ for layer in ok.select(m.state_dict(), ok.layers)}
-    assert kinds == {"0": "Conv2d", "1.0": "Conv2d", "1.2": "Conv2d", "2": "Conv2d", "4": "Linear"}
+    assert kinds == {"0": "Conv2d", "1.0": "Conv2d", "1.2": "Conv2d", "2": "ConvTranspose2d", "4": "Linear"}
     checkpoint = {"epoch": 3, "optimizer": {"state": {0: {"momentum": torch.ones(3)}}}, "net": DataParallel(m).state_dict()}
     assert names(ok.layers, checkpoint) == list(kinds)
     tied = {"a.weight": m[4].weight, "b.weight": m[4].weight.detach()}

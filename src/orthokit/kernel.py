@@ -204,7 +204,7 @@ def _reader(kind: type) -> Callable[[Any], Kernel]:
     if reader is kernel_of.dispatch(object):
         # transformers' Conv1D, a Linear whose weight is stored (in, out), is known by its name: nothing is imported for it.
         for base in kind.__mro__:
-            if base.__name__ == "Conv1D" and base.__module__.partition(".")[0] == "transformers":
+            if base.__name__ == "Conv1D" and base.__module__.partition(".")[0] in ("transformers", "orthokit"):
                 _views.register(base)(lambda layer: {"weight": View(transposed=True)})
                 return kernel_of.register(base)(_read)
     return reader

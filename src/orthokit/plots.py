@@ -13,6 +13,7 @@ from orthokit.diagnostics import singular_values
 from orthokit.gram import cosines, welch_bound
 from orthokit.kernel import Kernel
 from orthokit.select import Where, layers, select
+from orthokit.statedict import Layers
 
 COLOURS = ("#8a8a8a", "#d1711f", "#2166ac", "#7b3294", "#1a9850", "#b2182b", "#01665e", "#a6611a")
 LARGEST = 2048
@@ -21,7 +22,7 @@ LARGEST = 2048
 
 @torch.no_grad()
 def draw(
-    models: Mapping[str, Sequence[nn.Module | Mapping[str, Any]]],
+    models: Mapping[str, Sequence[nn.Module | Mapping[str, Any] | Layers]],
     path: str | PathLike[str],
     *,
     title: str = "",

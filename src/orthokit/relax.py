@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from orthokit.checks import check_choice, check_count, check_number, short_repr
 from orthokit.gram import welch_bound
 from orthokit.select import Where, convs, select
+from orthokit.statedict import Layers
 from orthokit.tables import Column, Row, Table
 
 Count = Literal["expected", "fewest"]
@@ -240,7 +241,7 @@ PLAN_COLUMNS = (
 
 
 def plan(
-    model: nn.Module | Mapping[str, Any],
+    model: nn.Module | Mapping[str, Any] | Layers,
     relax: Policy | None,
     *,
     where: Where = convs,

@@ -1,13 +1,11 @@
 """How orthogonal is a network: one row per layer, totals for under- and over-determined layers apart."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
-from orthokit.checkpoint import unread
+from orthokit.architecture import Network, opened
 from orthokit.diagnostics import angles, effective_rank, frame_tightness, singular_values, stable_rank
 from orthokit.gram import frobenius, lengths, residual, welch_bound
 from orthokit.kernel import Kernel
@@ -40,8 +38,10 @@ COLUMNS = (
 
 
 @torch.no_grad()
-def report(model: nn.Module | Mapping[str, Any], *, where: Where = layers, spectrum: bool = True) -> Table:
-    """Near-orthogonality of each layer of a model or state dict, measured against what its shape allows.
+def report(
+    model: Network, *, where: Where = layers, spectrum: bool = True, like: nn.Module | None = None, key: str | None = None
+) -> Table:
+    """Near-orthogonality of each layer of a model, state dict or saved network, measured against what its shape allows.
 
     Columns (``c`` cosines of pairs of filters, ``nu`` lengths, ``sigma`` singular values; groups of a layer taken together):
     ``mean_cos``, ``max_cos``, ``copies`` (pairs with ``|c| > .99``), ``mean_length_error``, ``max_length_error`` (``|nu - 1|``);
@@ -51,13 +51,23 @@ def report(model: nn.Module | Mapping[str, Any], *, where: Where = layers, spect
     on the CPU; without ``spectrum`` the singular values, most of the work, are left out. A layer with NaN or infinite weights
     gets a row without figures, and a note.
 
+    Args:
+        model: a model, a state dict, a checkpoint that holds one, or the path of a file with one; nothing in it is executed.
+        where: which layers.
+        spectrum: whether singular values are computed.
+        like: a model of the architecture of a state dict or file, which does not record all of it; without, the notes name
+            what was concluded from sizes and names.
+        key: which of several networks in a state dict or file.
+
     Raises:
-        ValueError: ``where`` selects nothing.
-        TypeError: ``model`` is neither a module nor a mapping.
+        ValueError: ``where`` selects nothing, or a file cannot be read.
+        TypeError: ``model`` is neither a module nor a mapping nor a path.
     """
+    kind = type(model).__name__ if isinstance(model, nn.Module) else "state dict" if like is None else type(like).__name__
+    network, reading = opened(model, like, key)
     rows = [
         {"layer": layer.name, "kind": type(layer.module).__name__, **_measure(layer.kernel, spectrum)}
-        for layer in select(model, where)
+        for layer in select(network, where)
     ]
     parts = {
         name: [row for row in rows if row["determined"] == name and row["mean_length_error"] is not None]
@@ -69,14 +79,7 @@ def report(model: nn.Module | Mapping[str, Any], *, where: Where = layers, spect
     broken = [row["layer"] for row in rows if row["mean_length_error"] is None]
     notes = ["c: cosine of two filters; ν: filter length; copies: |c| > .99; residual: ‖KKᵀ-I‖/√o"]
     notes += [f"NaN or infinite weights, left out of the totals: {', '.join(broken)}"] if broken else []
-    if isinstance(model, Mapping):
-        notes.append("a state dict does not record groups: each weight is read as ungrouped")
-        if left_out := unread(model):
-            shown = ", ".join(left_out[:4]) + (f" and {len(left_out) - 4} more" if len(left_out) > 4 else "")
-            notes.append(
-                f"parametrized, sparse, integer or empty weights, left out: {shown}; report the model itself to see them"
-            )
-    kind = "state dict" if isinstance(model, Mapping) else type(model).__name__
+    notes += reading
     return Table(f"orthogonality of {kind}", COLUMNS, tuple(rows), totals, tuple(notes))
 
 

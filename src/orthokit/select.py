@@ -18,10 +18,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from orthokit.checkpoint import modules_of
 from orthokit.checks import did_you_mean, warn_once
 from orthokit.gram import outside_autocast
 from orthokit.kernel import Kernel, has_kernel, is_embedding, is_linear, kernel_named, sources, stored_weight, views
+from orthokit.statedict import Layers, layers_of
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -294,13 +294,13 @@ def _model() -> _Model:
         raise TypeError("the predicates `tied` and `head` look at a whole model; pass them as where=") from None
 
 
-def select(model: nn.Module | Mapping[str, Any], where: Where = convs) -> tuple[Layer, ...]:
+def select(model: nn.Module | Mapping[str, Any] | Layers, where: Where = convs) -> tuple[Layer, ...]:
     """The layers of ``model`` for which ``where(name, module)`` holds, in the model's order, tied weights once.
 
     Wrappers are looked through (DistributedDataParallel, ``torch.compile``, averaged models, Fabric, checkpointing): names are
     those of the bare model. On the meta device layers have a :attr:`Layer.size` but no kernel.
-    Of a state dict, or a checkpoint that holds one, the tensors named ``weight`` are read as Linear (two dimensions) or
-    convolution (three to five); it does not record groups, strides or transposition, so these are taken as 1, 1 and no.
+    Of a state dict, or a checkpoint that holds one, see :func:`orthokit.statedict.layers_of`: what it does not record is
+    concluded from sizes and names.
 
     Raises:
         TypeError: ``model`` is neither module nor mapping, ``where`` no callable, or a chosen layer has no kernel view.
@@ -311,8 +311,8 @@ def select(model: nn.Module | Mapping[str, Any], where: Where = convs) -> tuple[
         reshard(model)
         bare: Any = unwrap(model)
         kind, modules = type(bare).__name__, dict(named_modules(model))
-    elif isinstance(model, Mapping):
-        bare, kind, modules = model, "the state dict", modules_of(model)
+    elif isinstance(model, (Mapping, Layers)):
+        bare, kind, modules = model, "the state dict", (model if isinstance(model, Layers) else layers_of(model)).modules
     else:
         raise TypeError(f"expected a torch.nn.Module or a state dict; got {type(model).__name__}")
     known = [layer for path, module in modules.items() if has_kernel(module) for layer in _layers_of(path, module)]

@@ -43,6 +43,8 @@ class Evaluate:
     """Of checkpoints that orthokit did not save, and of runs of your own code: the recipe with their [network] and [data]."""
     model: str | None = None
     """The module:function of runs of your own network, here or on Python's path; it is imported."""
+    key: str | None = None
+    """Of checkpoints with several networks, which; also the beginning of its entries' names."""
     parts: tuple[Part, ...] = PARTS
     """What to measure."""
     images: int = 1000
@@ -66,12 +68,15 @@ class Evaluate:
             from orthokit.evidence import evaluate, formats
             from orthokit.lab import recipe
         given = None if self.recipe is None else recipe.load(self.recipe)
-        wanted = [subject for path in self.paths for subject in evaluate.subjects(path, given, self.model)]
+        wanted = [subject for path in self.paths for subject in evaluate.subjects(path, given, self.model, self.key)]
         if self.model is not None and not any(subject.recipe.network.kind == self.model for subject in wanted):
             kinds = ", ".join(dict.fromkeys(subject.recipe.network.kind for subject in wanted))
             raise UsageError(f"--model {self.model} names a network that none of these runs has; theirs: {kinds}")
         unique = list({subject.record.resolve(): subject for subject in wanted}.values())
         quiet = Terminal(stderr=True) if self.format != "table" else console
+        for subject in unique:
+            for note in subject.notes:
+                quiet.print(f"{subject.name}: {note}", markup=False, highlight=False, soft_wrap=True)
         options = {name: getattr(self, name) for name in ("parts", "images", "root", "device", "jobs", "threads")}
         failed = measured(unique, quiet, **options)
         found = [evaluate.result(subject) for subject in unique]

@@ -4,7 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +19,7 @@ from torch import nn
 
 import orthokit as ok
 from orthokit import checkpoint
+from orthokit.architecture import build, opened
 from orthokit.cli.base import Format, UsageError, demo_images, needing, show
 from orthokit.relax import Policy
 
@@ -56,7 +57,11 @@ class Report:
     """Show how orthogonal each layer of a saved network is."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A .pt, .pth or .safetensors file with a state dict. Nothing in it is executed."""
+    """A file with a state dict (.pt, .pth, .bin, .ckpt, .safetensors), or a folder of such. Nothing in it is executed."""
+    model: str | None = None
+    """Its architecture: torchvision:NAME, timm:NAME, module:function (imported: code runs), or a folder with config.json."""
+    key: str | None = None
+    """Which network, where there are several in the file; also the beginning of its entries' names."""
     format: Format = "table"
     """What to print."""
     layers: tuple[str, ...] = ("*",)
@@ -65,14 +70,24 @@ class Report:
     """Also draw cosines and singular values into this file (.png, .svg, .pdf)."""
 
     def run(self, console: Console) -> None:
-        state = checkpoint.load(self.checkpoint)
-        where = ok.matching(*self.layers)
-        report = ok.report(state, where=where)
+        where, like = ok.matching(*self.layers), _architecture(self.model)
+        report = ok.report(self.checkpoint, where=where, like=like, key=self.key)
         if self.picture is not None:
             from orthokit.plots import draw
 
-            draw({self.checkpoint.stem: [state]}, self.picture, title=str(self.checkpoint), where=where)
+            draw(
+                {self.checkpoint.stem: [opened(self.checkpoint, like, self.key)[0]]},
+                self.picture,
+                title=str(self.checkpoint),
+                where=where,
+            )
         show(report, self.format, console)
+
+
+def _architecture(spec: str | None) -> nn.Module | None:
+    """The model that ``--model`` names; what is imported for it is said first."""
+    errors = Console(stderr=True, soft_wrap=True)
+    return None if spec is None else build(spec, lambda text: errors.print(escape(text), style="dim", highlight=False))
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,11 @@ class Plan:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """A .pt, .pth or .safetensors file with a state dict. Nothing in it is executed."""
+    """A file with a state dict (.pt, .pth, .bin, .ckpt, .safetensors), or a folder of such. Nothing in it is executed."""
+    model: str | None = None
+    """Its architecture: torchvision:NAME, timm:NAME, module:function (imported: code runs), or a folder with config.json."""
+    key: str | None = None
+    """Which network, where there are several in the file; also the beginning of its entries' names."""
     relax: Annotated[Relaxation, tyro.conf.arg(name="")] = Relaxation()
     floor: int | None = None
     """Never choose r below this (say, the classes of the data set) where the layer has room for it."""
@@ -128,12 +147,12 @@ class Plan:
         if self.energy is not None and self.data is None:
             raise UsageError("--energy does nothing without --data")
         where = ok.convs | ok.linears if self.linears else ok.convs
-        saved = checkpoint.load(self.checkpoint)
-        network: nn.Module | Mapping[str, Any] = saved
+        network, notes = opened(self.checkpoint, _architecture(self.model), self.key)
         if self.data is not None:
-            network, measured = self._measure(saved, where)
+            network, measured = self._measure(checkpoint.read(self.checkpoint, self.key)[0], where)
             policies = [ok.ranks(measured, floor=self.floor)]
-        show(ok.plan(network, policies[0] if policies else None, where=where, count=self.count), self.format, console)
+        table = ok.plan(network, policies[0] if policies else None, where=where, count=self.count)
+        show(replace(table, notes=(*table.notes, *notes)), self.format, console)
 
     def _measure(self, saved: Mapping[str, Any], where: ok.Predicate) -> tuple[nn.Module, dict[str, int]]:
         """The lab's network with these weights, and the ranks of its layers on the training images."""

@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import joblib
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
@@ -43,11 +42,18 @@ BATCH = 500
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """Trained weights, the recipe they are of, and the file for what is found."""
+    """Trained weights, the recipe they are of, and the file for what is found.
+
+    Attributes:
+        key: which of several networks in the file.
+        notes: on how the file was read.
+    """
 
     weights: Path
     recipe: Recipe
     record: Path
+    key: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -57,10 +63,11 @@ class Subject:
     @property
     def network(self) -> dict[str, Any]:
         """The sections of the recipe that say what is evaluated, and on which images."""
-        return self.recipe.model_dump(mode="json", include={"data", "network"})
+        key = {} if self.key is None else {"key": self.key}
+        return self.recipe.model_dump(mode="json", include={"data", "network"}) | key
 
 
-def subjects(path: Path, recipe: Recipe | None = None, model: str | None = None) -> list[Subject]:
+def subjects(path: Path, recipe: Recipe | None = None, model: str | None = None, key: str | None = None) -> list[Subject]:
     """What is to be evaluated in ``path``: a run, a folder of runs, or a checkpoint.
 
     A recipe that is found there is data: of a network of somebody's own it builds only what ``recipe`` or ``model`` names too.
@@ -70,6 +77,7 @@ def subjects(path: Path, recipe: Recipe | None = None, model: str | None = None)
         recipe: of a checkpoint that does not carry its own, or of runs whose network or data set is the user's own.
         model: ``module:function``, looked for in the working directory first; recipes found in ``path`` with this network may
             import it.
+        key: of a checkpoint with several networks, which.
 
     Raises:
         FileNotFoundError: nothing is there, or no finished run.
@@ -77,15 +85,18 @@ def subjects(path: Path, recipe: Recipe | None = None, model: str | None = None)
     """
     if path.is_dir():
         runs = {file: read_summary(file)["recipe"] for file in sorted(path.rglob(SUMMARY))}
+        if key is not None:
+            raise ValueError(f"a key chooses among the networks of a checkpoint; {path} is a folder of runs")
         if not runs:
             raise FileNotFoundError(f"no finished run (summary.json) in {path}")
         return [_subject(file.with_name("last.safetensors"), _carried(raw, file, model), recipe) for file, raw in runs.items()]
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} is not there; give a run's folder, or a .pt, .pth or .safetensors file")
-    carried = _metadata(path)
+    carried = checkpoint.metadata(path).get("recipe")
     if carried is None and recipe is None:
         raise ValueError(f"{path} does not say what network it is, and of which images; give its recipe with --recipe FILE")
-    return [_subject(path, _carried(json.loads(carried), path, model) if carried else None, recipe)]
+    subject = _subject(path, _carried(json.loads(carried), path, model) if carried else None, recipe)
+    return [replace(subject, key=key, notes=tuple(checkpoint.read(path, key)[1]))]
 
 
 def _carried(raw: Mapping[str, Any], path: Path, model: str | None) -> Recipe:
@@ -101,17 +112,6 @@ def _subject(weights: Path, carried: Recipe | None, given: Recipe | None) -> Sub
         raise ValueError(f"{weights} is of another recipe than --recipe: {differences(carried, own)}; leave --recipe out")
     run = weights.name == "last.safetensors" and weights.with_name(SUMMARY).is_file()
     return Subject(weights, own, weights.with_name(RECORD if run else f"{weights.name}.{RECORD}"))
-
-
-def _metadata(path: Path) -> str | None:
-    """The recipe in the metadata of weights that ``orthokit train`` saved."""
-    if path.suffix != ".safetensors":
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("recipe")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or a damaged one ({error})") from None
 
 
 def some(data: ImageSet, images: int) -> Images:
@@ -356,11 +356,9 @@ def _measured(
     """A part of a subject, or what went wrong."""
     torch.set_num_threads(threads)
     try:
-        return (
-            index,
-            PARTS[part][0](_bench(subject.weights, digest, subject.recipe.to_toml(), images, root, device, subject.recipe.code)),
-            None,
-        )
+        recipe = subject.recipe
+        bench = _bench(subject.weights, digest, recipe.to_toml(), images, root, device, recipe.code, subject.key)
+        return index, PARTS[part][0](bench), None
     except Exception as error:  # of anybody's network
         return index, {}, " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
@@ -373,13 +371,20 @@ def _images(section: str, root: Path) -> ImageSet:
 
 @functools.lru_cache(maxsize=2)
 def _bench(
-    weights: Path, digest: str, recipe: str, images: int, root: Path, device: torch.device, code: Code | None = None
+    weights: Path,
+    digest: str,
+    recipe: str,
+    images: int,
+    root: Path,
+    device: torch.device,
+    code: Code | None = None,
+    key: str | None = None,
 ) -> Bench:
     said = Recipe.of(tomllib.loads(recipe)).named(code)
     data = _images(said.data.model_dump_json(), root).to(device)
     model = said.build(data)
     try:
-        model.load_state_dict(unwrapped(checkpoint.load(weights)))
+        model.load_state_dict(unwrapped(checkpoint.read(weights, key)[0]))
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{weights} does not fit the network of its recipe: {error}") from None
     model.to(device, torch.float32).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]

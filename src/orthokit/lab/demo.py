@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import orthokit as ok
+from orthokit.checkpoint import ordered
 from orthokit.kernel import KernelMeasure
 from orthokit.lab.data import ImageSet
 from orthokit.lab.models import ResNet
@@ -137,7 +138,7 @@ def run(load: Callable[[], ImageSet], *, seeds: int, epochs: int, batch: int, wo
     picture = out / "orthogonality.png"
     draw({arm: [result.weights for result in found] for arm, found in by_arm.items()}, picture, title=title, where=ok.convs)
     for arm, (first, *_) in by_arm.items():
-        save_file(first.weights, out / f"{arm.replace(', ', '-')}.safetensors")
+        save_file(first.weights, out / f"{arm.replace(', ', '-')}.safetensors", ordered(first.weights))
     console.print(f"picture: {picture}", f"look closer: orthokit report {out / 'strict.safetensors'}", sep="\n", soft_wrap=True)
 
 

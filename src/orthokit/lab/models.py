@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from orthokit.checkpoint import state_of
 from orthokit.checks import check_choice, check_count, check_number, did_you_mean
 from orthokit.kernel import evaluating
 from orthokit.lab.own import accepted, check_options
 from orthokit.report import report
 from orthokit.select import convs, layers
+from orthokit.statedict import bare, pick
 from orthokit.tables import Row
 
 Norm = Literal["batch", "group", "none"]
@@ -159,7 +159,7 @@ def _check(channels: int, classes: int, norm: Norm) -> None:
 
 def unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict in a checkpoint, without the prefixes of DistributedDataParallel and ``torch.compile``."""
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in state_of(checkpoint).items()}
+    return bare(pick(checkpoint)[0])
 
 
 class ResNet(nn.Module):

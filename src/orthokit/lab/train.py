@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import orthokit as ok
+from orthokit.checkpoint import ordered
 from orthokit.lab.batches import Batches, key_of
 from orthokit.lab.data import Images, ImageSet
 from orthokit.lab.files import replacing, to_json, write
@@ -430,6 +431,7 @@ class Training:
                 "epoch": str(self.step // self.steps),
                 "classes": str(self.data.classes),
                 "recipe": json.dumps(self.run.recipe.to_dict()),
+                **ordered(weights),
             }
             with replacing(self.run.folder / f"{name}.safetensors") as part:
                 save_file(weights, part, metadata)
