@@ -263,9 +263,11 @@ def _inverse_lengths(squares: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
     return F.threshold(squares, torch.finfo(squares.dtype).tiny, math.inf).rsqrt()  # NaN stays visible
 
 
-def _weights(squares: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
-    """``w_i = min(1, ||k_i|| / SHORT)``, without a gradient: see Note [short filters]."""
-    return squares.detach().sqrt().div_(SHORT).clamp_(max=1)
+def _weighted(inverse: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+    """``w_i / ||k_i||`` of the inverse lengths, with ``w_i = min(1, ||k_i|| / SHORT)`` fixed: see Note [short filters]."""
+    if not inverse.requires_grad:
+        return inverse.clamp(max=1 / SHORT)
+    return inverse * (SHORT * inverse.detach()).reciprocal().clamp(max=1)
 
 
 class _SquaresAndDirections(torch.autograd.Function):
@@ -273,7 +275,7 @@ class _SquaresAndDirections(torch.autograd.Function):
     def forward(ctx: Any, matrix: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
         squares = matrix.square().sum(-1)
         inverse = _inverse_lengths(squares).masked_fill(squares.isinf(), torch.nan)
-        unit = matrix * (inverse * _weights(squares) if weighted else inverse).unsqueeze(-1)
+        unit = matrix * (_weighted(inverse) if weighted else inverse).unsqueeze(-1)
         ctx.weighted = weighted
         ctx.save_for_backward(matrix, squares, unit)
         return squares, unit
@@ -282,7 +284,7 @@ class _SquaresAndDirections(torch.autograd.Function):
     def backward(ctx: Any, of_squares: Tensor, of_directions: Tensor) -> tuple[Tensor, None]:
         matrix, squares, unit = ctx.saved_tensors
         inverse = _inverse_lengths(squares)
-        turning = inverse * _weights(squares) if ctx.weighted else inverse
+        turning = _weighted(inverse) if ctx.weighted else inverse
         # Moving a filter along itself does not turn it: the part of the pull that is parallel to it is taken away.
         along = (of_directions * unit).sum(-1) * inverse.square()
         return of_directions * turning.unsqueeze(-1) + (2 * of_squares - along).unsqueeze(-1) * matrix, None
@@ -364,7 +366,7 @@ def lengths_and_cosines(product: Float[Tensor, "*b o o"]) -> tuple[Lengths, Floa
     squares = diagonal.clone()
     diagonal.zero_()
     inverse = _inverse_lengths(squares)
-    weighted = inverse * _weights(squares)
+    weighted = _weighted(inverse)
     return Lengths(squares, inverse, weighted), product.mul_(weighted.unsqueeze(-1)).mul_(weighted.unsqueeze(-2))
 
 
@@ -381,9 +383,9 @@ def by_filters(
     of ``by_cosines * c``), is taken away. ``times`` multiplies these two.
     """
     _, inverse, weighted = lengths
-    factor, parallel = (weighted, inverse) if times is None else (weighted * times, inverse * times)
+    factor, along = (weighted, along) if times is None else (weighted * times, along * times)
     slope = (by_cosines * factor.unsqueeze(-1)).mul_(weighted.unsqueeze(-2))
-    slope.diagonal(dim1=-2, dim2=-1).copy_(lengthwise - along * parallel * inverse)
+    slope.diagonal(dim1=-2, dim2=-1).copy_(torch.addcmul(lengthwise, along, inverse.square(), value=-1))
     return slope
 
 
