@@ -311,11 +311,22 @@ def sources(layer: nn.Module, name: str = "weight", kernel: Kernel | None = None
     """
     with torch.enable_grad():
         if kernel is not None:
-            value = kernel.weight
+            weight = kernel.weight
         else:
-            value = weight_of(layer, name) if name in views(layer) else kernel_of(layer).weight
-        if parameters := leaves(value):
-            return parameters
+            weight = weight_of(layer, name) if name in views(layer) else kernel_of(layer).weight
+    return _behind(weight, layer, name)
+
+
+def stored_sources(layer: nn.Module, name: str = "weight") -> tuple[Tensor, ...]:
+    """:func:`sources` of the stored weight, of which a forward pass of the layer's own may use another."""
+    with torch.enable_grad():
+        weight = whole(stored_weight(layer, name)) if name in views(layer) else kernel_of(layer).weight
+    return _behind(weight, layer, name)
+
+
+def _behind(weight: Tensor, layer: nn.Module, name: str) -> tuple[Tensor, ...]:
+    if parameters := leaves(weight):
+        return parameters
     own = layer._parameters.get(name)
     if own is not None or isinstance(layer._buffers.get(name), Tensor):
         return () if own is None else (own,)

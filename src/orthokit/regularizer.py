@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from orthokit.audit import check_places, edges_to, warn_of_selection
 from orthokit.checks import check_count, check_flag, check_number, warn_once
 from orthokit.closed import Batch, Measured, add_grads_, add_up, identity, in_batches, total
 from orthokit.gram import GramRule, Side, is_by_rows, is_finite, outside_autocast, upcast
@@ -172,7 +173,7 @@ class Regularizer:
         self._rules: dict[tuple[_Reading, torch.Size], tuple[GramRule, Side] | None] = {}
         readings: dict[tuple[View, int | None], _Reading] = {}
         self._costs: list[int] = []
-        zero: list[str] = []
+        zero: list[Layer] = []
         for layer in self.layers:
             kernel = layer.kernel
             if (transition := getattr(penalty, "transition", None)) is not None:
@@ -181,14 +182,9 @@ class Regularizer:
             self._readings.append(None if view is None else readings.setdefault((view, rank), _Reading(view, rank)))
             self._costs.append(kernel.groups * kernel.o * kernel.n * min(kernel.o, kernel.n))
             if not bool(kernel.weight.detach().any()):
-                zero.append(layer.name)
-        if zero:
-            shown = ", ".join(map(repr, zero[:3])) + (", ..." if len(zero) > 3 else "")
-            warn_once(
-                f"{len(zero)} of {len(self.layers)} selected layers are all zero ({shown}): the penalty moves their filters to "
-                "length 1 as soon as they train; if they are to stay near zero, as ControlNet's zero convolutions or LoRA's B, "
-                "leave them out with where=... & ~orthokit.zeros"
-            )
+                zero.append(layer)
+        warn_of_selection(model, self.layers, zero)
+        self._edges = edges_to(model, self.layers)
         _ = self.strength  # a schedule that gives no valid strength fails here
 
     @property
@@ -207,6 +203,7 @@ class Regularizer:
 
         Raises:
             FloatingPointError: a weight is NaN or infinite; the message names the layers (on the CPU: see Note [full precision]).
+            ValueError: a layer was replaced or removed in the model since, or moved and frozen (``get_peft_model``).
         """
         strength = self._due() if torch.is_grad_enabled() else self.strength
         mine = self._share() if self.shard else None
@@ -265,6 +262,8 @@ class Regularizer:
             the others.
         """
         reshard(self.model)
+        if not torch.compiler.is_compiling():
+            self._check_places()
         plain: _Plain = {}
         computed: dict[tuple[object, ...], list[tuple[Layer, Kernel]]] = {}
         for place, (layer, reading) in enumerate(zip(self.layers, self._readings, strict=True)):
@@ -287,6 +286,8 @@ class Regularizer:
                 or any(p.requires_grad for p in sources(layer.module, layer.weight, kernel))
             ):
                 computed.setdefault(kernel.layout, []).append((layer, kernel))
+        if not (plain or computed or mine is not None):
+            warn_once(f"all {len(self.layers)} selected layers are frozen now, so the penalty is 0; see include_frozen")
         closed = {form: members for form, members in plain.items() if apart and self._rule(form) is not None}
         return closed, chain(
             _stacked({form: members for form, members in plain.items() if form not in closed}),
@@ -295,6 +296,13 @@ class Regularizer:
                 for members in computed.values()
             ),
         )
+
+    def _check_places(self) -> None:
+        for entries, name, module in self._edges:
+            if entries.get(name) is not module:
+                check_places(self.model, self.layers)
+                self._edges = edges_to(self.model, self.layers)  # something harmless, such as torch.compile of a part
+                return
 
     def _rule(self, form: _Form) -> tuple[GramRule, Side] | None:
         """The rule of Gram matrices that the penalty is on such weights, if it is one."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
+from orthokit.audit import unread_parameters
 from orthokit.checks import check_choice, check_count, check_number, short_repr
 from orthokit.gram import welch_bound
 from orthokit.select import Where, convs, select
@@ -257,7 +258,8 @@ def plan(
         ValueError: ``where`` selects nothing, or the policy leaves ``1 <= r <= min(o, n)``.
     """
     rows: list[Row] = []
-    for layer in select(model, where):
+    chosen = select(model, where)
+    for layer in chosen:
         groups, o, n = layer.size
         r = transition_dimension(relax, o, n, layer.name)
         rows.append(
@@ -274,6 +276,7 @@ def plan(
             }
         )
     total = {"free": sum(row["free"] for row in rows), "pairs": sum(row["pairs"] for row in rows)}
+    notes = tuple(filter(None, [str(unread_parameters(model, chosen))])) if isinstance(model, nn.Module) else ()
     # The ranks themselves are in the table.
     name = "ranks({...})" if isinstance(relax, ranks) else repr(relax) if relax else "strict orthogonality"
-    return Table(f"plan of {name}", PLAN_COLUMNS, tuple(rows), {f"{len(rows)} layers": total})
+    return Table(f"plan of {name}", PLAN_COLUMNS, tuple(rows), {f"{len(rows)} layers": total}, notes)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from orthokit.architecture import Network, opened
+from orthokit.audit import unread_parameters
 from orthokit.diagnostics import angles, effective_rank, frame_tightness, singular_values, stable_rank
 from orthokit.gram import frobenius, lengths, residual, welch_bound
 from orthokit.kernel import Kernel
@@ -65,10 +66,8 @@ def report(
     """
     kind = type(model).__name__ if isinstance(model, nn.Module) else "state dict" if like is None else type(like).__name__
     network, reading = opened(model, like, key)
-    rows = [
-        {"layer": layer.name, "kind": type(layer.module).__name__, **_measure(layer.kernel, spectrum)}
-        for layer in select(network, where)
-    ]
+    chosen = select(network, where)
+    rows = [{"layer": layer.name, "kind": type(layer.module).__name__, **_measure(layer.kernel, spectrum)} for layer in chosen]
     parts = {
         name: [row for row in rows if row["determined"] == name and row["mean_length_error"] is not None]
         for name in ("under", "over")
@@ -80,6 +79,8 @@ def report(
     notes = ["c: cosine of two filters; ν: filter length; copies: |c| > .99; residual: ‖KKᵀ-I‖/√o"]
     notes += [f"NaN or infinite weights, left out of the totals: {', '.join(broken)}"] if broken else []
     notes += reading
+    if isinstance(network, nn.Module):
+        notes += filter(None, [str(unread_parameters(network, chosen))])
     return Table(f"orthogonality of {kind}", COLUMNS, tuple(rows), totals, tuple(notes))
 
 

@@ -20,7 +20,17 @@ from torch.optim.swa_utils import AveragedModel
 
 from orthokit.checks import did_you_mean, warn_once
 from orthokit.gram import outside_autocast
-from orthokit.kernel import Kernel, has_kernel, is_embedding, is_linear, kernel_named, sources, stored_weight, views
+from orthokit.kernel import (
+    Kernel,
+    has_kernel,
+    is_embedding,
+    is_linear,
+    kernel_named,
+    sources,
+    stored_sources,
+    stored_weight,
+    views,
+)
 from orthokit.statedict import Layers, layers_of
 
 Where = Callable[[str, nn.Module], bool]
@@ -245,7 +255,7 @@ class Layer(NamedTuple):
         return not any(parameter.requires_grad for parameter in self.sources)
 
 
-def _layers_of(path: str, module: nn.Module) -> Iterator[Layer]:
+def layers_in(path: str, module: nn.Module) -> Iterator[Layer]:
     """One layer for each weight of the module that is a kernel."""
     for weight in views(module) or ("weight",):
         own = [] if weight == "weight" else [weight.removesuffix("_weight")]
@@ -254,7 +264,7 @@ def _layers_of(path: str, module: nn.Module) -> Iterator[Layer]:
 
 def _layer_named(name: str, module: nn.Module) -> Layer:
     """The one of the module's layers that has this name, which may be a longer one; else the first."""
-    found = list(_layers_of("", module))
+    found = list(layers_in("", module))
     return next((layer for layer in found if layer.name and f".{name}".endswith(f".{layer.name}")), found[0])
 
 
@@ -315,7 +325,7 @@ def select(model: nn.Module | Mapping[str, Any] | Layers, where: Where = convs) 
         bare, kind, modules = model, "the state dict", (model if isinstance(model, Layers) else layers_of(model)).modules
     else:
         raise TypeError(f"expected a torch.nn.Module or a state dict; got {type(model).__name__}")
-    known = [layer for path, module in modules.items() if has_kernel(module) for layer in _layers_of(path, module)]
+    known = [layer for path, module in modules.items() if has_kernel(module) for layer in layers_in(path, module)]
     _check_patterns(where, [layer.name for layer in known])
     chosen: dict[tuple[int, ...], Layer] = {}
     token = _selecting.set(_Model(bare, modules))
@@ -325,10 +335,12 @@ def select(model: nn.Module | Mapping[str, Any] | Layers, where: Where = convs) 
             # view is told so.
             if isinstance(where, Predicate) and not has_kernel(module):
                 continue
-            for layer in _layers_of(path, module):
+            for layer in layers_in(path, module):
                 if where(layer.name, module):
                     layer = layer if layer.name else layer._replace(name=type(module).__name__)
-                    chosen.setdefault(_identity(layer), layer)
+                    _ = layer.size  # fails here, with the layer's name, rather than in the first step
+                    parameters = stored_sources(module, layer.weight)
+                    chosen.setdefault(tuple(map(id, parameters)) or (id(module),), layer)
     finally:
         _selecting.reset(token)
     if not chosen:
@@ -338,17 +350,6 @@ def select(model: nn.Module | Mapping[str, Any] | Layers, where: Where = convs) 
     if where is convs:
         _warn_of_few(len(chosen), [layer for layer in known if not is_embedding(layer.module)])
     return tuple(chosen.values())
-
-
-def _identity(layer: Layer) -> tuple[int, ...]:
-    """Equal for layers with tied weights. Fails here, with the layer's name, rather than in the first step."""
-    if layer.device.type == "meta":
-        _ = layer.size
-        parameters: tuple[torch.Tensor, ...] = layer.sources
-    else:
-        with torch.enable_grad():  # the parameters behind a kernel are read off its graph
-            parameters = sources(layer.module, layer.weight, layer.stored)
-    return tuple(map(id, parameters)) or (id(layer.module),)
 
 
 FEW = 10
