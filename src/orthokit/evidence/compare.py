@@ -323,14 +323,15 @@ class Comparison:
     @property
     def explanation(self) -> str:
         """How the figures were made, in words."""
-        test, less = ("seeds as blocks", "Welch's t") if self.blocks else ("Welch's t", "seeds as blocks")
+        test = "seeds as blocks" if self.blocks else "Welch's t"
         means, data = ("Last epoch, means", "images") if self.recorded else ("Means", "data")
         return (
-            f"{means} of seeds. {1 - ALPHA:.0%} intervals, not adjusted: Student's of means, of differences by {test}. "
-            f"Verdicts go by {test}: p < {ALPHA:g} after Holm. {self._families()} Beside it stand the p of {less} and Dunnett's "
-            f"test over the arms of each panel, which assumes equal variances. Seeds as blocks: in a panel, arms by seeds "
-            f"without interaction, the error pooled over the arms (with two arms the paired t); over panels, paired within each. "
-            f"All of it is about other seeds on these {data}, which are one draw.{self._shared()}"
+            f"{means} of seeds. {1 - ALPHA:.0%} intervals are not adjusted: Student's of means, of differences by {test}. "
+            f"Verdicts go by {test}: p < {ALPHA:g} after Holm. {self._families()} Other p stand beside it and move no verdict. "
+            "Dunnett's test, over the arms of a panel, assumes equal variances. The p by seed takes seeds as blocks: in a panel, "
+            "arms by seeds without interaction, the error pooled over the arms (of two arms, the paired t); over panels, pairs "
+            f"within each, panels being independent. All of it is about other seeds on these {data}, which are one draw."
+            f"{self._shared()}"
         )
 
     def _families(self) -> str:
