@@ -164,6 +164,17 @@ def test_mistakes_are_told(sheet, capsys, old, new, options, message):
     assert "Traceback" not in said
 
 
+def test_names_of_strangers_do_nothing(sheet, tmp_path, capsys):
+    file = sheet(GOOD.replace("so,", "=1+1\x1b[31m<b>,").replace("accuracy", "x\u202ey"))
+    out = tmp_path / "out.csv"
+    assert main(["compare", str(file), "--csv", str(out), "--html", str(tmp_path / "out.html")]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b[31m" not in said
+    assert "\u202e" not in said
+    assert "'=1+1" in out.read_text()
+    assert "<b>" not in (tmp_path / "out.html").read_text()
+
+
 def test_files_and_folders_do_not_mix(sheet, tmp_path, capsys):
     assert main(["compare", str(sheet(GOOD)), str(tmp_path)]) == 2
     assert "is no CSV file" in words(capsys.readouterr().err)

@@ -183,7 +183,7 @@ def _rows(comparison: Comparison, panels: Sequence[Panel]) -> int:
 
 
 def _differences(comparison: Comparison, panels: Sequence[Panel]) -> Drawing | None:
-    """The primary metric less the baseline's, with Welch's interval."""
+    """The primary metric less the baseline's, with its interval."""
     metric, cells = comparison.primary, comparison.cells(comparison.primary)
     every = [cell.difference for arms in cells.values() for cell in arms.values() if cell.difference is not None]
     if not _rows(comparison, panels):
@@ -220,9 +220,8 @@ def _differences(comparison: Comparison, panels: Sequence[Panel]) -> Drawing | N
     label = f"{metric.label} less that of {_short(comparison.baseline, 30)}{', points' * bool(metric.unit)}"
     figure.supxlabel(_wrapped(label, 52, 2), fontsize=9)
     of = f", {panels[0].name}" if len(panels) == 1 < len(comparison.panels) else ""
-    caption = (
-        f"Differences from the baseline{of}, with Welch's 95% interval, not adjusted: filled where resolved, hollow where not."
-    )
+    interval = "95% interval of seeds as blocks" if comparison.blocks else "Welch's 95% interval"
+    caption = f"Differences from the baseline{of}, with {interval}, not adjusted: filled where resolved, hollow where not."
     return _drawn(figure, caption, said)
 
 

@@ -1,7 +1,5 @@
 """A comparison in print: on a terminal, as Markdown, LaTeX and CSV."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,7 @@ from orthokit.evidence.compare import Cell, Comparison
 from orthokit.evidence.results import Group, Metric
 from orthokit.evidence.statistics import Blocked, Contrast, Difference
 from orthokit.evidence.tuning import RULE, VALIDATION, Choice, Trial
+from orthokit.tables import to_csv as safe_csv
 
 Line = list[str]
 GROUPS: dict[Group, str] = {
@@ -329,26 +328,26 @@ def _tabular(title: str, caption: str, headers: Line, panels: dict[str, list[Lin
 
 def to_csv(comparison: Comparison) -> str:
     """A line for each metric, panel and arm, and for each strength that was tried, with unrounded numbers."""
-    text = io.StringIO()
     keys = ["metric", "panel", "arm", "n", "mean", "sd", "low", "high", "difference", "difference_low", "difference_high"]
     keys += ["p_welch", "p_holm", "p_dunnett", "verdict", "values", "p_blocked", "n_blocked"]
-    writer = csv.DictWriter(text, keys, lineterminator="\n")
-    writer.writeheader()
+    return safe_csv(keys, [dict.fromkeys(keys) | row for row in _rows(comparison)])
+
+
+def _rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
     for metric in comparison.known:
         for panel, arms in comparison.cells(metric).items():
             for arm, cell in arms.items():
-                writer.writerow({"metric": metric.key, "panel": panel, "arm": arm} | _raw(cell))
+                yield {"metric": metric.key, "panel": panel, "arm": arm} | _raw(cell)
     for asked in filter(None, [comparison.question, *comparison.contrasts]):
         for arm, found in asked.found.items():
             row = {"metric": comparison.primary.key, "panel": asked.title, "arm": arm, "verdict": asked.verdict(arm)}
-            writer.writerow(_raw_difference(found) | {"p_welch": found.raw} | row)
+            yield _raw_difference(found) | {"p_welch": found.raw} | row
     for choice in comparison.choices:
         for trial in choice.trials:
             said = "diverged" if trial.diverged else "chosen" * (trial is choice.chosen)
             arm = f"{choice.arm}, strength={trial.strength:g}"
             tried = _raw(Cell(trial.sample, verdict=said)) if trial.sample.n else {"n": 0, "verdict": said}
-            writer.writerow({"metric": VALIDATION.key, "panel": choice.panel, "arm": arm} | tried)
-    return text.getvalue()
+            yield {"metric": VALIDATION.key, "panel": choice.panel, "arm": arm} | tried
 
 
 def _raw(cell: Cell) -> dict[str, Any]:

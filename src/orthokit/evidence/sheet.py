@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from orthokit.checks import did_you_mean
+from orthokit.checks import did_you_mean, printable
 from orthokit.evidence.compare import Blocks, Comparison
 from orthokit.evidence.fairness import Panel, lacking, unequal
 from orthokit.evidence.grouping import pair_of
@@ -96,7 +96,7 @@ def _table(path: Path, by: Sequence[str]) -> tuple[list[str], list[str], Iterato
         raise ValueError(f"{path} cannot be read as CSV ({error})") from None
     if not rows:
         raise ValueError(f"{path} is empty; it needs a header with arm, seed and the names of metrics")
-    names = [name.strip() for name in rows[0][1]]
+    names = [printable(name.strip()) for name in rows[0][1]]
     names = [name.lower() if name.lower() in (*KEYS, *PANELS) else name for name in names]
     if twice := [name for name in names if name and names.count(name) > 1]:
         raise ValueError(f"{path}: the column {twice[0]!r} stands there twice; rename one of them")
@@ -114,7 +114,7 @@ def _table(path: Path, by: Sequence[str]) -> tuple[list[str], list[str], Iterato
             where = f"{path}, line {number}"
             if len(cells) != len(names):
                 raise ValueError(f"{where} has {len(cells)} cells, but the header has {len(names)}")
-            yield where, {name: cell.strip() for name, cell in zip(names, cells, strict=True) if name}
+            yield where, {name: printable(cell.strip()) for name, cell in zip(names, cells, strict=True) if name}
 
     return panels, metrics, below()
 
