@@ -40,8 +40,8 @@ def test_report(tmp_path, network, capsys, suffix):
 def test_report_formats(checkpoint, capsys, tmp_path):
     assert main(["report", str(checkpoint), "--layers", "0", "1"]) == 0
     out = capsys.readouterr().out
-    assert "under-determined (1)" in out
-    assert "over-determined (1)" in out
+    assert "wide (1)" in out
+    assert "tall (1)" in out
     assert main(["report", str(checkpoint), "--format", "csv", "--picture", str(tmp_path / "p.png")]) == 0
     assert capsys.readouterr().out.startswith("layer,kind,groups,o,n,")
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
@@ -153,11 +153,13 @@ def test_bad_arguments(checkpoint, capsys, arguments, message):
 
 
 def test_help_and_unknown_commands(capsys):
-    for arguments, status in (([], 0), (["--help"], 0), (["demo", "--help"], 0), (["nonsense"], 2), (["report"], 2)):
+    for arguments, status in (([], 0), (["--help"], 0), (["demo", "--help"], 0), (["nonsense"], 2)):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == status
     capsys.readouterr()
+    assert main(["report"]) == 2
+    assert "name a checkpoint" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_no_error(checkpoint):
@@ -221,7 +223,7 @@ def test_a_terminal_without_greek_letters(checkpoint):
     command = [sys.executable, "-m", "orthokit.cli", "report", str(checkpoint)]
     run = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert run.returncode == 0
-    assert b"under-determined" in run.stdout
+    assert b"wide" in run.stdout
 
 
 def test_list_into_a_closed_pipe():

@@ -104,7 +104,7 @@ def test_a_run_is_the_loop_one_would_write(tmp_path):
     rows = run.metrics()
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[1]["train"]["loss"] == pytest.approx(sum(losses[4:]) / 4, abs=1e-4)
-    total = ok.report(model, where=ok.convs).totals["under-determined (7)"]
+    total = ok.report(model, where=ok.convs).totals["wide"]
     assert rows[1]["orthogonality"]["under"]["mean_cos"] == pytest.approx(total["mean_cos"], abs=1e-4)
     assert summary["parameters"] == sum(p.numel() for p in model.parameters())
     assert summary["ranks"]["conv"] == 16

@@ -54,18 +54,28 @@ def test_every_figure_against_numpy(place):
         wanted["tightness"] = np.linalg.norm(u.T @ u - o / n * np.eye(n)) / (o * math.sqrt(1 - 1 / n))
         wanted["welch_ratio"] = cosines.max() / slow.welch(o, n)
     assert {key: row[key] for key in wanted} == pytest.approx(wanted, rel=1e-9)
-    assert row["determined"] == ("under" if o <= n else "over")
+    assert row["shape"] == ("wide" if o <= n else "tall")
+    assert row["x_random"] == pytest.approx(cosines.mean() / diagnostics.random_cosine(n))
+    assert row["mean_length"] == pytest.approx(lengths.mean())
 
 
 def test_totals():
     report = ok.report(network())
     rows, totals = report.rows, report.totals
-    assert list(totals) == ["under-determined (3)", "over-determined (1)", "all (4)"]
-    total = totals["all (4)"]
-    assert total["pairs"] == sum(row["pairs"] for row in rows)
-    assert total["mean_cos"] == pytest.approx(sum(row["mean_cos"] * row["pairs"] for row in rows) / total["pairs"])
-    assert total["max_cos"] == max(row["max_cos"] for row in rows)
-    assert totals["over-determined (1)"]["tightness"] == pytest.approx(rows[1]["tightness"])
+    assert {name: total["label"] for name, total in totals.items()} == {
+        "wide": "wide convolutions (2)",
+        "tall": "tall convolutions (1)",
+        "all": "all convolutions (3)",
+        "other": "other layers (1)",
+    }
+    total = totals["all"]
+    assert total["pairs"] == sum(row["pairs"] for row in rows[:3])
+    assert total["mean_cos"] == pytest.approx(sum(row["mean_cos"] * row["pairs"] for row in rows[:3]) / total["pairs"])
+    assert total["max_cos"] == max(row["max_cos"] for row in rows[:3])
+    assert totals["tall"]["tightness"] == pytest.approx(rows[1]["tightness"])
+    assert totals["other"]["max_cos"] == rows[3]["max_cos"]
+    linear = ok.report(nn.Sequential(nn.Linear(4, 4), nn.Linear(2, 4))).totals
+    assert [total["label"] for total in linear.values()] == ["wide (1)", "tall (1)", "all (2)"]
 
 
 def test_ideal_kernels_score_zero():
@@ -109,7 +119,7 @@ def test_broken_layers_are_shown():
     report = ok.report(m)
     assert report.rows[1]["mean_cos"] is None
     assert "NaN or infinite weights, left out of the totals: 1" in str(report)
-    assert report.totals["under-determined (3)"]["max_cos"] < 1
+    assert report.totals["wide"]["max_cos"] < 1
 
 
 def test_formats(tmp_path):
@@ -120,7 +130,7 @@ def test_formats(tmp_path):
     lines = list(csv.DictReader(io.StringIO(report.to_csv(tmp_path / "r.csv"))))
     assert [line["layer"] for line in lines] == ["0", "1", "2", "3"]
     assert float(lines[2]["stable_rank"]) == report.rows[2]["stable_rank"]
-    assert report.to_dict()["totals"]["all (4)"] == report.totals["all (4)"]
+    assert report.to_dict()["totals"]["all"] == report.totals["all"]
 
 
 @pytest.mark.parametrize("width", [20, 60, 80, 200])
@@ -131,7 +141,10 @@ def test_print_fits_the_terminal(monkeypatch, width):
     if width > 20:
         assert "mean |c|" in text
         assert "…" not in text
-    assert ("eff. rank" in text) == (width == 200)
+    assert ("  eff. rank" in text) == (width == 200)
+    if width < 200:
+        assert "not shown at this width:" in " ".join(text.split())
+        assert "eff. rank" in " ".join(text.split())  # among what is not shown
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

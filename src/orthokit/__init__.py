@@ -46,7 +46,7 @@ from orthokit.relax import (
     transition_dimension,
     welch,
 )
-from orthokit.report import report
+from orthokit.report import Report, duplicates, merge_copies, operators, report
 from orthokit.schedules import chain, constant, cosine, linear, piecewise, warmup
 from orthokit.select import (
     Predicate,
@@ -86,6 +86,7 @@ __all__ = [
     "OffDiagonal",
     "Predicate",
     "Regularizer",
+    "Report",
     "angular_dispersion",
     "attach",
     "cardinality",
@@ -100,6 +101,7 @@ __all__ = [
     "depthwise",
     "disentangled_orthogonality",
     "double_soft_orthogonality",
+    "duplicates",
     "embeddings",
     "estimate",
     "expected_cardinality",
@@ -113,8 +115,10 @@ __all__ = [
     "linears",
     "lorth",
     "matching",
+    "merge_copies",
     "mutual_coherence",
     "off_diagonal_orthogonality",
+    "operators",
     "param_groups",
     "piecewise",
     "plan",

@@ -38,13 +38,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows (one per layer) and named totals. Where the terminal is too narrow the last columns are left out of the print.
+    """Rows (one per layer) and totals. In a narrow terminal the last columns are left out of the print, which says so.
 
     Attributes:
         title: printed above.
         columns: in order; the first names the row.
         rows: one dictionary per layer. A value that does not apply is None.
-        totals: dictionaries with some of the same keys, by name.
+        totals: dictionaries with some of the same keys, by an identifier; ``label`` is what is printed in its place.
         notes: lines printed below.
     """
 
@@ -66,15 +66,29 @@ class Table:
         """One line per layer, every column; see :func:`to_csv`. Written to ``path`` if given."""
         return _written(to_csv([column.key for column in self.columns], self.rows), path)
 
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame`` with a row per layer and every column.
+
+        Raises:
+            ModuleNotFoundError: pandas is missing.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("to_pandas needs pandas: pip install pandas", name="pandas") from None
+        return pandas.DataFrame(list(self.rows), columns=[column.key for column in self.columns])
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable | Text]:
         every = [*self.rows, *self.totals.values()]
         columns = [c for c in self.columns if c.shown and any(row.get(c.key) is not None for row in every)]
-        drawn = self._drawn(columns)
+        drawn, left_out = self._drawn(columns), list[str]()
         while Measurement.get(console, options.update(width=1000), drawn).maximum > options.max_width and len(columns) > 2:
-            columns.pop()
+            left_out.insert(0, columns.pop().header)
             drawn = self._drawn(columns)
         yield drawn
         yield from (Text(printable(note)) for note in self.notes)
+        if left_out:
+            yield Text(f"not shown at this width: {', '.join(left_out)}; a wider terminal, to_dict() or --format json has them")
 
     def _drawn(self, columns: list[Column]) -> RichTable:
         drawn = RichTable(title=Text(printable(self.title)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
@@ -83,7 +97,9 @@ class Table:
         for place, row in enumerate(self.rows, 1):
             drawn.add_row(*(Text(c.show(row.get(c.key))) for c in columns), end_section=place == len(self.rows))
         for name, row in self.totals.items():
-            drawn.add_row(name, *(c.show(row[c.key]) if c.key in row else "" for c in columns[1:]), style="bold")
+            drawn.add_row(
+                row.get("label", name), *(c.show(row[c.key]) if c.key in row else "" for c in columns[1:]), style="bold"
+            )
         return drawn
 
     def __str__(self) -> str:

@@ -61,6 +61,17 @@ def show(table: Table, form: Format, console: Console) -> None:
         print(table.to_json() if form == "json" else table.to_csv(), end="")
 
 
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print plain text as it is: no markup, no breaking of lines; nothing, where it is empty."""
+    if text:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that a command was told to write."""
+    path.write_text(text, encoding="utf-8")
+
+
 def demo_images(root: Path | None) -> "Callable[[], ImageSet]":
     """Loads what the demo trains on: the digits, or some of the CIFAR-10 in ``root``. Can be pickled."""
     from orthokit.lab.data import load

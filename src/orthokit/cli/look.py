@@ -3,25 +3,32 @@
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from xml.etree import ElementTree
 
 import tyro
 from rich import box
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
+from rich.progress import track
 from rich.table import Table as RichTable
 from torch import nn
 
 import orthokit as ok
 from orthokit import checkpoint
 from orthokit.architecture import build, opened
-from orthokit.cli.base import Format, UsageError, demo_images, needing, show
+from orthokit.cli.base import Format, UsageError, check_positive, demo_images, needing, say, show, write_text
+from orthokit.config import where_of
 from orthokit.relax import Policy
+from orthokit.report import COLUMNS, compare
+from orthokit.report.gate import Condition
+from orthokit.select import Layer
+from orthokit.tables import Table
 
 
 @dataclass(frozen=True)
@@ -54,34 +61,142 @@ class List:
 
 @dataclass(frozen=True)
 class Report:
-    """Show how orthogonal each layer of a saved network is."""
+    """Show how orthogonal each layer of a saved network is, in figures and a word; or of several networks side by side.
 
-    checkpoint: tyro.conf.Positional[Path]
-    """A file with a state dict (.pt, .pth, .bin, .ckpt, .safetensors), or a folder of such. Nothing in it is executed."""
+    With --fail-if it is a gate: exit status 1 where a layer meets a condition.
+    """
+
+    checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT...")]
+    """Files with a state dict (.pt, .pth, .bin, .ckpt, .safetensors), or folders of such. Nothing in them is executed."""
     model: str | None = None
-    """Its architecture: torchvision:NAME, timm:NAME, module:function (imported: code runs), or a folder with config.json."""
+    """Their architecture: torchvision:NAME, timm:NAME, module:function (imported: code runs), or a folder with config.json."""
     key: str | None = None
-    """Which network, where there are several in the file; also the beginning of its entries' names."""
+    """Which network, where there are several in a file; also the beginning of its entries' names."""
     format: Format = "table"
     """What to print."""
     layers: tuple[str, ...] = ("*",)
     """Only layers whose name matches one of these patterns, e.g. 'layer1.*'."""
+    where: str | None = None
+    """Only layers of this kind, e.g. 'convs & ~tall'."""
+    exclude: tuple[str, ...] = ()
+    """Not layers whose name matches one of these patterns, e.g. 'fc' 'head*'."""
+    sort: str | None = None
+    """Largest values of this column first, e.g. max_cos; word: what to mend first."""
+    top: int | None = None
+    """Only so many rows; and pictures of so many layers on the page (12 by default)."""
+    no_spectrum: bool = False
+    """Leave out singular values, most of the work."""
+    operator: int | None = None
+    """Each layer as an operator instead: exact singular values on square images of this size."""
+    html: Path | None = None
+    """Also write a page with pictures into this file; needs the extra 'lab'."""
     picture: Path | None = None
     """Also draw cosines and singular values into this file (.png, .svg, .pdf)."""
+    fail_if: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A condition on a layer's columns, e.g. "copies > 0" or "max_cos > .95 and o <= n"; may be given again."""
+    annotations: Literal["github"] | None = None
+    """Say failures in the way GitHub shows beside a change, too."""
+    junit: Path | None = None
+    """Write failures into this file, in the XML that test runners use, too."""
 
-    def run(self, console: Console) -> None:
-        where, like = ok.matching(*self.layers), _architecture(self.model)
-        report = ok.report(self.checkpoint, where=where, like=like, key=self.key)
+    def run(self, console: Console) -> int:
+        check_positive(self, "top", "operator")
+        if not self.checkpoints:
+            raise UsageError("name a checkpoint, such as model.safetensors")
+        if (self.annotations or self.junit) and not self.fail_if:
+            raise UsageError("--annotations and --junit go with --fail-if")
+        if self.fail_if and len(self.checkpoints) > 1:
+            raise UsageError("--fail-if judges one checkpoint at a time")
+        where, like, paths = self._where(), _architecture(self.model), _names(self.checkpoints)
+        if self.operator is not None:
+            for path in paths.values():
+                show(ok.operators(opened(path, like, self.key)[0], self.operator, where=where), self.format, console)
+            return 0
+        conditions = [Condition(text, COLUMNS) for text in self.fail_if]
+        reports = {
+            name: ok.report(path, where=where, spectrum=not self.no_spectrum, track=_track(name), like=like, key=self.key)
+            for name, path in paths.items()
+        }
         if self.picture is not None:
             from orthokit.plots import draw
 
-            draw(
-                {self.checkpoint.stem: [opened(self.checkpoint, like, self.key)[0]]},
-                self.picture,
-                title=str(self.checkpoint),
-                where=where,
-            )
-        show(report, self.format, console)
+            networks = {name: [opened(path, like, self.key)[0]] for name, path in paths.items()}
+            draw(networks, self.picture, title=" and ".join(paths), where=where)
+        report, *others = reports.values()
+        table: Table = compare(reports) if others else report
+        if self.html is not None:
+            from orthokit.report.page import page
+
+            write_text(self.html, page(reports, top=self.top or 12, table=table if others else None))
+        if not others and (self.sort is not None or self.top is not None):
+            table = report.sorted(self.sort or "word", top=self.top)
+        show(table, self.format, console)
+        if self.format == "table" and not others:
+            say(console, report.summary, "bold")
+            if report.action:
+                say(console, f"to act on it: {report.action}")
+            say(console, f"look closer: orthokit report {self.checkpoints[0]} --html report.html" if self.html is None else "")
+        if self.html is not None:
+            errors = Console(stderr=True)
+            say(errors, f"page: {self.html}")
+        return self._judge(report, conditions) if conditions else 0
+
+    def _where(self) -> ok.Predicate:
+        where = ok.layers if self.where is None else where_of(self.where)
+        if self.layers != ("*",):
+            where = where & ok.matching(*self.layers)
+        return where & ~ok.matching(*self.exclude) if self.exclude else where
+
+    def _judge(self, report: "ok.Report", conditions: list[Condition]) -> int:
+        """Exit status 1 where a layer meets a condition; failures go to stderr, and to where else they are wanted."""
+        errors = Console(stderr=True, soft_wrap=True)
+        failures = [
+            (row["layer"], condition.text, condition.values(row))
+            for condition in conditions
+            for row in report.rows
+            if condition.met(row)
+        ]
+        for layer, text, values in failures:
+            say(errors, f"failed: {text}: {layer} ({values})", "red")
+            if self.annotations == "github":
+                # A comma or colon would end a property, a newline the message.
+                message = f"{layer}: {text} ({values})".replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+                print(f"::error title=orthokit report {self.checkpoints[0].name.replace(',', ' ').replace(':', ' ')}::{message}")
+        if self.junit is not None:
+            write_text(self.junit, _junit(report, conditions))
+        if not failures:
+            say(errors, f"passed: no layer meets {' or '.join(repr(condition.text) for condition in conditions)}")
+        return 1 if failures else 0
+
+
+def _junit(report: "ok.Report", conditions: list[Condition]) -> str:
+    """A test case for each layer and condition, as JUnit's XML."""
+    failed = sum(condition.met(row) for condition in conditions for row in report.rows)
+    count = len(conditions) * len(report.rows)
+    suite = ElementTree.Element("testsuite", name=report.title, tests=str(count), failures=str(failed), errors="0")
+    for condition in conditions:
+        for row in report.rows:
+            case = ElementTree.SubElement(suite, "testcase", classname=condition.text, name=row["layer"])
+            if condition.met(row):
+                ElementTree.SubElement(case, "failure", message=f"{condition.text}: {condition.values(row)}")
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _names(paths: Sequence[Path]) -> dict[str, Path]:
+    """Each file by the least of its path that tells it from the others."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UsageError("the same checkpoint is named twice")
+    for parts in (1, 2, 3):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return dict(zip(names, paths, strict=True))
+    return {str(path): path for path in paths}
+
+
+def _track(name: str) -> Callable[[Sequence[Layer]], Iterable[Layer]]:
+    """Shows on stderr how far a report is, where that is a terminal; gone when it is done."""
+    errors = Console(stderr=True)
+    return lambda layers: track(layers, escape(name), console=errors, transient=True, disable=not errors.is_terminal)
 
 
 def _architecture(spec: str | None) -> nn.Module | None:

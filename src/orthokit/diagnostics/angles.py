@@ -1,11 +1,13 @@
 """How filters point: the cosines of all pairs, in bounded memory, and how tight a frame they form."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from orthokit.checks import check_count
 from orthokit.gram import directions, frobenius, full_precision
 
 COPY = 0.99
@@ -24,21 +26,48 @@ class Angles(NamedTuple):
 
 
 @torch.no_grad()
-def angles(matrix: Float[Tensor, "*b o n"]) -> Angles:
+def angles(matrix: Float[Tensor, "*b o n"], product: Float[Tensor, "*b o o"] | None = None) -> Angles:
     """Sum and maximum of ``|c_ij|``, and the number of :data:`COPY` pairs, without holding all cosines at once.
+
+    Args:
+        matrix: ``(*b, o, n)``, one filter a row.
+        product: ``matrix @ matrix.mT``, where it is known already; the cosines are then read off it.
 
     >>> angles(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
     Angles(total=tensor(1.), largest=tensor(1.), copies=tensor(1))
     """
-    unit = directions(matrix)
-    *batch, o, _ = unit.shape
+    unit = directions(matrix) if product is None else torch.empty(0)
+    inverse = None if product is None else _inverse(product.diagonal(dim1=-2, dim2=-1))
+    *batch, o, _ = matrix.shape
     rows = max(1, BLOCK // (o * max(1, torch.Size(batch).numel())))
     parts = []
     for start in range(0, o, rows):
-        block = (unit[..., start : start + rows, :] @ unit[..., : start + rows, :].mT).tril(start - 1).abs()
+        if product is None or inverse is None:
+            block = unit[..., start : start + rows, :] @ unit[..., : start + rows, :].mT
+        else:
+            block = product[..., start : start + rows, : start + rows] * inverse[..., start : start + rows, None]
+            block *= inverse[..., None, : start + rows]
+        block = block.tril_(start - 1).abs_()
         parts.append(Angles(block.sum((-2, -1)), block.amax((-2, -1)), (block > COPY).sum((-2, -1))))
     total, largest, copies = (torch.stack(part) for part in zip(*parts, strict=True))
     return Angles(total.sum(0), largest.amax(0), copies.sum(0))
+
+
+def _inverse(squares: Tensor) -> Tensor:
+    """``1 / ||k_i||``, 0 for a filter without direction."""
+    return torch.where(squares > torch.finfo(squares.dtype).tiny, squares.rsqrt(), 0.0)
+
+
+def random_cosine(n: int) -> float:
+    """Mean ``|c_ij|`` of random filters with ``n`` weights: ``Gamma(n/2) / (sqrt(pi) Gamma((n+1)/2))``, about ``sqrt(2/(pi n))``.
+
+    Exact for directions drawn uniformly from the sphere, such as those of Gaussian weights.
+
+    >>> random_cosine(1), round(random_cosine(2), 4), round(random_cosine(576), 4)
+    (1.0, 0.6366, 0.0333)
+    """
+    check_count("n", n)
+    return math.exp(math.lgamma(n / 2) - math.lgamma((n + 1) / 2)) / math.sqrt(math.pi)
 
 
 @full_precision

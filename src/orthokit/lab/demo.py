@@ -161,9 +161,9 @@ def _table(by_arm: dict[str, list[Result]], data: ImageSet) -> Table:
     for header in ("accuracy\n%", "under:\nmean |c|", "\nmax |c|", "over:\nmean |c|", "\nmax |c|", "\ncopies", "\ncost"):
         table.add_column(header, justify="right", no_wrap=True)
     for arm, results in by_arm.items():
-        totals = [list(ok.report(result.weights, where=ok.convs).totals.values()) for result in results]
-        figures = [mean(total[part][key] for total in totals) for part in (0, 1) for key in ("mean_cos", "max_cos")]
-        copies = mean(total[2]["copies"] for total in totals)
+        totals = [ok.report(result.weights, where=ok.convs).totals for result in results]
+        figures = [mean(total[part][key] for total in totals) for part in ("wide", "tall") for key in ("mean_cos", "max_cos")]
+        copies = mean(total["all"]["copies"] for total in totals)
         accuracy = [result.accuracy for result in results]
         spread = f" ± {stdev(accuracy):.1f}" if seeds > 1 else ""
         cost = mean(result.cost for result in results)

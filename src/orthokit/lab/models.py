@@ -388,12 +388,24 @@ def flops(model: nn.Module, input_shape: Iterable[int]) -> int:
     return int(counter.get_total_flops()) // 2
 
 
+KEPT = (
+    *("filters", "pairs", "mean_length_error", "max_length_error", "sigma_min", "sigma_max"),
+    *("mean_cos", "max_cos", "copies", "residual", "tightness"),
+)
+"""What records of runs hold of the totals of a report."""
+
+
 def orthogonality(model: nn.Module, *, spectrum: bool = True) -> dict[str, Row]:
-    """Totals of :func:`orthokit.report` over ``under``- and ``over``-determined layers, and over ``all`` if there are both.
+    """Totals of :func:`orthokit.report` over wide layers (``under``), tall ones (``over``), and ``all`` if there are both.
 
     Of the convolutions; of every layer with a kernel where there are none; empty where there is none either.
     """
     modules = list(model.named_modules())
     where = next((where for where in (convs, layers) if any(where(*module) for module in modules)), None)
     totals = {} if where is None else report(model, where=where, spectrum=spectrum).totals
-    return {re.split("[- ]", name)[0]: total for name, total in totals.items()}
+    named = {"wide": "under", "tall": "over", "all": "all"}  # in the records of runs
+    return {
+        named[part]: {key: value for key, value in total.items() if key in KEPT}
+        for part, total in totals.items()
+        if part in named
+    }

@@ -1,0 +1,101 @@
+"""Every layer of a network as a linear operator: singular values, condition, and a bound of the Lipschitz constant."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from orthokit.diagnostics import operator_singular_values
+from orthokit.kernel import evaluating
+from orthokit.select import Layer, Where, layers, select
+from orthokit.tables import Column, Row, Table
+
+COLUMNS = (
+    Column("layer", "layer", "s"),
+    Column("size", "input size", "s"),
+    Column("sigma_max", "σ max", ".4g"),
+    Column("sigma_min", "σ min", ".4g"),
+    Column("condition", "σ max/min", ".3g"),
+    Column("count", "values", ",d"),
+)
+
+
+@torch.no_grad()
+def operators(model: nn.Module | Mapping[str, Any], size: int | Sequence[int], *, where: Where = layers) -> Table:
+    """Largest and smallest singular value of each layer as an operator with circular padding, exactly.
+
+    The total's ``sigma_max`` is the product of the layers' largest: an upper bound of the Lipschitz constant of these layers one
+    after another. It says nothing of what is between them (normalisation, activations, sums of a shortcut).
+
+    Args:
+        model: a module: each convolution gets the size that reaches it when an image of ``size`` enters the network; or a state
+            dict, which does not tell: each gets ``size``.
+        size: of the image, one number or one for each spatial dimension. A layer's size is rounded up to a multiple of its
+            stride.
+        where: which layers.
+
+    Raises:
+        ValueError: no layer is selected.
+
+    >>> print(orthokit.operators(nn.Sequential(nn.Conv2d(1, 1, 1, bias=False)), 4).columns[2].header)
+    σ max
+    """
+    chosen = select(model, where)
+    reached = _sizes(model, chosen, size) if isinstance(model, nn.Module) else {}
+    rows: list[Row] = []
+    for layer in chosen:
+        kernel = layer.kernel
+        dimensions = len(kernel.stride)
+        own = reached.get(layer.name, _extents(size, dimensions))
+        own = tuple(-(-extent // step) * step for extent, step in zip(own, kernel.stride, strict=True))
+        row: Row = {"layer": layer.name, "size": "x".join(map(str, own)) or "–"} | dict.fromkeys(
+            ("sigma_max", "sigma_min", "condition", "count")
+        )
+        if kernel.weight.isfinite().all():
+            sigma = operator_singular_values(kernel, own)
+            high, low = sigma[0].item(), sigma[-1].item()
+            row |= {"sigma_max": high, "sigma_min": low, "count": len(sigma), "condition": high / low if low > 0 else math.inf}
+        rows.append(row)
+    largest = [row["sigma_max"] for row in rows if row["sigma_max"] is not None]
+    bound = {"label": "product: a Lipschitz bound", "sigma_max": math.prod(largest)}
+    notes = ["circular padding; the bound is of these layers alone, one after another"]
+    if not isinstance(model, nn.Module):
+        notes.append("a state dict tells neither strides nor sizes: every layer is taken at this size, with stride 1")
+    return Table("layers as operators", COLUMNS, tuple(rows), {"product": bound} if largest else {}, tuple(notes))
+
+
+def _extents(size: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    return (size,) * dimensions if isinstance(size, int) else tuple(size)[:dimensions]
+
+
+def _sizes(model: nn.Module, chosen: Sequence[Layer], size: int | Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Spatial size of what reaches each convolution; of a transposed one the size of its output."""
+    convolutions = [layer for layer in chosen if isinstance(layer.module, _ConvNd)]
+    if not convolutions:
+        return {}
+    sizes: dict[str, tuple[int, ...]] = {}
+    handles = []
+    for layer in convolutions:
+
+        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = layer.name) -> None:
+            dimensions = len(module.kernel_size)  # type: ignore[arg-type]
+            passed = output if module.transposed else inputs[0]
+            sizes.setdefault(name, tuple(passed.shape[-dimensions:]))
+
+        handles.append(layer.module.register_forward_hook(note))
+    first = convolutions[0].module
+    image = (int(first.in_channels), *_extents(size, len(first.kernel_size)))  # type: ignore[arg-type]
+    like = next(first.parameters())
+    try:
+        with evaluating(model):
+            model(like.new_zeros((1, *image)))
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"an image of shape {image} does not go through the network ({reason}); pass another size") from None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sizes
