@@ -49,6 +49,7 @@ def own_style() -> Iterator[None]:
     """
     try:
         import matplotlib
+        import matplotlib.figure
     except ModuleNotFoundError:
         raise ModuleNotFoundError("pictures need matplotlib: pip install 'orthokit[lab]'", name="matplotlib") from None
     with matplotlib.rc_context():

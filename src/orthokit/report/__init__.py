@@ -68,8 +68,10 @@ class Report(Table):
             layer: its name.
             above: from 0 to 1.
 
-        >>> orthokit.report(nn.Linear(1, 2)).pairs("Linear")  # filters of one weight have one direction
-        [Pair(i=0, j=1, cosine=...1.0)]
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
+        >>> orthokit.report(layer).pairs("Linear", above=0.5)[0].j
+        1
         """
         check_number("above", above, 0, 1)
         return pairs_of(self.kernel(layer), above)
