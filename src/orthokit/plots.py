@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from orthokit.checks import printable
 from orthokit.diagnostics import singular_values
 from orthokit.gram import cosines, directions, welch_bound
 from orthokit.kernel import Kernel
@@ -241,7 +242,8 @@ def _plain(axis: "Axes") -> None:
 
 
 def _middle(name: str, most: int = 36) -> str:
-    """A name, shortened in the middle."""
+    """A name, shortened in the middle, in which nothing is read as a formula."""
+    name = printable(name).replace("$", r"\$")
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
 
 

@@ -22,6 +22,7 @@ from torch import nn
 import orthokit as ok
 from orthokit import checkpoint
 from orthokit.architecture import build, opened
+from orthokit.checks import printable
 from orthokit.cli.base import Format, UsageError, check_positive, demo_images, needing, say, show, write_text
 from orthokit.config import where_of
 from orthokit.relax import Policy
@@ -151,7 +152,7 @@ class Report:
         """Exit status 1 where a layer meets a condition; failures go to stderr, and to where else they are wanted."""
         errors = Console(stderr=True, soft_wrap=True)
         failures = [
-            (row["layer"], condition.text, condition.values(row))
+            (printable(row["layer"]), condition.text, condition.values(row))
             for condition in conditions
             for row in report.rows
             if condition.met(row)
@@ -173,10 +174,10 @@ def _junit(report: "ok.Report", conditions: list[Condition]) -> str:
     """A test case for each layer and condition, as JUnit's XML."""
     failed = sum(condition.met(row) for condition in conditions for row in report.rows)
     count = len(conditions) * len(report.rows)
-    suite = ElementTree.Element("testsuite", name=report.title, tests=str(count), failures=str(failed), errors="0")
+    suite = ElementTree.Element("testsuite", name=printable(report.title), tests=str(count), failures=str(failed), errors="0")
     for condition in conditions:
         for row in report.rows:
-            case = ElementTree.SubElement(suite, "testcase", classname=condition.text, name=row["layer"])
+            case = ElementTree.SubElement(suite, "testcase", classname=condition.text, name=printable(row["layer"]))
             if condition.met(row):
                 ElementTree.SubElement(case, "failure", message=f"{condition.text}: {condition.values(row)}")
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"

@@ -1,16 +1,17 @@
 """Every layer of a network as a linear operator: singular values, condition, and a bound of the Lipschitz constant."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from orthokit.architecture import Network, opened
 from orthokit.diagnostics import operator_singular_values
 from orthokit.kernel import evaluating
 from orthokit.select import Layer, Where, layers, select
+from orthokit.statedict import Layers
 from orthokit.tables import Column, Row, Table
 
 COLUMNS = (
@@ -24,7 +25,7 @@ COLUMNS = (
 
 
 @torch.no_grad()
-def operators(model: nn.Module | Mapping[str, Any], size: int | Sequence[int], *, where: Where = layers) -> Table:
+def operators(model: Network | Layers, size: int | Sequence[int], *, where: Where = layers) -> Table:
     """Largest and smallest singular value of each layer as an operator with circular padding, exactly.
 
     The total's ``sigma_max`` is the product of the layers' largest: an upper bound of the Lipschitz constant of these layers one
@@ -32,7 +33,7 @@ def operators(model: nn.Module | Mapping[str, Any], size: int | Sequence[int], *
 
     Args:
         model: a module: each convolution gets the size that reaches it when an image of ``size`` enters the network; or a state
-            dict, which does not tell: each gets ``size``.
+            dict or file, which does not tell: each gets ``size``.
         size: of the image, one number or one for each spatial dimension. A layer's size is rounded up to a multiple of its
             stride.
         where: which layers.
@@ -43,7 +44,8 @@ def operators(model: nn.Module | Mapping[str, Any], size: int | Sequence[int], *
     >>> print(orthokit.operators(nn.Sequential(nn.Conv2d(1, 1, 1, bias=False)), 4).columns[2].header)
     σ max
     """
-    chosen = select(model, where)
+    network = model if isinstance(model, Layers) else opened(model)[0]
+    chosen = select(network, where)
     reached = _sizes(model, chosen, size) if isinstance(model, nn.Module) else {}
     rows: list[Row] = []
     for layer in chosen:
@@ -63,7 +65,7 @@ def operators(model: nn.Module | Mapping[str, Any], size: int | Sequence[int], *
     bound = {"label": "product: a Lipschitz bound", "sigma_max": math.prod(largest)}
     notes = ["circular padding; the bound is of these layers alone, one after another"]
     if not isinstance(model, nn.Module):
-        notes.append("a state dict tells neither strides nor sizes: every layer is taken at this size, with stride 1")
+        notes.append("saved weights tell neither strides nor sizes: every layer is taken at this size, with stride 1")
     return Table("layers as operators", COLUMNS, tuple(rows), {"product": bound} if largest else {}, tuple(notes))
 
 

@@ -3,9 +3,10 @@
 import base64
 import io
 from collections.abc import Mapping
-from html import escape
+from html import escape as escape_html
 from typing import TYPE_CHECKING, Any
 
+from orthokit.checks import printable
 from orthokit.report.words import ranked
 from orthokit.tables import Column, Row, Table
 
@@ -144,3 +145,8 @@ def _picture(figure: "Figure", alt: str, caption: str = "") -> str:
     told = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     data = base64.b64encode(drawn.getvalue()).decode()
     return f'<figure>{told}<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}"></figure>'
+
+
+def escape(text: str) -> str:
+    """Text of files, such as a layer's name, as it may stand in a page."""
+    return escape_html(printable(text))

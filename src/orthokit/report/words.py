@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from orthokit.checks import printable
 from orthokit.tables import Row
 
 WORDS = ("copies", "correlated", "like random", "near-orthogonal", "orthogonal")
@@ -100,6 +101,7 @@ def _verb(word: str, count: int) -> str:
 
 
 def _shown(row: Row) -> str:
+    name = printable(row["layer"])
     if row["copies"]:
-        return f"{row['layer']} ({row['copies']:,} cop{'y' if row['copies'] == 1 else 'ies'})"
-    return f"{row['layer']} ({row['x_random']:.1f} times random)"
+        return f"{name} ({row['copies']:,} cop{'y' if row['copies'] == 1 else 'ies'})"
+    return f"{name} ({row['x_random']:.1f} times random)"
