@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from orthokit.architecture import Network, opened
+from orthokit.audit import unread_parameters
 from orthokit.checks import check_number, did_you_mean
 from orthokit.diagnostics import COPY
 from orthokit.kernel import Kernel
