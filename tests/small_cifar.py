@@ -65,5 +65,5 @@ def packed(published, form=0, leave_out=()):
 def with_md5(published, content, form=0):
     """As if ``content`` were the published archive."""
     layouts = list(published.layouts)
-    layouts[form] = replace(layouts[form], md5=hashlib.md5(content).hexdigest())
+    layouts[form] = replace(layouts[form], md5=hashlib.md5(content).hexdigest(), size=len(content))
     return replace(published, layouts=tuple(layouts))

@@ -96,7 +96,7 @@ def test_a_killed_run_is_told_and_the_rest_goes_on(recipe, tmp_path):
     while not (tmp_path / "runs/r/0/metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    found = subprocess.run(["pgrep", "-f", f"{tmp_path}/runs/r/0/.queued.toml"], capture_output=True, text=True, check=True)
+    found = subprocess.run(["pgrep", "-f", f"{tmp_path}/runs/r/0/.queued.toml.*part"], capture_output=True, text=True, check=True)
     os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 4, errors

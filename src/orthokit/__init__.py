@@ -1,5 +1,10 @@
 """Orthogonal filters for deep networks: measure a layer's kernel, minimise the measure, or print it."""
 
+# First, as importing the rest takes seconds.
+from orthokit import starting  # noqa: F401
+
+# isort: split
+
 from importlib.metadata import version
 
 from orthokit.estimate import estimate

@@ -4,14 +4,17 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tyro
 from rich.text import Text
 
 import orthokit as ok
+from orthokit import starting
 from orthokit.checks import printable
 from orthokit.cli.base import Terminal, UsageError
 from orthokit.cli.evidence import Compare, Evaluate, Power, Study
@@ -33,11 +36,26 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """A termination signal ends a command as Ctrl-C does, with the processes that the command started."""
+    starting.done()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_interruptible()
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status.
 
     0 when all went well, 2 for what the caller can put right, 3 when training diverged, 4 when one of several runs failed, 130
-    when interrupted.
+    when interrupted by Ctrl-C or a termination signal.
 
     With ``ORTHOKIT_DEBUG=1`` in the environment errors keep their traceback.
     """

@@ -32,6 +32,7 @@ from orthokit.lab.models import orthogonality, unwrapped
 from orthokit.lab.own import Code, function, refusal
 from orthokit.lab.recipe import DataSection, Recipe, differences
 from orthokit.lab.record import SUMMARY
+from orthokit.lab.watch import follow
 
 STEPS, PATH = 20, 5.0
 """Of projected gradient descent: steps, and the length of all of them in radii."""
@@ -326,7 +327,7 @@ def evaluate(
     for subject, why in refused.items():
         tick(subject, "all", why)
     failed = len(gone) + len(refused)
-    with joblib.parallel_config("loky", inner_max_num_threads=threads):
+    with joblib.parallel_config("loky", inner_max_num_threads=threads, initializer=follow, initargs=(os.getpid(),)):
         pool = joblib.Parallel(min(jobs, max(1, len(left))), return_as="generator_unordered")
         tasks = (
             joblib.delayed(_measured)(index, part, subject, digests[subject], images, root, place, threads)

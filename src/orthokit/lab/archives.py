@@ -35,18 +35,22 @@ WAITS = (1.0, 2.0, 5.0, 10.0)
 """Seconds before each new attempt to go on with a download that broke off; after progress they are counted anew."""
 TIMEOUT = 30.0
 """Seconds without an answer or a byte after which a connection counts as broken."""
+LEAST = 1000.0
+"""Bytes a second. A connection that gives less over ``TIMEOUT`` counts as broken, attempts that give less not as progress."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """One published form: a folder of files, and the archive that holds it.
 
+    ``size`` is that of the archive: a download ends with an error at the first byte beyond.
     ``labels`` is the key of the labels in a pickle, or the number of label bytes before a binary image, the last of which counts.
     """
 
     folder: str
     archive: str
     md5: str
+    size: int
     train: tuple[str, ...]
     test: str
     labels: str | int
@@ -81,6 +85,7 @@ PUBLISHED = {
                 folder="cifar-10-batches-py",
                 archive="cifar-10-python.tar.gz",
                 md5="c58f30108f718f92721af3b95e74349a",
+                size=170_498_071,
                 train=("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"),
                 test="test_batch",
                 labels="labels",
@@ -89,6 +94,7 @@ PUBLISHED = {
                 folder="cifar-10-batches-bin",
                 archive="cifar-10-binary.tar.gz",
                 md5="c32a1d4ab5d03f1284b67883e8d87530",
+                size=170_052_171,
                 train=("data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin", "data_batch_4.bin", "data_batch_5.bin"),
                 test="test_batch.bin",
                 labels=1,
@@ -106,6 +112,7 @@ PUBLISHED = {
                 folder="cifar-100-python",
                 archive="cifar-100-python.tar.gz",
                 md5="eb9058c3a382ffc7106e4002c42a8d85",
+                size=169_001_437,
                 train=("train",),
                 test="test",
                 labels="fine_labels",
@@ -114,6 +121,7 @@ PUBLISHED = {
                 folder="cifar-100-binary",
                 archive="cifar-100-binary.tar.gz",
                 md5="03b5dce01913d631647c71ecec9e9cb8",
+                size=168_513_733,
                 train=("train.bin",),
                 test="test.bin",
                 labels=2,
@@ -290,8 +298,8 @@ def download(published: str | Published, root: str | Path, *, url: str | None = 
         console: for the progress bar; stderr by default.
 
     Raises:
-        ValueError: what came has another MD5; it is deleted.
-        ConnectionError: the server did not give the file, or broke off too often; what came is kept.
+        ValueError: what came has another MD5, or is longer than the archive; it is deleted.
+        ConnectionError: the server did not give the file, broke off too often, or was too slow; what came is kept.
         OSError: the folder cannot be written to, or is full.
     """
     if isinstance(published, str):
@@ -314,7 +322,7 @@ def download(published: str | Published, root: str | Path, *, url: str | None = 
     try:
         if target.is_file() and _md5(target) == layout.md5:
             return target
-        _fetch(url, part, layout.md5, console)
+        _fetch(url, part, layout, console)
         if (md5 := _md5(part)) != layout.md5:
             size = part.stat().st_size
             part.unlink()
@@ -332,19 +340,19 @@ class _BrokenOffError(Exception):
     """The network failed in a way that another attempt may mend."""
 
 
-def _fetch(url: str, part: Path, md5: str, console: Console) -> None:
+def _fetch(url: str, part: Path, layout: Layout, console: Console) -> None:
     """Append to ``part`` until it is complete."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(escape(part.stem), total=None)
-        failures, most = 0, _size(part)
+        failures, most, since = 0, _size(part), time.monotonic()
         while True:
             try:
-                return _receive(url, part, md5, progress, task)
+                return _receive(url, part, layout, progress, task)
             except _BrokenOffError as error:
                 reason = str(error)
-            if _size(part) > most:
-                failures, most = 0, _size(part)
+            if _size(part) - most > LEAST * (time.monotonic() - since):
+                failures, most, since = 0, _size(part), time.monotonic()
             if failures == len(WAITS):
                 raise ConnectionError(
                     f"could not fetch {url}: {reason}; {_size(part):,} bytes are kept in {part}. Try again to go on, or put "
@@ -355,7 +363,8 @@ def _fetch(url: str, part: Path, md5: str, console: Console) -> None:
             failures += 1
 
 
-def _receive(url: str, part: Path, md5: str, progress: Progress, task: TaskID) -> None:
+def _receive(url: str, part: Path, layout: Layout, progress: Progress, task: TaskID) -> None:
+    """One attempt: append to ``part`` what comes."""
     have = _size(part)
     headers = {"User-Agent": "orthokit"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
@@ -363,7 +372,7 @@ def _receive(url: str, part: Path, md5: str, progress: Progress, task: TaskID) -
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416 and have:  # nothing comes after what we have: it is complete, or too long
-            if _md5(part) == md5:
+            if _md5(part) == layout.md5:
                 return
             part.unlink()
             raise _BrokenOffError(f"{part} was no beginning of {url}") from None
@@ -386,23 +395,38 @@ def _receive(url: str, part: Path, md5: str, progress: Progress, task: TaskID) -
         else:
             have = 0
         progress.update(task, total=total, completed=have)
+        size, came, since = have, 0, time.monotonic()
         try:
             with part.open("ab" if have else "wb") as file:
                 while chunk := _chunk(response):
                     file.write(chunk)
                     progress.advance(task, len(chunk))
+                    size, came = size + len(chunk), came + len(chunk)
+                    if size > layout.size:
+                        break
+                    if (seconds := time.monotonic() - since) > TIMEOUT:
+                        if came < LEAST * seconds:
+                            raise _BrokenOffError(f"the connection gave only {came:,} bytes in {seconds:.0f} s")
+                        came, since = 0, time.monotonic()
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             error.filename = error.filename or str(part)
             raise
-    if total is not None and _size(part) < total:
-        raise _BrokenOffError(f"the connection broke off after {_size(part):,} of {total:,} bytes")
+    if size > layout.size:
+        part.unlink()
+        raise ValueError(
+            f"{url} gave more than the {layout.size:,} bytes of {layout.archive}; they are deleted. Try again, or put "
+            f"{layout.archive} into {part.parent} by hand"
+        )
+    if total is not None and size < total:
+        raise _BrokenOffError(f"the connection broke off after {size:,} of {total:,} bytes")
 
 
 def _chunk(response: http.client.HTTPResponse) -> bytes:
+    """What has come, at once, however little: nothing of it is lost where the connection stalls."""
     try:
-        return response.read(1 << 18)
+        return response.read1(1 << 18)
     except (http.client.HTTPException, OSError) as error:
         raise _BrokenOffError(f"the connection broke off: {str(error) or type(error).__name__}") from None
 

@@ -1,14 +1,17 @@
 """The demo: one small network, five arms, real images, the same seeds and batches for each."""
 
+import contextlib
 import multiprocessing
+import os
+import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from copy import deepcopy
 from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from queue import Queue
 from statistics import mean, median, stdev
 
 import torch
@@ -16,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +27,9 @@ import orthokit as ok
 from orthokit.checkpoint import ordered
 from orthokit.kernel import KernelMeasure
 from orthokit.lab.data import ImageSet
+from orthokit.lab.files import write
 from orthokit.lab.models import ResNet
+from orthokit.lab.watch import follow
 from orthokit.plots import draw
 
 STRENGTH = 0.1
@@ -94,10 +99,34 @@ def _accuracy(model: ResNet, data: ImageSet) -> float:
     return 100 * right / len(data.test)
 
 
-def _work(load: Callable[[], ImageSet], seed: int, epochs: int, batch: int, ticks: "Queue[int]") -> list[Result]:
+_ticks: "SimpleQueue[int] | None" = None
+"""In a worker: where it tells of each epoch of a seed."""
+
+
+def _begin(parent: int, ticks: "SimpleQueue[int]") -> None:
+    """Set up a worker."""
+    global _ticks
+    follow(parent)
+    _ticks = ticks
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)  # the copies that form="pairs" warns of are what the demo shows
+
+
+def _work(load: Callable[[], ImageSet], seed: int, epochs: int, batch: int) -> list[Result]:
+    ticks = _ticks
+    assert ticks is not None
     return train_seed(load(), seed, epochs, batch, lambda: ticks.put(seed))
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started here never see a Ctrl-C, not even while they import; ours is kept for the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run(load: Callable[[], ImageSet], *, seeds: int, epochs: int, batch: int, workers: int, out: Path, console: Console) -> None:
@@ -109,22 +138,24 @@ def run(load: Callable[[], ImageSet], *, seeds: int, epochs: int, batch: int, wo
         f"{len(ARMS)} arms, {seeds} seeds\n"
     )
     results: list[Result] = []
-    with _progress(console) as progress, multiprocessing.Manager() as manager:
-        ticks = manager.Queue()
+    context = multiprocessing.get_context("spawn")
+    ticks = context.SimpleQueue()
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(os.getpid(), ticks))
+    with _progress(console) as progress, pool:
         bars = {seed: progress.add_task(f"seed {seed}", total=epochs) for seed in range(seeds)}
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            try:
-                waiting = {pool.submit(_work, load, seed, epochs, batch, ticks) for seed in range(seeds)}
-                while waiting:
-                    done, waiting = wait(waiting, timeout=0.2)
-                    while not ticks.empty():
-                        progress.advance(bars[ticks.get()])
-                    results += [result for future in done for result in future.result()]
-            except BaseException:
-                for process in pool._processes.values():
-                    process.terminate()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        try:
+            with _without_interrupts():
+                waiting = {pool.submit(_work, load, seed, epochs, batch) for seed in range(seeds)}
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.2)
+                while not ticks.empty():
+                    progress.advance(bars[ticks.get()])
+                results += [result for future in done for result in future.result()]
+        except BaseException:
+            for process in pool._processes.values():
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     results.sort(key=lambda result: result.seed)
     by_arm = {arm: [result for result in results if result.arm == arm] for arm in ARMS}
     console.print(_table(by_arm, data))
@@ -138,7 +169,7 @@ def run(load: Callable[[], ImageSet], *, seeds: int, epochs: int, batch: int, wo
     picture = out / "orthogonality.png"
     draw({arm: [result.weights for result in found] for arm, found in by_arm.items()}, picture, title=title, where=ok.convs)
     for arm, (first, *_) in by_arm.items():
-        save_file(first.weights, out / f"{arm.replace(', ', '-')}.safetensors", ordered(first.weights))
+        write(out / f"{arm.replace(', ', '-')}.safetensors", save(first.weights, ordered(first.weights)))
     console.print(f"picture: {picture}", f"look closer: orthokit report {out / 'strict.safetensors'}", sep="\n", soft_wrap=True)
 
 

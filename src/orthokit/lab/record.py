@@ -16,6 +16,7 @@ Every file appears under its name at once and whole, or not at all.
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Annotated, Any
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from orthokit.lab.files import to_json, write
+from orthokit.lab.files import remove_parts, to_json, write
 from orthokit.lab.recipe import Recipe, differences, read_toml
 
 SEEDS = 2**32
@@ -33,8 +34,26 @@ Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=SEEDS)]], Field(min_length=
 """In files of sweeps and studies."""
 SUMMARY, DIVERGED = "summary.json", "diverged.json"
 """In a run's folder: what it came to, or that it could not go on."""
+FILES = (
+    *("recipe.toml", "environment.json", "metrics.jsonl", "last.ckpt", "last.safetensors", "best.safetensors"),
+    *(SUMMARY, DIVERGED),
+)
+"""In a run's folder: what only the process that trains the run writes."""
 WAIT = 60.0
 """Seconds to wait for another process that holds the run: one that was told to stop saves a checkpoint first."""
+SERVES = "ORTHOKIT_SERVES"
+"""In the environment: the process for whose sake this one runs."""
+LATER = 75
+"""Exit status for the process in ``SERVES``: another process has the run."""
+
+
+class HeldError(BlockingIOError):
+    """Another process has the run."""
+
+    @property
+    def status(self) -> int:
+        """Exit status of the command line: 2, or ``LATER`` where a process that starts many runs can wait."""
+        return LATER if SERVES in os.environ else 2
 
 
 @dataclass(frozen=True)
@@ -121,11 +140,13 @@ class Run:
     def held(self, say: Callable[[str], object] = lambda _: None) -> Iterator[None]:
         """Keep every other process out of the folder, which is made if need be; ``say`` is told if one has to be waited for.
 
+        What a killed process left half written is removed.
+
         Raises:
-            BlockingIOError: another process holds it and does not let go.
+            HeldError: another process holds it and does not let go.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
+        lock = self._lock()
         try:
             try:
                 lock.acquire(timeout=0)
@@ -133,11 +154,26 @@ class Run:
                 say(f"another process holds {self.name}; waiting for it to stop")
                 lock.acquire(timeout=WAIT)
         except Timeout:
-            raise BlockingIOError(f"another process is training {self.folder}; wait for it, or stop it") from None
+            raise HeldError(f"another process is training {self.folder}; wait for it, or stop it") from None
         try:
+            for name in FILES:
+                remove_parts(self.folder / name, idle=0)
             yield
         finally:
             lock.release()
+
+    def taken(self) -> bool:
+        """Whether another process holds the folder at this moment."""
+        if not self.folder.is_dir():
+            return False
+        try:
+            with self._lock().acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def _lock(self) -> FileLock:
+        return FileLock(self.folder / ".lock")
 
 
 def read_json(path: Path, **kinds: Any) -> dict[str, Any]:

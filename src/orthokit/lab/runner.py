@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,17 +21,19 @@ from typing import Any, Literal
 
 import joblib
 import torch
+from rich.markup import escape
 
 from orthokit.lab.display import Display
-from orthokit.lab.files import write
-from orthokit.lab.record import Run
-from orthokit.lab.watch import SERVES
+from orthokit.lab.files import IDLE, part_of, remove_parts, write
+from orthokit.lab.record import LATER, SERVES, Run
 
 Backend = Literal["local", "ray"]
 INTERRUPTED = 130
-QUEUED = ".queued.toml"
-"""The recipe for the process that does the run; ``recipe.toml`` is its own to write."""
+QUEUED = "queued.toml"
+"""The recipe for the process that does the run, as a part of its own for each; ``recipe.toml`` is that process's to write."""
 LOOK_EVERY = 0.5
+Ended = tuple[int, str]
+"""Exit status of a run, and why it failed if it did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +68,8 @@ class Pool:
         names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
         return names * self.per_device
 
-    def command(self, run: Run) -> list[str]:
-        """The command line of a run whose recipe is in its folder."""
+    def command(self, run: Run, recipe: Path) -> list[str]:
+        """The command line of a run whose recipe is in that file."""
         folder = run.folder.absolute()  # a link stays one
         options = {
             "--name": folder.parent.name,
@@ -76,9 +79,9 @@ class Pool:
             "--device": self.device,
             "--threads": self.threads,
         }
-        recipe, code = str(folder / QUEUED), run.recipe.code
+        code = run.recipe.code
         # -P: a run in a folder of somebody else's does not import what lies there.
-        command = [sys.executable, "-P", "-m", "orthokit.cli", "train", recipe]
+        command = [sys.executable, "-P", "-m", "orthokit.cli", "train", str(recipe)]
         command += [str(part) for item in options.items() for part in item]
         return [*command, "--code", *map(str, code.folders)] if code and code.folders and run.recipe.own else command
 
@@ -87,17 +90,16 @@ class Pool:
 class _Local:
     """Starts commands on this machine, hands out its GPUs, and passes an interruption on."""
 
-    threads: int
     devices: "queue.Queue[str] | None"
-    processes: set["subprocess.Popen[str]"] = field(default_factory=set)
+    processes: set["subprocess.Popen[bytes]"] = field(default_factory=set)
     stopping: bool = False
 
-    def __call__(self, command: list[str], folder: Path) -> int:
+    def __call__(self, run: Run, pool: Pool) -> Ended:
         if self.stopping:
-            return INTERRUPTED
+            return INTERRUPTED, ""
         device = self.devices.get() if self.devices else None
         try:
-            return _execute(command, folder, self.threads, device, self)
+            return _execute(run, pool, device, self)
         finally:
             if self.devices and device is not None:
                 self.devices.put(device)
@@ -109,36 +111,68 @@ class _Local:
             process.terminate()  # SIGINT is ignored by what a script starts in the background
 
 
-def _execute(command: list[str], folder: Path, threads: int, device: str | None = None, local: _Local | None = None) -> int:
-    """Run a command, its output into ``log.txt``; its exit status, which is noted in ``failed.txt`` unless it is 0."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), SERVES: str(os.getpid())}
+def _execute(run: Run, pool: Pool, device: str | None = None, local: _Local | None = None) -> Ended:
+    """Do a run in a process of its own, its output at the end of ``log.txt``, and why it failed, if it did, in ``failed.txt``.
+
+    The status is ``LATER`` where another command has the run.
+    """
+    folder = run.folder.absolute()
+    recipe, log, failed = part_of(folder / QUEUED), folder / "log.txt", folder / "failed.txt"
+    environment = os.environ | {"OMP_NUM_THREADS": str(pool.threads), SERVES: str(os.getpid())}
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "failed.txt").unlink(missing_ok=True)
-    with (folder / "log.txt").open("w") as log:
-        # A session of its own: a Ctrl-C of the terminal is passed on by us, once.
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, text=True)
+    try:
+        if run.taken():
+            return LATER, ""
+        if run.summary() is not None:  # by another command, meanwhile
+            return 0, ""
+        folder.mkdir(parents=True, exist_ok=True)
+        failed.unlink(missing_ok=True)
+        remove_parts(folder / QUEUED, idle=IDLE)
+        recipe.write_text(run.recipe.to_toml(), "utf-8")
+        with log.open("ab") as output:
+            start = output.tell()
+            # A session of its own: a Ctrl-C of the terminal is passed on by us, once.
+            options: dict[str, Any] = {"env": environment, "stdout": output, "stderr": output, "start_new_session": True}
+            status = _wait(subprocess.Popen(pool.command(run, recipe), **options), local)
+        if status in (0, LATER):
+            return status, ""
+        if local is not None and local.stopping:
+            return INTERRUPTED, ""  # while still starting it may have died of it in any way
+        why = _why(status, log.read_bytes()[start:].decode("utf-8", "replace"))
+        write(failed, why)
+        return status, why
+    except (OSError, ValueError) as error:  # such as a full disk, or a folder of another recipe by now
+        return 2, str(error)
+    finally:
+        with contextlib.suppress(OSError):
+            recipe.unlink(missing_ok=True)
+
+
+def _wait(process: "subprocess.Popen[bytes]", local: _Local | None) -> int:
+    """The exit status of a process, which ``local`` may stop before."""
     if local is not None:
         local.processes.add(process)
         if local.stopping:
             process.terminate()
     try:
-        status = process.wait()
+        return process.wait()
     finally:
         if local is not None:
             local.processes.discard(process)
-    if status != 0 and local is not None and local.stopping:
-        return INTERRUPTED  # while still starting it may have died of it in any way
-    if status != 0:
-        lines = (folder / "log.txt").read_text("utf-8", "replace").strip().splitlines()
-        killed = f"killed by signal {-status}{' (out of memory?)' if status == -signal.SIGKILL else ''}"
-        write(folder / "failed.txt", killed if status < 0 else (lines[-1] if lines else f"exit status {status}"))
-    return status
+
+
+def _why(status: int, output: str) -> str:
+    """Why a process failed: the signal that killed it, or the last line that it wrote."""
+    if status < 0:
+        return f"killed by signal {-status}{' (out of memory?)' if status == -signal.SIGKILL else ''}"
+    return next(reversed(output.strip().splitlines()), f"exit status {status}")
 
 
 def run_all(runs: Sequence[Run], pool: Pool, display: Display) -> list[int]:
     """Do what is left of ``runs``; the exit status of each, 0 for those that were finished before.
+
+    A run that another command trains is left to that command, and taken up where the other one lets go of it unfinished.
 
     Raises:
         KeyboardInterrupt: interrupted, after every running one has saved a checkpoint.
@@ -149,20 +183,33 @@ def run_all(runs: Sequence[Run], pool: Pool, display: Display) -> list[int]:
     for run in runs:
         if (summary := run.summary()) is not None:
             display.done(run, summary, before=True)
-            continue
-        write(run.folder / QUEUED, run.recipe.to_toml())
-        left.append(run)
+        else:
+            left.append(run)
     if not left:
         return [0] * len(runs)
+    ended: dict[Path, Ended] = {}
     execute = _remote(pool) if pool.backend == "ray" else _local(pool, len(left))
     with _followed(left, display), execute as (task, jobs):
-        found = joblib.Parallel(n_jobs=jobs)(joblib.delayed(task)(pool.command(run), run.folder.absolute()) for run in left)
-    for run in left:
-        (run.folder / QUEUED).unlink(missing_ok=True)
+        later, told = left, set[Path]()
+        while later:
+            for run in later:
+                if run.folder not in told and run.taken():
+                    display.say(f"{escape(run.name)} is being trained by another command; waiting for it")
+                    told.add(run.folder)
+            while all(run.taken() for run in later) and not getattr(task, "stopping", False):
+                time.sleep(LOOK_EVERY)
+            found = joblib.Parallel(n_jobs=jobs)(joblib.delayed(task)(run, pool) for run in later)
+            ended |= {run.folder: each for run, each in zip(later, found, strict=True)}
+            later = [run for run in later if ended[run.folder][0] == LATER]
     if getattr(task, "stopping", False):
         raise KeyboardInterrupt
-    codes = {run.folder: code or int(run.summary() is None) for run, code in zip(left, found, strict=True)}
-    return [codes.get(run.folder, 0) for run in runs]
+    for run in left:
+        status, why = ended[run.folder]
+        finished = run.summary() is not None
+        if status and not finished and not (run.folder / "failed.txt").is_file():
+            display.fail(run, why)
+        ended[run.folder] = 0 if finished else status or 1, why
+    return [ended[run.folder][0] if run.folder in ended else 0 for run in runs]
 
 
 @contextlib.contextmanager
@@ -172,7 +219,7 @@ def _local(pool: Pool, most: int) -> Iterator[tuple[Any, int]]:
     for device in devices:
         slots.put(device)
     jobs = pool.jobs or len(devices) or max(1, (os.cpu_count() or 1) // pool.threads)
-    task = _Local(pool.threads, slots if devices else None)
+    task = _Local(slots if devices else None)
     signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = [signal.signal(number, lambda *_: task.stop()) for number in signals]
     try:
@@ -199,17 +246,9 @@ def _remote(pool: Pool) -> Iterator[tuple[Any, int]]:
         jobs = pool.jobs or max(1, int(gpus * pool.per_device if gpus else ray.cluster_resources()["CPU"] // pool.threads))
         try:
             with joblib.parallel_config("ray", ray_remote_args=options):
-                yield _Remote(pool.threads), jobs
+                yield _execute, jobs
         finally:
             ray.shutdown()
-
-
-@dataclass(frozen=True)
-class _Remote:
-    threads: int
-
-    def __call__(self, command: list[str], folder: Path) -> int:
-        return _execute(command, folder, self.threads)
 
 
 @contextlib.contextmanager

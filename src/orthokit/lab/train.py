@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric, seed_everything
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -24,11 +24,11 @@ import orthokit as ok
 from orthokit.checkpoint import ordered
 from orthokit.lab.batches import Batches, key_of
 from orthokit.lab.data import Images, ImageSet
-from orthokit.lab.files import replacing, to_json, write
+from orthokit.lab.files import read_checkpoint, to_json, write, write_checkpoint
 from orthokit.lab.hardware import Hardware, environment
 from orthokit.lab.models import flops, orthogonality
-from orthokit.lab.recipe import TrainSection
-from orthokit.lab.record import SUMMARY, Run
+from orthokit.lab.recipe import Recipe, TrainSection, differences
+from orthokit.lab.record import SUMMARY, HeldError, Run
 from orthokit.lab.watch import Clock, Stop, Watch
 from orthokit.schedules import Schedule
 
@@ -89,7 +89,7 @@ def train(
         if (finished := run.summary()) is not None:  # by the process that held the folder
             return finished
         if run.environment() != before:
-            raise BlockingIOError(f"another process has begun {run.name} meanwhile; the same command goes on from there")
+            raise HeldError(f"another process has begun {run.name} meanwhile; the same command goes on from there")
         if first:
             run.divergence.unlink(missing_ok=True)
             write(run.folder / "recipe.toml", run.recipe.to_toml())
@@ -174,7 +174,8 @@ class Training:
     def fit(self) -> dict[str, Any]:
         """Train to the end; return the summary, which is on disk then."""
         self.restore()
-        for epoch in range(self.step // self.steps, self.section.epochs):
+        # An epoch is done when its row is there. A checkpoint may be from between its last step and that.
+        for epoch in range(len(self.history), self.section.epochs):
             self.train_epoch(epoch)
             row = self.end_epoch(epoch)
             if self.fabric.is_global_zero:
@@ -189,7 +190,7 @@ class Training:
         if self.ortho is not None:
             self.ortho.load_state_dict({"steps": epoch, "calls": {"": self.step}})
         order, start, shown = self.batches.order(epoch), time.perf_counter() - self.elapsed, time.monotonic()
-        for place in range(self.step % self.steps, self.steps):
+        for place in range(self.step - epoch * self.steps, self.steps):
             self.clock.on = self.device.type == "cpu" or place % SAMPLED == 0
             loss = self.train_step(epoch, place, order)
             self.step += 1
@@ -378,31 +379,73 @@ class Training:
             "best": self.best,
         }
         return {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            **({} if self.averaged is None else {"averaged": self.averaged}),
+            **{name: part.state_dict() for name, part in self._parts().items()},
             "progress": progress,
+            "of": self._of(),
+        }
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state."""
+        averaged = {} if self.averaged is None else {"averaged": self.averaged}
+        return {"model": self.model, "optimizer": self.optimizer, **averaged}
+
+    def _of(self) -> dict[str, Any]:
+        """What a checkpoint is of: with anything else in it other, the run would end with other weights."""
+        return {
+            "seed": self.run.seed,
+            "precision": self.fabric._precision.precision,
+            "threads": torch.get_num_threads(),
+            "recipe": self.run.recipe.to_dict(),
         }
 
     def restore(self) -> None:
         """Go on from the run's checkpoint, if there is one.
 
         Raises:
-            ValueError: it is damaged, or of another network.
+            ValueError: the checkpoint is damaged, or of another version, recipe or network.
         """
         if not self.run.checkpoint.is_file():
             return
-        state = self._state()
         try:
-            self.fabric.load(self.run.checkpoint, state, weights_only=True)
-        except Exception as error:  # a damaged file can fail in any way
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{self.run.checkpoint} cannot be read ({reason}); remove it to begin this run anew") from None
-        progress = state["progress"]
-        self.step, self.elapsed, self.history, self.best = (progress[key] for key in ("step", "elapsed", "history", "best"))
-        self.sums, self.clock.seconds = progress["sums"].to(self.device), progress["seconds"]
+            self._load(read_checkpoint(self.run.checkpoint))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.run.checkpoint} cannot be read: {error}. To go on with {self.run.name}, put back the file that was "
+                "written; to train it again from the beginning, and lose what it has learned so far, remove it"
+            ) from None
         if self.fabric.is_global_zero:
             self._write_metrics()
+
+    def _load(self, state: Any) -> None:
+        """Take over the state in a checkpoint.
+
+        Raises:
+            ValueError: it is not one of this run.
+        """
+        try:
+            self._check_of(state.get("of", self._of()))
+            progress, states = state["progress"], {name: state[name] for name in self._parts()}
+            self.step, self.elapsed, self.history, self.best = (progress[key] for key in ("step", "elapsed", "history", "best"))
+            self.sums, self.clock.seconds = progress["sums"].to(self.device), progress["seconds"]
+            epochs = [row["epoch"] for row in self.history]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"it is whole, but not a checkpoint of this version of orthokit ({error!r})") from None
+        try:
+            for name, part in self._parts().items():
+                part.load_state_dict(states[name])
+        except Exception as error:  # of anybody's network
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"it is of another network than the recipe builds now ({reason})") from None
+        if epochs != [*range(1, len(epochs) + 1)] or not 0 <= self.step - len(epochs) * self.steps <= self.steps:
+            raise ValueError(f"it is at step {self.step} of {self.steps} to an epoch, but has the epochs {epochs}")
+
+    def _check_of(self, of: dict[str, Any]) -> None:
+        own = self._of()
+        if (recipe := Recipe.of(of["recipe"])) != self.run.recipe:
+            raise ValueError(f"it is of another recipe ({differences(recipe, self.run.recipe)})")
+        for key in ("seed", "precision", "threads"):
+            if of[key] != own[key]:
+                raise ValueError(f"it is of a run with {key} {of[key]}, and this one has {own[key]}")
 
     def save(self) -> None:
         """A checkpoint of the present step, on disk at once and whole."""
@@ -412,11 +455,10 @@ class Training:
             state = self._state()
             if self.fabric.world_size > 1:
                 state["progress"]["sums"] = self.fabric.all_reduce(self.sums, reduce_op="sum") / self.fabric.world_size
-            first = self.fabric.is_global_zero
-            if first:
+            if self.fabric.is_global_zero:
                 self._write_metrics()
-            with replacing(self.run.checkpoint) if first else contextlib.nullcontext(self.run.checkpoint) as part:
-                self.fabric.save(part, state)  # every rank must call it; the first one writes
+                write_checkpoint(self.run.checkpoint, state)
+            self.fabric.barrier()
             self._saved = time.monotonic()
 
     def _write_metrics(self) -> None:
@@ -433,5 +475,4 @@ class Training:
                 "recipe": json.dumps(self.run.recipe.to_dict()),
                 **ordered(weights),
             }
-            with replacing(self.run.folder / f"{name}.safetensors") as part:
-                save_file(weights, part, metadata)
+            write(self.run.folder / f"{name}.safetensors", save(weights, metadata))

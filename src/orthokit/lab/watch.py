@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from orthokit.lab.record import Run
+from orthokit.lab.record import SERVES, Run
 
-SERVES = "ORTHOKIT_SERVES"
-"""In the environment: the process for whose sake this one runs."""
+LOOK_EVERY = 1.0
+"""Seconds between two looks of a worker at whether its parent still lives."""
 
 
 class Stop:
@@ -46,6 +46,22 @@ class Stop:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
+
+
+def follow(parent: int) -> None:
+    """Make this process, a worker that ``parent`` started, end when ``parent`` has ended in whatever way.
+
+    A Ctrl-C of the terminal reaches every process of a command; a worker leaves it to ``parent``, which ends the worker.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_EVERY)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 class Watch:
