@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -13,8 +14,8 @@ from torch.nn import functional as F
 
 import orthokit as ok
 from orthokit.cli import main
-from orthokit.diagnostics import random_cosine
-from orthokit.report import compare
+from orthokit.diagnostics import COPY, random_cosine
+from orthokit.report import compare, words
 from orthokit.report.gate import Condition
 from orthokit.report.measure import COLUMNS
 from orthokit.report.words import action_of, ranked, sentence_of
@@ -343,3 +344,13 @@ def test_singular_values_far_below_the_largest():
     layer.weight.data.copy_(u @ torch.diag(sigma) @ v)
     row = ok.report(layer).rows[0]
     assert row["sigma_min"] == pytest.approx(1e-9, rel=1e-5)
+
+
+def test_the_thresholds_are_those_of_the_docs():
+    page = (Path(__file__).parent.parent / "docs" / "report.md").read_text("utf-8")
+    rules = {row[0]: row[1] for row in re.findall(r"^\| ([a-z -]+) \| (.*?) \| [^|]*", page.replace("\\|", "¦"), re.MULTILINE)}
+    assert set(words.WORDS) <= set(rules)
+    assert rules["copies"].endswith(f"> {COPY:g}")
+    assert rules["orthogonal"].endswith(f"at most {words.ORTHOGONAL:g}")
+    assert rules["near-orthogonal"].endswith(f"below {words.NEAR:g} times random")
+    assert rules["correlated"].endswith(f"above {words.CORRELATED:g} times random")
