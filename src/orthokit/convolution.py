@@ -10,7 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from orthokit.gram import distance_to_identity, gram, is_differentiated, less_identity, outside_autocast, sum_of_squares
+from orthokit.gram import (
+    distance_to_identity,
+    gram,
+    is_differentiated,
+    is_transformed,
+    less_identity,
+    outside_autocast,
+    sum_of_squares,
+)
 
 
 def self_convolution(weight: Float[Tensor, "..."], stride: tuple[int, ...]) -> Float[Tensor, "*b o o lags"]:
@@ -64,7 +72,7 @@ def convolution_distance(weight: Float[Tensor, "..."], stride: tuple[int, ...], 
     if o > i:
         transformed = transformed.mT
     real, pairs = transformed[0], len(transformed) // 2
-    value = cast(Tensor, _OfSpectrum.apply(transformed[1 : 1 + pairs], transformed[1 + pairs :]))  # type: ignore[no-untyped-call]
+    value = _of_spectrum(transformed[1 : 1 + pairs], transformed[1 + pairs :])
     return (distance_to_identity(real) + 2 * value) / len(transformed) + (max(0, o - i) - less)
 
 
@@ -81,9 +89,15 @@ def _transform(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     return table.to(device, dtype)
 
 
-class _OfSpectrum(torch.autograd.Function):
+def _of_spectrum(x: Float[Tensor, "f *b o i"], y: Float[Tensor, "f *b o i"]) -> Float[Tensor, "*b"]:
     """``sum_f ||A_f A_f^H - I||^2`` of matrices ``A_f = X_f + i Y_f``."""
+    if is_transformed():  # Note [transforms]
+        real, imaginary = _complex_residual(x, y)
+        return (sum_of_squares(real) + sum_of_squares(imaginary)).sum(0)
+    return cast(Tensor, _OfSpectrum.apply(x, y))  # type: ignore[no-untyped-call]
 
+
+class _OfSpectrum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Float[Tensor, "f *b o i"], y: Float[Tensor, "f *b o i"]) -> Float[Tensor, "*b"]:
         real, imaginary = _complex_residual(x, y)

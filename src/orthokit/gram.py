@@ -3,6 +3,10 @@
 Note [full precision]: every measure runs in float32 or better and outside autocast, whatever the model's dtype. Under
 bfloat16 autocast ``||K K^T - I||^2`` near orthogonality is off by orders of magnitude and its gradient points elsewhere.
 
+Note [transforms]: gradients that are known in closed form are ``autograd.Function``s, which save more than inputs and outputs and
+thus cannot take part in the transforms of ``torch.func``, nor in forward-mode differentiation. There the same values come from
+their plain, differentiable operations.
+
 Note [short filters]: the pull on the direction of a filter is proportional to ``1 / ||k_i||``, which throws a zero-initialised
 layer far away as soon as its filters have moved at all. Penalties therefore weigh the direction of each filter by
 ``w_i = min(1, ||k_i|| / SHORT)``: cosines become ``w_i w_j c_ij``, with the weights held fixed in every derivative. The pull is
@@ -92,8 +96,15 @@ def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def is_visible(value: Tensor) -> bool:
-    """Whether a decision may depend on the numbers: not on an accelerator, which would stall, nor when compiling."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether a decision may depend on the numbers: not on an accelerator, which would stall, nor in a compiler or transform."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` (grad, vmap, jvp, ...) or forward-mode differentiation is at work: see Note [transforms]."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._are_functorch_transforms_active()) or torch.autograd.forward_ad._current_level >= 0
 
 
 def check_weight(weight: Tensor) -> None:
@@ -254,6 +265,8 @@ def squares_and_weighted_directions(matrix: Float[Tensor, "*b o n"]) -> tuple[Fl
 
 
 def _squares_and_directions(matrix: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
+    if is_transformed():  # Note [transforms]
+        return _plain_squares_and_directions(matrix, weighted)
     squares, unit = cast(tuple[Tensor, Tensor], _SquaresAndDirections.apply(matrix, weighted))  # type: ignore[no-untyped-call]
     return squares, unit
 
@@ -265,17 +278,21 @@ def _inverse_lengths(squares: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
 
 def _weighted(inverse: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
     """``w_i / ||k_i||`` of the inverse lengths, with ``w_i = min(1, ||k_i|| / SHORT)`` fixed: see Note [short filters]."""
-    if not inverse.requires_grad:
+    if not inverse.requires_grad and not is_transformed():
         return inverse.clamp(max=1 / SHORT)
     return inverse * (SHORT * inverse.detach()).reciprocal().clamp(max=1)
+
+
+def _plain_squares_and_directions(matrix: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
+    squares = matrix.square().sum(-1)
+    inverse = _inverse_lengths(squares).masked_fill(squares.isinf(), torch.nan)
+    return squares, matrix * (_weighted(inverse) if weighted else inverse).unsqueeze(-1)
 
 
 class _SquaresAndDirections(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
-        squares = matrix.square().sum(-1)
-        inverse = _inverse_lengths(squares).masked_fill(squares.isinf(), torch.nan)
-        unit = matrix * (_weighted(inverse) if weighted else inverse).unsqueeze(-1)
+        squares, unit = _plain_squares_and_directions(matrix, weighted)
         ctx.weighted = weighted
         ctx.save_for_backward(matrix, squares, unit)
         return squares, unit
@@ -304,6 +321,8 @@ def of_gram(matrix: Float[Tensor, "*b o n"], rule: GramRule, side: Side = "rows"
     layers of a shape where it is not. Its gradient then needs no graph: see :meth:`orthokit.Regularizer.add_grad_`.
     """
     by_rows = is_by_rows(matrix.shape, side)
+    if is_transformed():  # Note [transforms]
+        return rule(gram(matrix, "rows" if by_rows else "cols"))[0]
     return cast(Tensor, _OfGram.apply(matrix, rule, by_rows))  # type: ignore[no-untyped-call]
 
 
@@ -335,17 +354,20 @@ CosineRule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 with zeros on the diagonal; derivatives by the squares, and by each pair's cosine, symmetric."""
 
 
-def cosine_rule(rule: CosineRule) -> tuple[GramRule, Side]:
+def cosine_rule(rule: CosineRule, n: int) -> tuple[GramRule, Side]:
     """For :func:`of_gram`: the value that ``rule`` gives squared lengths and weighted cosines, all of one Gram matrix.
 
-    A filter whose square is ``tiny(dtype)`` or less has no direction: its cosines are zero, and have gradient zero.
+    A filter whose square is ``tiny(dtype)`` or less has no direction: its cosines are zero, and have gradient zero. Nor can a
+    filter of ``n = 1`` weight turn: its gradient is one of length alone, without the rounding of what should cancel.
     """
-    return functools.partial(_by_cosines, rule), "rows"
+    return functools.partial(_by_cosines, rule, n > 1), "rows"
 
 
-def _by_cosines(rule: CosineRule, product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
+def _by_cosines(rule: CosineRule, turning: bool, product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
     lengths, c = lengths_and_cosines(product)
-    value, by_squares, by_cosines = rule(lengths.squares, c)
+    value, by_squares, by_cosines = rule(lengths.squares, c if turning else c.detach())
+    if not turning:
+        by_cosines = torch.zeros_like(by_cosines)
     return value, by_filters(lengths, 2 * by_squares, by_cosines, (by_cosines * c).sum(-1))
 
 

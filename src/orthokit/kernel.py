@@ -144,6 +144,7 @@ class View:
 
     def kernel(self, weight: Tensor, rank: int | None = None) -> Kernel:
         """The kernel of one weight, or of a batch of them."""
+        check_weight(weight)  # here already: a sparse one could not be reshaped
         axis = weight.ndim - 2 - len(self.stride)
         weight = weight.unflatten(axis, (self.groups, -1))
         if self.transposed:
@@ -242,6 +243,7 @@ def plain_weight(layer: nn.Module, name: str) -> nn.Parameter | None:
 
 @kernel_of.register
 def _tensor(weight: Tensor) -> Kernel:
+    check_weight(weight)
     if weight.ndim < 2:
         raise ValueError(f"a weight needs at least two dimensions (o, i, *spatial); got shape {tuple(weight.shape)}")
     return Kernel(weight.unsqueeze(0), (1,) * (weight.ndim - 2))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from orthokit.advice import warn_of_long_filters
 from orthokit.audit import check_places, edges_to, warn_of_selection
 from orthokit.checks import check_count, check_flag, check_number, warn_once
 from orthokit.closed import Batch, Measured, add_grads_, add_up, identity, in_batches, total
@@ -37,10 +38,11 @@ products. A larger weight is read where it is."""
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """How a weight is read, and the transition dimension that was chosen for it; the same object for equal ones."""
+    """How a weight is read, and the transition dimension that was chosen for its shape; the same object for equal ones."""
 
     view: View
     rank: int | None
+    shape: torch.Size | None
 
 
 class _Form(NamedTuple):
@@ -171,7 +173,8 @@ class Regularizer:
         self.ranks: dict[str, int] = {}
         self._readings: list[_Reading | None] = []
         self._rules: dict[tuple[_Reading, torch.Size], tuple[GramRule, Side] | None] = {}
-        readings: dict[tuple[View, int | None], _Reading] = {}
+        self._shapes: list[torch.Size] = []
+        readings: dict[tuple[View, int | None, torch.Size | None], _Reading] = {}
         self._costs: list[int] = []
         zero: list[Layer] = []
         for layer in self.layers:
@@ -179,13 +182,18 @@ class Regularizer:
             if (transition := getattr(penalty, "transition", None)) is not None:
                 self.ranks[layer.name] = transition(kernel.o, kernel.n, layer.name)
             view, rank = plain_view(layer.module, layer.weight), self.ranks.get(layer.name)
-            self._readings.append(None if view is None else readings.setdefault((view, rank), _Reading(view, rank)))
+            self._shapes.append(kernel.weight.shape)
+            shape = getattr(plain_weight(layer.module, layer.weight), "shape", None)
+            self._readings.append(None if view is None else readings.setdefault((view, rank, shape), _Reading(view, rank, shape)))
             self._costs.append(kernel.groups * kernel.o * kernel.n * min(kernel.o, kernel.n))
             if not bool(kernel.weight.detach().any()):
                 zero.append(layer)
         warn_of_selection(model, self.layers, zero)
         self._edges = edges_to(model, self.layers)
         _ = self.strength  # a schedule that gives no valid strength fails here
+        if getattr(penalty, "squared", False) is True:
+            trained = [layer for layer in self.layers if include_frozen or not layer.frozen]
+            warn_of_long_filters(penalty, self.schedule, trained, self.ranks)
 
     @property
     def _squared(self) -> bool:
@@ -275,16 +283,15 @@ class Regularizer:
                     # A tuple is found as a form is, and made faster.
                     form = reading, weight.shape, trains, weight.dtype, weight.device
                     if (members := plain.get(cast(_Form, form))) is None:
+                        _check_shape(layer, reading.rank, reading.shape, weight.shape)
                         members = plain[_Form(*form)] = []
                     members.append((layer, weight))
                 continue
             with torch.enable_grad():  # without it the kernel would not tell whether it trains
                 kernel = replace(layer.kernel, rank=self.ranks.get(layer.name))
-            if (
-                self.include_frozen
-                or kernel.weight.requires_grad
-                or any(p.requires_grad for p in sources(layer.module, layer.weight, kernel))
-            ):
+            _check_shape(layer, kernel.rank, self._shapes[place], kernel.weight.shape)
+            own = sources(layer.module, layer.weight, kernel)
+            if self.include_frozen or kernel.weight.requires_grad or any(p.requires_grad for p in own):
                 computed.setdefault(kernel.layout, []).append((layer, kernel))
         if not (plain or computed or mine is not None):
             warn_once(f"all {len(self.layers)} selected layers are frozen now, so the penalty is 0; see include_frozen")
@@ -481,6 +488,15 @@ class Regularizer:
     def __repr__(self) -> str:
         strength = self.schedule.strength if isinstance(self.schedule, constant) else self.schedule
         return f"Regularizer({self.penalty!r}, strength={strength}, {len(self.layers)} layers)"
+
+
+def _check_shape(layer: Layer, rank: object, before: torch.Size | None, now: torch.Size) -> None:
+    """Raise ``ValueError`` where a layer was resized for whose former shape a transition dimension was chosen."""
+    if rank is not None and before is not None and before != now:
+        raise ValueError(
+            f"layer {layer.name!r} had a weight of shape {tuple(before)} when this Regularizer was made, and has {tuple(now)} "
+            f"now; its transition dimension {rank} was chosen for the former: make a new Regularizer"
+        )
 
 
 def _named(layers: Sequence[Layer], error: FloatingPointError) -> FloatingPointError:

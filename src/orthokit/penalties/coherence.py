@@ -71,7 +71,7 @@ def coherence(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b"]:
 
     Source: Welch 1974; as a penalty ours.
     """
-    return of_gram(matrix, *cosine_rule(_by_largest_cosine))
+    return of_gram(matrix, *cosine_rule(_by_largest_cosine, matrix.shape[-1]))
 
 
 def _by_largest_cosine(squares: Float[Tensor, "*b o"], c: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,4 +110,4 @@ class Coherence:
 
     def gram_rule(self, o: int, n: int, rank: int | None = None) -> tuple[GramRule, Side]:
         """See :func:`orthokit.gram.of_gram`."""
-        return cosine_rule(_by_largest_cosine)
+        return cosine_rule(_by_largest_cosine, n)

@@ -111,7 +111,7 @@ def disentangled_orthogonality(
         check_number("ceiling", ceiling, 0, 1)
     terms = _terms(o, r, form, count, ceiling)
     if not _is_by_frame(o, n, terms):
-        return of_gram(matrix, partial(_apart, terms=terms, weights=weights, squared=squared))
+        return of_gram(matrix, partial(_apart, terms=terms, weights=weights, squared=squared, turning=n > 1))
     squares, unit = squares_and_weighted_directions(matrix)
     length, _ = _norm(torch.linalg.vector_norm(squares - 1, dim=-1), squared)
     own = (squares.detach() / SHORT**2).clamp(max=1).square().sum(-1)
@@ -148,15 +148,17 @@ def _terms(o: int, r: int | Tensor, form: Form, count: Count, ceiling: float | N
 
 def _is_by_frame(o: int, n: int, terms: Sequence[Term]) -> bool:
     """Whether the directions are measured by the columns' Gram matrix: of a large tall layer, where it says all of them."""
-    return o > n and o >= TALL and len(terms) == 1 and terms[0][0] is _all
+    return o > n > 1 and o >= TALL and len(terms) == 1 and terms[0][0] is _all
 
 
 def _apart(
-    product: Float[Tensor, "*b o o"], *, terms: Sequence[Term], weights: tuple[float, float], squared: bool
+    product: Float[Tensor, "*b o o"], *, terms: Sequence[Term], weights: tuple[float, float], squared: bool, turning: bool
 ) -> tuple[Tensor, Tensor]:
     """``a`` times the errors of length and ``b`` times each term: what it keeps of the cosines, less its budget."""
     a, b = weights
     lengths, c = lengths_and_cosines(product)
+    if not turning:  # filters of one weight: see cosine_rule
+        c = c.detach()
     d = lengths.squares - 1
     value, slope = _norm(torch.linalg.vector_norm(d, dim=-1), squared)
     value, lengthwise = a * value, (2 * a * slope).unsqueeze(-1) * d
@@ -171,6 +173,8 @@ def _apart(
     if len(pulls) > 1:
         pull = sum((times[..., None, None] * pull for pull, times in pulls), torch.zeros_like(c))
         times = torch.ones_like(times)
+    if not turning:
+        pull = torch.zeros_like(pull)
     return value, by_filters(lengths, lengthwise, pull, (pull * c).sum(-1), times.unsqueeze(-1))
 
 
@@ -318,7 +322,7 @@ class Disentangled:
         terms = _terms(o, r, self.form, self.count, self._ceiling(o, n))
         if _is_by_frame(o, n, terms):
             return None
-        return partial(_apart, terms=terms, weights=self.weights, squared=self.squared), "rows"
+        return partial(_apart, terms=terms, weights=self.weights, squared=self.squared, turning=n > 1), "rows"
 
     def _ceiling(self, o: int, n: int) -> float | None:
         return self.ceiling(o, n) if isinstance(self.ceiling, welch) else self.ceiling

@@ -52,8 +52,8 @@ def angular_dispersion(
     _check(theta, weight)
     check_flag("double", double)
     o, n = matrix.shape[-2:]
-    value = of_gram(matrix, *_rule(1.0, theta, weight))
-    return value + of_gram(matrix.mT, *_rule(o / n, theta, weight)) if double else value
+    value = of_gram(matrix, *_rule(n, 1.0, theta, weight))
+    return value + of_gram(matrix.mT, *_rule(o, o / n, theta, weight)) if double else value
 
 
 @full_precision
@@ -78,6 +78,8 @@ def convolution_angular_dispersion(
     _check(theta, weight)
     batch = weights.ndim - 2 - len(stride)
     squares, unit = squares_and_weighted_directions(weights.flatten(batch + 1))
+    if unit.shape[-1] == 1:  # a filter of one weight cannot turn
+        unit = unit.detach()
     products = self_convolution(unit.reshape(weights.shape), stride)
     o, lags = products.shape[-2:]
     itself = torch.zeros(o, o, lags, dtype=torch.bool, device=products.device)
@@ -86,8 +88,8 @@ def convolution_angular_dispersion(
     return (1 - squares).square().sum(-1) + weight * _hinge(others, theta)[0].square().sum((-3, -2, -1))
 
 
-def _rule(target: float, theta: float, weight: float) -> tuple[GramRule, Side]:
-    return cosine_rule(partial(_by_angles, target=target, theta=theta, weight=weight))
+def _rule(n: int, target: float, theta: float, weight: float) -> tuple[GramRule, Side]:
+    return cosine_rule(partial(_by_angles, target=target, theta=theta, weight=weight), n)
 
 
 def _by_angles(
@@ -134,7 +136,7 @@ class EADK:
 
     def gram_rule(self, o: int, n: int, rank: int | None = None) -> tuple[GramRule, Side] | None:
         """See :func:`orthokit.gram.of_gram`."""
-        return None if self.double else _rule(1.0, self.theta, self.weight)
+        return None if self.double else _rule(n, 1.0, self.theta, self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,4 +53,4 @@ class OffDiagonal:
 
     def gram_rule(self, o: int, n: int, rank: int | None = None) -> tuple[GramRule, Side] | None:
         """See :func:`orthokit.gram.of_gram`."""
-        return (_by_pairs, "rows") if o <= n else None
+        return (_by_pairs, "rows") if 1 < o <= n else None  # of a single filter no pair would show a NaN

@@ -24,6 +24,7 @@ from orthokit.gram import (
     is_by_rows,
     is_differentiated,
     is_finite,
+    is_transformed,
     less_identity,
     outside_autocast,
     polar,
@@ -74,7 +75,11 @@ def spectral_restricted_isometry(
     length = torch.linalg.vector_norm(vector)
     if start is not None and not is_finite(1 / length):
         raise ValueError("start must not be zero")
-    norm = cast(Tensor, _PowerIteration.apply(left, vector / length, steps))  # type: ignore[no-untyped-call]
+    if is_transformed():  # Note [transforms] in orthokit.gram
+        unit = (vector / length).expand(*left.shape[:-1], 1)
+        norm = _iterate(partial(_times_residual, left), unit, steps)[1][-1].squeeze((-2, -1))
+    else:
+        norm = cast(Tensor, _PowerIteration.apply(left, vector / length, steps))  # type: ignore[no-untyped-call]
     return norm**2 if squared else norm
 
 

@@ -1,0 +1,60 @@
+"""What a Regularizer says once when it is made, about weights that its penalty would treat otherwise than a user expects."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from orthokit.checks import warn_once
+from orthokit.gram import lengths, outside_autocast
+from orthokit.kernel import Kernel, KernelMeasure
+from orthokit.schedules import Schedule
+from orthokit.select import Layer
+
+LONG = 4.0
+"""Length from which on a filter is longer than the usual initialisations make it (up to 3.5, of 1x1 convolutions with six times
+fewer outputs than inputs). Filters of pretrained networks are 5 to 20 times longer than 1."""
+
+
+def warn_of_long_filters(penalty: KernelMeasure, schedule: Schedule, layers: Iterable[Layer], ranks: Mapping[str, int]) -> None:
+    """Warn where a squared penalty meets long filters and would throw them away.
+
+    Its gradient grows with the cube of the length: for ``||K K^T - I||^2`` and filters of length ``l`` a step moves a kernel by
+    ``4 * strength * (l^2 - 1)`` times its own length times the learning rate. The warning comes where that is more than a tenth
+    at a learning rate of 0.1 with momentum 0.9, which in the long run makes a rate of 1: at half a ResNet-8 forgot all, at a
+    twentieth nothing (docs/fine-tuning.md).
+    """
+    kernels = ((layer.name, replace(layer.kernel, rank=ranks.get(layer.name))) for layer in layers)
+    long = [(name, kernel, length) for name, kernel in kernels if LONG < (length := lengths(_matrix(kernel))).max() < torch.inf]
+    if not long:
+        return
+    steps = [_step(penalty, kernel) for _, kernel, _ in long]
+    strength = max(schedule(step) for step in (0, getattr(schedule, "steps", 0)))  # the end of a warm-up too
+    worst = max(range(len(long)), key=lambda place: steps[place][1])
+    name, _, length = long[worst]
+    if (step := strength * steps[worst][1]) > 0.1:
+        warn_once(
+            f"{penalty!r} is squared, and {len(long)} of the layers have filters far longer than 1 (in {name!r} the median "
+            f"length is {length.median().item():.3g}, the largest {length.max().item():.3g}), as pretrained networks do: it adds "
+            f"{strength * sum(value for value, _ in steps):.3g} to the loss, and at a learning rate of 0.1 with momentum 0.9 "
+            f"moves {name!r} by {step:.3g} times its own length. To keep what the network learned, leave lengths alone with "
+            f"Disentangled(weights=(0, 1)); or take squared=False, a strength below {0.1 * strength / step:.1g}, or retract_() "
+            "with a small rate. See docs/fine-tuning.md"
+        )
+
+
+def _matrix(kernel: Kernel) -> Tensor:
+    return kernel.matrix.detach().float()
+
+
+def _step(penalty: KernelMeasure, kernel: Kernel) -> tuple[float, float]:
+    """The penalty's value, and how long its gradient is, in lengths of the kernel."""
+    with torch.inference_mode(False), torch.enable_grad(), outside_autocast(kernel.weight.device):
+        weight = kernel.weight.detach().clone().float().requires_grad_()
+        try:
+            value = penalty(replace(kernel, weight=weight)).sum()
+        except FloatingPointError:  # the squares overflow
+            return torch.inf, torch.inf
+        (gradient,) = torch.autograd.grad(value, weight, allow_unused=True) if value.requires_grad else (None,)
+        return value.item(), 0.0 if gradient is None else (gradient.norm() / weight.norm()).item()
