@@ -8,7 +8,7 @@ from torch import Tensor
 
 from orthokit.checks import warn_once
 from orthokit.gram import lengths, outside_autocast
-from orthokit.kernel import Kernel, KernelMeasure
+from orthokit.kernel import Kernel, KernelMeasure, plain_weight
 from orthokit.schedules import Schedule
 from orthokit.select import Layer
 
@@ -25,7 +25,9 @@ def warn_of_long_filters(penalty: KernelMeasure, schedule: Schedule, layers: Ite
     at a learning rate of 0.1 with momentum 0.9, which in the long run makes a rate of 1: at half a ResNet-8 forgot all, at a
     twentieth nothing (docs/fine-tuning.md).
     """
-    kernels = ((layer.name, replace(layer.kernel, rank=ranks.get(layer.name))) for layer in layers)
+    # Weights that are computed are left out: others train, and a spectral norm is far off before its first iterations.
+    plain = (layer for layer in layers if plain_weight(layer.module, layer.weight) is not None and not layer.frozen)
+    kernels = ((layer.name, replace(layer.kernel, rank=ranks.get(layer.name))) for layer in plain)
     long = [(name, kernel, length) for name, kernel in kernels if LONG < (length := lengths(_matrix(kernel))).max() < torch.inf]
     if not long:
         return

@@ -192,8 +192,7 @@ class Regularizer:
         self._edges = edges_to(model, self.layers)
         _ = self.strength  # a schedule that gives no valid strength fails here
         if getattr(penalty, "squared", False) is True:
-            trained = [layer for layer in self.layers if include_frozen or not layer.frozen]
-            warn_of_long_filters(penalty, self.schedule, trained, self.ranks)
+            warn_of_long_filters(penalty, self.schedule, self.layers, self.ranks)
 
     @property
     def _squared(self) -> bool:
