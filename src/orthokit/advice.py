@@ -1,6 +1,6 @@
-"""What a Regularizer says once when it is made, about weights that its penalty would treat otherwise than a user expects."""
+"""What a Regularizer says of weights: too long for its penalty, resized since, NaN or infinite."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,6 +25,8 @@ def warn_of_long_filters(penalty: KernelMeasure, schedule: Schedule, layers: Ite
     at a learning rate of 0.1 with momentum 0.9, which in the long run makes a rate of 1: at half a ResNet-8 forgot all, at a
     twentieth nothing (docs/fine-tuning.md).
     """
+    if getattr(penalty, "squared", False) is not True:
+        return
     # Weights that are computed are left out: others train, and a spectral norm is far off before its first iterations.
     plain = (layer for layer in layers if plain_weight(layer.module, layer.weight) is not None and not layer.frozen)
     kernels = ((layer.name, replace(layer.kernel, rank=ranks.get(layer.name))) for layer in plain)
@@ -60,3 +62,18 @@ def _step(penalty: KernelMeasure, kernel: Kernel) -> tuple[float, float]:
             return torch.inf, torch.inf
         (gradient,) = torch.autograd.grad(value, weight, allow_unused=True) if value.requires_grad else (None,)
         return value.item(), 0.0 if gradient is None else (gradient.norm() / weight.norm()).item()
+
+
+def check_shape(layer: Layer, rank: object, before: torch.Size | None, now: torch.Size) -> None:
+    """Raise ``ValueError`` where a layer was resized for whose former shape a transition dimension was chosen."""
+    if rank is not None and before is not None and before != now:
+        raise ValueError(
+            f"layer {layer.name!r} had a weight of shape {tuple(before)} when this Regularizer was made, and has {tuple(now)} "
+            f"now; its transition dimension {rank} was chosen for the former: make a new Regularizer"
+        )
+
+
+def named(layers: Sequence[Layer], error: FloatingPointError) -> FloatingPointError:
+    """The same error with the names of the layers that hold NaN or infinite weights, or of all of them."""
+    broken = [layer.name for layer in layers if not layer.kernel.weight.isfinite().all()]
+    return FloatingPointError(f"layer {', '.join(broken or [layer.name for layer in layers])}: {error}")

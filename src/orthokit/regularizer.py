@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from orthokit.advice import warn_of_long_filters
+from orthokit.advice import check_shape, named, warn_of_long_filters
 from orthokit.audit import check_places, edges_to, warn_of_selection
 from orthokit.checks import check_count, check_flag, check_number, warn_once
 from orthokit.closed import Batch, Measured, add_grads_, add_up, identity, in_batches, total
@@ -191,8 +191,7 @@ class Regularizer:
         warn_of_selection(model, self.layers, zero)
         self._edges = edges_to(model, self.layers)
         _ = self.strength  # a schedule that gives no valid strength fails here
-        if getattr(penalty, "squared", False) is True:
-            warn_of_long_filters(penalty, self.schedule, self.layers, self.ranks)
+        warn_of_long_filters(penalty, self.schedule, self.layers, self.ranks)
 
     @property
     def _squared(self) -> bool:
@@ -282,13 +281,13 @@ class Regularizer:
                     # A tuple is found as a form is, and made faster.
                     form = reading, weight.shape, trains, weight.dtype, weight.device
                     if (members := plain.get(cast(_Form, form))) is None:
-                        _check_shape(layer, reading.rank, reading.shape, weight.shape)
+                        check_shape(layer, reading.rank, reading.shape, weight.shape)
                         members = plain[_Form(*form)] = []
                     members.append((layer, weight))
                 continue
             with torch.enable_grad():  # without it the kernel would not tell whether it trains
                 kernel = replace(layer.kernel, rank=self.ranks.get(layer.name))
-            _check_shape(layer, kernel.rank, self._shapes[place], kernel.weight.shape)
+            check_shape(layer, kernel.rank, self._shapes[place], kernel.weight.shape)
             own = sources(layer.module, layer.weight, kernel)
             if self.include_frozen or kernel.weight.requires_grad or any(p.requires_grad for p in own):
                 computed.setdefault(kernel.layout, []).append((layer, kernel))
@@ -360,7 +359,7 @@ class Regularizer:
             if not is_finite(values):
                 raise FloatingPointError(f"{self.penalty!r} is not finite")
         except FloatingPointError as error:
-            raise _named(layers, error) from None
+            raise named(layers, error) from None
         values = values.flatten(1)
         factor = self._factor(values.shape[-1], lambda: kernel)
         return values.sum(-1) if factor == 1 else values.sum(-1) * factor
@@ -448,7 +447,7 @@ class Regularizer:
             try:
                 targets = nearest(stack.kernel())
             except FloatingPointError as error:
-                raise _named(stack.layers, error) from None
+                raise named(stack.layers, error) from None
             for layer, target in zip(stack.layers, targets, strict=True):
                 with torch.enable_grad():
                     own = layer.kernel
@@ -487,21 +486,6 @@ class Regularizer:
     def __repr__(self) -> str:
         strength = self.schedule.strength if isinstance(self.schedule, constant) else self.schedule
         return f"Regularizer({self.penalty!r}, strength={strength}, {len(self.layers)} layers)"
-
-
-def _check_shape(layer: Layer, rank: object, before: torch.Size | None, now: torch.Size) -> None:
-    """Raise ``ValueError`` where a layer was resized for whose former shape a transition dimension was chosen."""
-    if rank is not None and before is not None and before != now:
-        raise ValueError(
-            f"layer {layer.name!r} had a weight of shape {tuple(before)} when this Regularizer was made, and has {tuple(now)} "
-            f"now; its transition dimension {rank} was chosen for the former: make a new Regularizer"
-        )
-
-
-def _named(layers: Sequence[Layer], error: FloatingPointError) -> FloatingPointError:
-    """The same error with the names of the layers that hold NaN or infinite weights, or of all of them."""
-    broken = [layer.name for layer in layers if not layer.kernel.weight.isfinite().all()]
-    return FloatingPointError(f"layer {', '.join(broken or [layer.name for layer in layers])}: {error}")
 
 
 def _stacked(plain: _Plain) -> Iterator[_Stack]:
