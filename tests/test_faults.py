@@ -1,25 +1,35 @@
 """A table of faults: whatever happens to a run, a file or a connection, nothing is lost in silence and a line says what to do."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
 import re
 import resource
+import select
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from orthokit.cli import main
-from orthokit.lab import files
+from orthokit.lab import files, runner, watch
 from orthokit.lab import train as training
+from orthokit.lab.display import Display
 from orthokit.lab.hardware import Hardware
 from orthokit.lab.recipe import Recipe
-from orthokit.lab.record import Run
+from orthokit.lab.record import LATER, Run
+from orthokit.lab.runner import Pool, run_all
 from orthokit.lab.train import train
 
 HARDWARE = Hardware(device="cpu", threads=1)
@@ -253,3 +263,137 @@ def test_old_parts_of_any_file_are_removed(tmp_path):
     os.utime(old, (0, 0))
     files.write(target, "y")
     assert {path.name for path in tmp_path.iterdir()} == {target.name, *others}
+
+
+# Two commands
+
+
+class Shell(Pool):
+    """Does a run by a line of the shell; ``$1`` is the recipe."""
+
+    line = ""
+
+    def command(self, run, recipe):
+        return ["sh", "-c", self.line, "sh", str(recipe)]
+
+
+def run_all_by(run, line):
+    """What the shell's line comes to as a run, and what is shown meanwhile."""
+    console = Console(file=io.StringIO(), width=500)
+    pool = Shell(jobs=1)
+    object.__setattr__(pool, "line", line)
+    with Display(console) as display:
+        return run_all([run], pool, display), console.file.getvalue()
+
+
+@pytest.fixture
+def pair(tmp_path, quick, monkeypatch):
+    """A run that is not begun, and the summary that it would come to."""
+    monkeypatch.setattr(runner, "LOOK_EVERY", 0.02)
+    finished, run = Run(recipe(1), 0, tmp_path / "finished/r/0"), Run(recipe(1), 0, tmp_path / "r/0")
+    train(finished, hardware=HARDWARE)
+    return run, finished.folder / "summary.json"
+
+
+def test_a_run_that_another_command_trains_is_left_to_it(pair):
+    run, summary = pair
+    holding, shown = threading.Event(), []
+
+    def other():
+        with run.held():
+            (run.folder / "log.txt").write_text("of the other\n")
+            holding.set()
+            while not shown:
+                time.sleep(0.01)
+            shutil.copy(summary, run.folder)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    holding.wait()
+    say, Display.say = Display.say, lambda self, text: (shown.append(text), say(self, text))[1]
+    try:
+        statuses, text = run_all_by(run, "echo not to be called; exit 1")
+    finally:
+        Display.say = say
+        thread.join()
+    assert statuses == [0]
+    assert "r/0 is being trained by another command; waiting for it" in text
+    assert "validation" in text
+    assert (run.folder / "log.txt").read_text() == "of the other\n"
+    assert not (run.folder / "failed.txt").exists()
+
+
+def test_a_run_that_another_command_leaves_is_taken_up(pair):
+    """First the process finds the run held by another one, as it takes seconds to begin; the next one finishes it."""
+    run, summary = pair
+    run.folder.mkdir(parents=True)
+    (run.folder / "log.txt").write_text("before\n")
+    foreign = files.part_of(run.folder / runner.QUEUED)
+    foreign.write_text("of another command")
+    first = f"test -f $1 || exit 9; if mkdir {run.folder}/once 2>&-; then echo held; exit {LATER}; fi"
+    statuses, _ = run_all_by(run, f"{first}; echo done; cp {summary} {run.folder}")
+    assert statuses == [0]
+    assert (run.folder / "log.txt").read_text() == "before\nheld\ndone\n"
+    assert [*run.folder.glob(".*.part")] == [foreign]
+
+
+def test_a_failure_is_told_by_its_own_last_line(pair):
+    run, _ = pair
+    run.folder.mkdir(parents=True)
+    (run.folder / "log.txt").write_text("before\n")
+    for line, why in (("echo broken >&2; exit 3", "broken"), ("exit 3", "exit status 3"), ("kill -9 $$", "killed by signal 9")):
+        statuses, text = run_all_by(run, line)
+        assert statuses[0] != 0
+        assert f"r/0  failed: {why}" in text
+        assert (run.folder / "failed.txt").read_text().startswith(why)
+
+
+def test_what_cannot_be_started_fails_alone(pair):
+    run, _ = pair
+    (run.folder / "log.txt").mkdir(parents=True)
+    statuses, text = run_all_by(run, "true")
+    assert statuses == [2]
+    assert re.search(r"r/0  failed: .*Is a directory: .*log\.txt", text)
+
+
+# Orphans and interruptions
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_worker_ends_with_its_parent(monkeypatch):
+    """The pipe is closed when the worker has ended."""
+    monkeypatch.setattr(watch, "LOOK_EVERY", 0.02)
+    reading, writing = os.pipe()
+    if (parent := os.fork()) == 0:
+        if os.fork() == 0:
+            watch.follow(os.getppid())
+            os.write(writing, b"up")
+            time.sleep(60)
+            os._exit(0)
+        os.read(reading, 2)
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(parent, 0)
+    assert select.select([reading], [], [], 20)[0]
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at a process as it imports")
+def test_an_interruption_while_importing_is_one_word():
+    process = subprocess.Popen([sys.executable, "-m", "orthokit.cli", "list"], stderr=subprocess.PIPE, text=True)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "interrupted\n"
+    assert process.returncode == 130
+
+
+def test_a_termination_signal_is_an_interruption(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("orthokit.cli.look.List.run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["list"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,5 +1,6 @@
 """Reading and downloading CIFAR as published, in small."""
 
+import contextlib
 import errno
 import hashlib
 import http.server
@@ -214,7 +215,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, content):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.script, self.ranges = content, [], []
+        self.content, self.script, self.ranges, self.stalled = content, [], [], threading.Event()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -234,6 +235,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             start = 0
         if act == "wrong range":
             start = 1
+        if act == "endless":
+            return self.answer(200, {}, content * 3)
         if start >= len(content):
             return self.answer(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": 0}, b"")
         body = content[start:]
@@ -242,6 +245,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers = {}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if act == "stall":
+            self.answer(206 if start else 200, headers, body[: len(content) // 8])
+            return server.stalled.wait(20)
+        if act == "drip":
+            self.answer(206 if start else 200, headers, b"")
+            with contextlib.suppress(OSError):  # the client hangs up
+                for byte in body:
+                    self.wfile.write(bytes([byte]))
+                    server.stalled.wait(0.02)
+            return None
         self.answer(206 if start else 200, headers, body[: len(body) // 2] if "break off" in act else body)
 
     def answer(self, status, headers, body):
@@ -264,6 +277,7 @@ def server(monkeypatch):
         thread = threading.Thread(target=found.serve_forever, args=(0.01,))
         thread.start()
         yield found
+        found.stalled.set()
         found.shutdown()
         thread.join()
 
@@ -328,6 +342,35 @@ def test_going_on_with_what_an_earlier_call_left(fetch, server):
     assert fetch.part.read_bytes() == server.content[: len(server.content) // 2]
     fetch()
     assert server.ranges[-1] == f"bytes={len(server.content) // 2}-"
+
+
+def test_what_came_before_a_stall_is_kept(fetch, server, monkeypatch):
+    """More stalls than attempts without progress, each after an eighth of the archive."""
+    monkeypatch.setattr(archives, "TIMEOUT", 0.3)
+    server.script = ["stall"] * 7
+    fetch()
+    starts = [int(asked[6:-1]) for asked in server.ranges[1:]]
+    assert len(starts) == 7 > len(archives.WAITS)
+    assert starts == [len(server.content) // 8 * stalls for stalls in range(1, 8)]
+
+
+def test_a_server_that_drips_is_too_slow(fetch, server, monkeypatch):
+    monkeypatch.setattr(archives, "TIMEOUT", 0.3)
+    server.script = ["drip"] * 9
+    with pytest.raises(ConnectionError, match=r"the connection gave only \d+ bytes in 0 s; \d+ bytes are kept"):
+        fetch()
+    assert len(server.ranges) == 1 + len(archives.WAITS)
+    server.stalled.set()
+    server.script.clear()
+    fetch()
+
+
+def test_no_more_than_the_archive_is_taken(fetch, server):
+    server.script = ["endless"]
+    with pytest.raises(ValueError, match=f"gave more than the {len(server.content):,} bytes of .*; they are deleted"):
+        fetch()
+    assert not fetch.part.exists()
+    fetch()
 
 
 @pytest.mark.parametrize("act", ["ignore range", "wrong range", "no length"])
