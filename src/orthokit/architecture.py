@@ -85,6 +85,9 @@ def filled(like: nn.Module, state: Mapping[str, Any]) -> tuple[nn.Module, list[s
     for _, tensor in held:
         blank = torch.empty_like(tensor, device="meta")
         empty.setdefault(id(tensor), nn.Parameter(blank, False) if isinstance(tensor, nn.Parameter) else blank)
+    for module in like.modules():  # what hooks compute, such as the old weight_norm, is an attribute and cannot be copied
+        computed = [value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
+        empty |= {id(value): torch.empty_like(value, device="meta") for value in computed}
     try:
         model = copy.deepcopy(like, dict(empty))
     except Exception as error:  # of anybody's module

@@ -18,7 +18,8 @@ import torch
 
 from orthokit.filekind import HEADER, kind_of, regular
 from orthokit.pickles import DamagedError, Thing, plain_name
-from orthokit.statedict import natural, networks, pick
+from orthokit.shapes import natural
+from orthokit.statedict import networks, pick
 from orthokit.torchfiles import Content, as_tensor, is_module, legacy, mapped_bytes, module_in, whole_module, zip_archive
 
 

@@ -8,13 +8,14 @@ PyTorch uses (:data:`_KNOWN`) is answered by functions of this module.
 import io
 import math
 import pickletools
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from orthokit.checks import printable
 
 LONGEST = 10_000_000
 """Most instructions of a pickle; a checkpoint of 20,000 layers has about a million."""
@@ -379,10 +380,5 @@ _KNOWN: dict[str, Callable[..., Any]] = {
 
 
 def plain_name(name: str, length: int = 60) -> str:
-    """A name from a file in one line of printable ASCII characters, shortened in the middle.
-
-    >>> plain_name("a" * 100, 11)
-    'aaaaa...aaa'
-    """
-    shown = re.sub(r"[^\x20-\x7e]", lambda match: ascii(match[0])[1:-1], name)
-    return shown if len(shown) <= length else f"{shown[: length // 2]}...{shown[len(shown) - (length - length // 2 - 3) :]}"
+    """A name from a file, made printable and shortened in the middle."""
+    return printable(name, length)

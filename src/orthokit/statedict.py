@@ -3,18 +3,17 @@
 A state dict records names and tensors, not layers. Whatever had to be concluded from sizes or names is said in the notes.
 """
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from orthokit.kernel import has_kernel, is_embedding
 from orthokit.pickles import Thing, plain_name
+from orthokit.shapes import Reading, Unit, natural, some
 
 LARGEST = 2**30
 """Most elements of a weight that is read: 8 GiB in float64."""
@@ -23,16 +22,6 @@ EXPANDED = 2**24
 DEEPEST = 64
 """How many mappings inside one another are looked into."""
 COPIES = re.compile(r"(^|[._-])(ema|.*_ema|ema_.*|swa|averaged?|shadow|teacher|target|old|previous|momentum)", re.I)
-
-
-def natural(name: str) -> tuple[tuple[int, int, str], ...]:
-    """A sorting key with which ``blocks.2`` comes before ``blocks.10``.
-
-    >>> sorted(["b.10", "b.9.x", "b.9", "a"], key=natural)
-    ['a', 'b.9', 'b.9.x', 'b.10']
-    """
-    parts = re.split(r"(\d{1,18}|\.)", name)
-    return tuple((0, int(part), "") if part.isdecimal() and part.isascii() else (part != ".", 0, part) for part in parts if part)
 
 
 # Which network
@@ -75,7 +64,7 @@ def pick(checkpoint: Mapping[Any, Any], key: str | None = None) -> tuple[dict[st
         layers = {name: sum(_is_weight(*item) for item in state.items()) for name, state in known.items()}
         first = min(known, key=lambda name: (-layers[name], bool(COPIES.search(name)), natural(name)))
         sizes = {name: f"{plain_name(name) or 'the outermost'} ({_millions(state)})" for name, state in known.items()}
-        others = _some([text for name, text in sizes.items() if name != first])
+        others = some([text for name, text in sizes.items() if name != first])
         notes = [f"several networks: read {sizes[first]}, not {others}; --key NAME reads another"] if others else []
         return _entries(known[first]), notes
     if key in known:
@@ -136,41 +125,6 @@ class Layers:
     notes: tuple[str, ...] = ()
 
 
-@dataclass
-class _Unit:
-    """The entries of one module.
-
-    Attributes:
-        out: channels it gives, where known: the size of a normalisation, too.
-    """
-
-    name: str
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    weight: Tensor | None = None
-    out: int | None = None
-
-    @property
-    def parent(self) -> str:
-        return self.name.rpartition(".")[0]
-
-    @property
-    def words(self) -> set[str]:
-        """The words that the last part of the name is made of."""
-        last = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.name.rpartition(".")[2])
-        return set(last.lower().split("_"))
-
-    @property
-    def bias(self) -> int | None:
-        bias = self.parts.get("bias")
-        return len(bias) if bias is not None and bias.ndim == 1 else None
-
-    def is_norm(self, weight: Tensor) -> bool:
-        """Whether a weight of several dimensions is a normalisation's: its bias has the same shape."""
-        bias = self.parts.get("bias")
-        same = bias is not None and bias.shape == weight.shape
-        return same or "running_mean" in self.parts or bool(self.words & {"norm", "ln", "layernorm", "groupnorm", "rmsnorm"})
-
-
 def layers_of(checkpoint: Mapping[Any, Any], key: str | None = None) -> Layers:
     """The layers of the state dict in ``checkpoint``, as :func:`pick` chooses it.
 
@@ -183,7 +137,7 @@ def layers_of(checkpoint: Mapping[Any, Any], key: str | None = None) -> Layers:
     state, notes = pick(checkpoint, key)
     left_out: dict[str, str] = {}
     units = _units(bare(state), left_out)
-    reading = _Reading(units)
+    reading = Reading(units)
     modules = {unit.name: module for unit in units if (module := reading.module(unit)) is not None}
     if not any(_is_row(module) for module in modules.values()):
         shown = ", ".join(plain_name(repr(name)) for name in list(checkpoint)[:8]) + (", ..." if len(checkpoint) > 8 else "")
@@ -192,7 +146,7 @@ def layers_of(checkpoint: Mapping[Any, Any], key: str | None = None) -> Layers:
             f"keys: {shown}{_first_reason(left_out)}"
         )
     used = {id(part) for unit in units if _is_row(modules.get(unit.name)) for part in unit.parts.values()}
-    notes += reading.notes(modules) + _not_read(units, modules, used, left_out, _numbers(state))
+    notes += reading.notes(modules) + _not_read(units, modules, used, left_out)
     return Layers(modules, tuple(notes))
 
 
@@ -208,16 +162,16 @@ def _first_reason(left_out: Mapping[str, str]) -> str:
 _INNER = re.compile(r"(?:(.*)\.)?(parametrizations\.weight\..+)", re.DOTALL)
 
 
-def _units(state: Mapping[str, Any], left_out: dict[str, str]) -> list[_Unit]:
+def _units(state: Mapping[str, Any], left_out: dict[str, str]) -> list[Unit]:
     """The modules of a state dict; what cannot be read goes to ``left_out``, with the reason."""
-    units: dict[str, _Unit] = {}
+    units: dict[str, Unit] = {}
     for key, value in state.items():
         module, leaf = inner.groups() if (inner := _INNER.fullmatch(key)) else (key.rpartition(".")[0], key.rpartition(".")[2])
         if isinstance(value, Thing):
             left_out[key] = value.name
         elif isinstance(value, Tensor):
             if (reason := _reason(value)) is None or (leaf != "weight" and not value.is_nested and value.dim() < 2):
-                units.setdefault(module or "", _Unit(module or "")).parts[leaf] = value
+                units.setdefault(module or "", Unit(module or "")).parts[leaf] = value
             elif leaf == "weight" or "weight" in leaf:
                 left_out[key] = reason
     for unit in units.values():
@@ -295,189 +249,12 @@ def _spectral(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return weight / torch.dot(u, weight.transpose(0, place).flatten(1).mv(v))
 
 
-_EMBEDDINGS = {"wte", "wpe", "shared", "emb", "embs", "embd", "embed", "embeds", "embedding", "embeddings"}
-_NOT_EMBEDDINGS = {"out", "output", "proj", "projection", "linear", "fc", "head", "norm", "layer", "mlp", "patch"}
-_UPWARD = {"up", "ups", "deconv", "upconv", "convt", "transpose", "transposed", "convtranspose", "conv2dtranspose"}
-
-
-class _Reading:
-    """What the sizes in a state dict tell, unit after unit in its order."""
-
-    def __init__(self, units: list[_Unit]) -> None:
-        self.sequence = [unit for unit in units if unit.weight is not None]
-        self.place = {id(unit): place for place, unit in enumerate(self.sequence)}
-        self.parameters: dict[tuple[int, torch.Size], nn.Parameter] = {}
-        names = [unit.name for unit in self.sequence]
-        self.sorted = names == sorted(names, key=natural)
-        self.channels = {size for unit in self.sequence for size in unit.weight.shape[:1]}  # type: ignore[union-attr]
-        self.single = [unit for unit in self.sequence if self._reads(unit, 1, 1)]
-        self.image = any(self._reads(unit, 2, 4) for unit in self.sequence)
-        self.attention = {unit.name for unit in units if "in_proj_weight" in unit.parts}
-        self.conv1d = any(self._is_conv1d(unit) for unit in self.sequence)
-        self.sure: set[tuple[str, int]] = set()
-        self.guesses: dict[str, list[str]] = {"grouped": [], "transposed": [], "Conv1D": [], "undecided": []}
-
-    @staticmethod
-    def _reads(unit: _Unit, low: int, high: int) -> bool:
-        """Whether the unit is a spatial convolution whose filters read so many channels."""
-        weight = unit.weight
-        return weight is not None and weight.ndim > 2 and low <= weight.shape[1] <= high and weight.shape[2:].numel() > 1
-
-    @staticmethod
-    def _is_conv1d(unit: _Unit) -> bool:
-        weight = unit.weight
-        return weight is not None and weight.ndim == 2 and unit.bias == weight.shape[1] != weight.shape[0]
-
-    def module(self, unit: _Unit) -> nn.Module | None:
-        """The layer, with its weight; None of a normalisation, and of what is no layer."""
-        weight = unit.weight
-        if weight is None:
-            return self._attention(unit)
-        if weight.ndim == 1 or unit.is_norm(weight):
-            unit.out = weight.numel() if weight.ndim == 1 else weight.shape[0]
-            return None
-        if not 2 <= weight.ndim <= 5 or (weight.ndim > 2 and "experts" in unit.name.split(".")):
-            return None
-        module = self._matrix(unit, weight) if weight.ndim == 2 else self._convolution(unit, weight)
-        # Tied entries share their storage. Of a sharded weight it is not known, and its part on this rank may be empty.
-        tied = (weight.data_ptr() or id(weight), weight.shape)
-        module.weight = self.parameters.setdefault(tied, nn.Parameter(weight, requires_grad=False))
-        return module
-
-    def _attention(self, unit: _Unit) -> nn.Module | None:
-        weight = unit.parts.get("in_proj_weight")
-        if weight is None or weight.ndim != 2 or weight.shape[0] != 3 * weight.shape[1]:
-            return None
-        module = nn.MultiheadAttention(weight.shape[1], 1, bias=False, device="meta")
-        module._modules.clear()  # its other projection is an entry of its own
-        module.in_proj_weight = nn.Parameter(weight, requires_grad=False)
-        return module
-
-    def _matrix(self, unit: _Unit, weight: Tensor) -> nn.Module:
-        o, i = weight.shape
-        unit.out = o
-        named = unit.words & _EMBEDDINGS and not unit.words & _NOT_EMBEDDINGS
-        vocabulary = self.place[id(unit)] == 0 and o >= max(1000, 8 * i)
-        if unit.bias is None and (named or vocabulary or unit.name.endswith("relative_attention_bias")):
-            unit.out = i
-            return nn.Embedding(o, i, device="meta")
-        names = ("c_attn", "c_proj", "c_fc", "q_attn")
-        if self._is_conv1d(unit) or (self.conv1d and o == i and unit.name.rpartition(".")[2] in names):
-            unit.out = i
-            self.guesses["Conv1D"].append(unit.name)
-            return Conv1D(i)
-        if unit.parent in self.attention and unit.name.endswith("out_proj"):
-            return NonDynamicallyQuantizableLinear(i, o, bias=False, device="meta")
-        return nn.Linear(i, o, bias=False, device="meta")
-
-    def _convolution(self, unit: _Unit, weight: Tensor) -> nn.Module:
-        first, second, *size = weight.shape
-        if (groups := self._transposed(unit, first, second)) is not None:
-            unit.out = second * groups
-            self.guesses["transposed"].append(unit.name)
-            kind: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[len(size) - 1]
-            return kind(first, second * groups, tuple(size), groups=groups, bias=False, device="meta")  # type: ignore[no-any-return]
-        unit.out, groups = first, self._groups(unit, first, second, math.prod(size) > 1)
-        if groups > 1:
-            self.guesses["grouped"].append(unit.name)
-        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(size) - 1]
-        return kind(second * groups, first, tuple(size), groups=groups, bias=False, device="meta")  # type: ignore[no-any-return]
-
-    def _before(self, unit: _Unit) -> int | None:
-        """Channels that the unit before gives."""
-        place = self.place[id(unit)]
-        return self.sequence[place - 1].out if place else None
-
-    def _transposed(self, unit: _Unit, first: int, second: int) -> int | None:
-        """Groups of a transposed convolution ``(in, out / groups, ...)``; None of a convolution."""
-        bias = unit.bias
-        if bias is not None and bias != first:
-            return bias // second if bias % second == 0 and first % (bias // second) == 0 else None
-        if first == second:
-            return 1 if unit.words & _UPWARD else None
-        if bias is not None:
-            return None
-        after = next(iter(self.sequence[self.place[id(unit)] + 1 :]), None)
-        near = after is not None and after.parent.startswith(unit.parent.rpartition(".")[0])
-        follows = (
-            len(after.weight) if near and after is not None and after.weight is not None and after.weight.ndim == 1 else None
-        )
-        before = self._before(unit)
-        if before == second or follows == first or self.sorted:
-            return None
-        if follows == second or (before == first and ("transposed", unit.parent) in self._parents() and follows is None):
-            return 1
-        return 1 if unit.words & _UPWARD and before == first else None
-
-    def _parents(self) -> set[tuple[str, str]]:
-        return {("transposed", name.rpartition(".")[0]) for name in self.guesses["transposed"]}
-
-    def _groups(self, unit: _Unit, o: int, i: int, spatial: bool) -> int:
-        """Groups of a convolution ``(o, i, ...)``, from the channels that reach it."""
-        before = self._before(unit)
-        if i == 1 and spatial:
-            return self._depthwise(unit, o, before)
-        if before is None or before <= i or before % i or o % (before // i):
-            return 1
-        groups, earlier = before // i, self.sequence[: self.place[id(unit)]]
-        block = unit.parent.rpartition(".")[0]
-        near = {other.out for other in earlier if other.name.startswith(f"{block}.") and other.out != before}
-        if i in near:
-            return 1
-        seen = self.channels if self.sorted or not spatial else {other.out for other in earlier}
-        if o >= before and (i not in seen or {("groups", groups), ("width", i)} & self.sure):
-            self.sure |= {("groups", groups), ("width", i)}
-            return groups
-        if spatial and o >= before and unit.parent == self.sequence[self.place[id(unit)] - 1].parent:
-            self.guesses["undecided"].append(unit.name)
-        return 1
-
-    def _depthwise(self, unit: _Unit, o: int, before: int | None) -> int:
-        """Groups of a convolution whose filters read one channel: the first of a network may read grey images."""
-        alone = len(self.single) == 1 and not self.image
-        if o == 1 or before == 1 or (alone and (before is None or self.sorted)):
-            return 1
-        if before is None and not self.image and unit is self.single[0]:
-            self.guesses["undecided"].append(unit.name)
-            return 1
-        return before if before is not None and not self.sorted and o % before == 0 else o
-
-    def notes(self, modules: Mapping[str, nn.Module]) -> list[str]:
-        """What was concluded, in a line each."""
-        notes = []
-        if any(isinstance(module, nn.modules.conv._ConvNd) for module in modules.values()):
-            notes.append(
-                "a state dict does not record groups, strides or dilation; where sizes do not tell, a weight is read as ungrouped"
-            )
-        for kind, names in self.guesses.items():
-            told = (
-                "groups not recorded and not told by sizes, read as ungrouped"
-                if kind == "undecided"
-                else f"read as {kind} by their sizes"
-            )
-            if names:
-                notes.append(f"{told}: {_some(names)}")
-        return notes
-
-
-class Conv1D(nn.Module):
-    """GPT-2's linear layer, whose weight is ``(in, out)``; named as the one in transformers."""
-
-    weight: nn.Parameter
-
-    def __init__(self, nf: int) -> None:
-        super().__init__()
-        self.nf = nf
-
-
-def _not_read(
-    units: list[_Unit], modules: Mapping[str, nn.Module], used: set[int], left_out: Mapping[str, str], total: int
-) -> list[str]:
+def _not_read(units: list[Unit], modules: Mapping[str, nn.Module], used: set[int], left_out: Mapping[str, str]) -> list[str]:
     """The weights that are no row: how many, of which names, and what share of all."""
     notes = []
     if left_out:
         shown = [f"{plain_name(name)} ({plain_name(reason)})" for name, reason in left_out.items()]
-        notes.append(f"left out: {_some(shown)}; report the model itself to see them")
+        notes.append(f"left out: {some(shown)}; report the model itself to see them")
     kinds: dict[str, list[int]] = {}
     for unit in units:
         for leaf, part in unit.parts.items():
@@ -490,13 +267,14 @@ def _not_read(
     if kinds:
         shown = [f"{len(counts)} {plain_name(kind)}" for kind, counts in kinds.items()]
         missing = sum(map(sum, kinds.values()))
-        notes.append(f"not read: {_some(shown)} ({missing / 1e6:.3g} of {total / 1e6:.3g} M weights)")
+        total = sum(part.numel() for unit in units for part in unit.parts.values() if part.ndim > 1)
+        share = f"{missing / 1e6:.1f} of {total / 1e6:.1f} M" if total >= 1e5 else f"{missing:,} of {total:,}"
+        notes.append(f"not read: {some(shown)} ({share} weights)")
     return notes
 
 
+_PARTS = {"bias", "running_mean", "running_var", "weight_g", "weight_v", "weight_u", "weight_orig", "weight_mask"}
+
+
 def _bookkeeping(leaf: str) -> bool:
-    return leaf in ("bias", "running_mean", "running_var") or leaf.startswith("parametri") or leaf.startswith("weight_")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(plain_name, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return leaf.startswith("parametri") or leaf in _PARTS

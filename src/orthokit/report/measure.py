@@ -49,7 +49,8 @@ SHARED = 2**27
 def row_of(layer: Layer, *, spectrum: bool) -> Row:
     """The figures of a layer, groups taken together; only its shape, where a weight is NaN or infinite."""
     kernel = layer.kernel
-    return {"layer": layer.name, "kind": type(layer.module).__name__, **_measure(kernel, spectrum)}
+    kind = type(layer.module).__name__.removeprefix("Parametrized")  # the class before it was
+    return {"layer": layer.name, "kind": kind, **_measure(kernel, spectrum)}
 
 
 def _measure(kernel: Kernel, spectrum: bool) -> Row:
