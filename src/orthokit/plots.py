@@ -127,15 +127,16 @@ def draw(
 def overview(rows: Sequence[Row]) -> "Figure":
     """Every layer of a report as a bar: mean ``|c|`` relative to random filters, in the colour of its word, in model order."""
     measured = [row for row in rows if row["x_random"] is not None]
-    figure = new_figure(8, max(1.6, 0.9 + 0.2 * len(measured)))
+    figure = new_figure(5.6, max(1.6, 0.9 + 0.19 * len(measured)))
     axis = figure.subplots()
     places = np.arange(len(measured))
     colours = [WORDS[row["word"]] for row in measured]
     axis.barh(places, [row["x_random"] for row in measured], color=colours, height=0.75)
-    axis.set_yticks(places, [_middle(row["layer"]) for row in measured], fontsize=8)
+    axis.set_yticks(places, [_middle(row["layer"], 28) for row in measured])
     axis.invert_yaxis()
     axis.axvline(1, color=INK, linestyle=":", linewidth=1.2)
-    axis.set(xlabel="mean |cosine| over that of random filters (dotted)", xlim=(0, None), ylim=(len(measured) - 0.4, -0.6))
+    axis.set_xlabel("mean |cosine| over that of random filters (dotted)", fontsize=9)
+    axis.set(xlim=(0, None), ylim=(len(measured) - 0.4, -0.6))
     for word in dict.fromkeys(row["word"] for row in measured if row["word"]):
         axis.bar(0, 0, color=WORDS[word], label=word)
     axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
@@ -179,6 +180,8 @@ def _heat(axis: "Axes", matrix: torch.Tensor) -> None:
     bar.ax.tick_params(colors=INK, labelsize=8)
     bar.outline.set_visible(False)
     axis.set(xlabel="filter", ylabel="filter")
+    for side in (axis.xaxis, axis.yaxis):
+        side.get_major_locator().set_params(integer=True)
     _plain(axis)
 
 

@@ -30,12 +30,13 @@ pre { background: var(--raised); padding: 10px; overflow-x: auto; border-radius:
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: 4px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th { color: var(--soft); font-weight: 600 } tbody:last-child tr:last-child td { border-bottom: 0 }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--ground); max-width: 44vw;
-  overflow-wrap: anywhere; white-space: normal }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--ground);
+  min-width: min(12rem, 34vw); overflow-wrap: anywhere; white-space: normal }
 tr.total td { font-weight: 600 } td.word { text-align: left }
 .chip { display: inline-block; padding: 0 8px; border-radius: 10px; color: #fff; font-size: .8rem; white-space: nowrap }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 12px }
-figure { margin: 0 } figcaption { color: var(--soft); font-size: .85rem } img { width: 100%; height: auto; display: block }
+figure { margin: 0; max-width: 860px }
+figcaption { color: var(--soft); font-size: .85rem } img { width: 100%; height: auto; display: block }
 .note { color: var(--soft); font-size: .88rem; overflow-wrap: anywhere }
 """
 CHIPS = {
