@@ -1,6 +1,7 @@
 """A table of faults: whatever happens to a run, a file or a connection, nothing is lost in silence and a line says what to do."""
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -22,7 +23,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from made_up import made_up
 from orthokit.cli import main
+from orthokit.evidence import results
 from orthokit.lab import files, runner, watch
 from orthokit.lab import train as training
 from orthokit.lab.display import Display
@@ -397,3 +400,35 @@ def test_a_termination_signal_is_an_interruption(monkeypatch, capsys):
     assert main(["list"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# Runs that cannot be read
+
+
+def test_compare_tells_what_it_cannot_read_and_follows_links(tmp_path, monkeypatch, capsys):
+    for run in made_up({"none": 0, "so": 1, "strict": 2}, depths=[8]):
+        folder = tmp_path / "elsewhere" / run.summary["name"] / str(run.seed)
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(files.to_json(run.summary))
+    runs, arms = tmp_path / "runs", sorted((tmp_path / "elsewhere").iterdir())
+    runs.mkdir()
+    arms[0].rename(runs / arms[0].name)
+    for arm in arms[1:]:
+        (runs / arm.name).symlink_to(arm)
+    (arms[1] / "back").symlink_to(runs)  # in a circle
+    found, said = results.read([runs])
+    assert (len(found), len({run.summary["name"] for run in found}), said) == (9, 3, [])
+
+    scandir = os.scandir
+
+    def forbidding(folder):
+        if Path(folder).name == arms[2].name:
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", forbidding)
+    found, said = results.read([runs])
+    assert len(found) == 6
+    assert said == [f"cannot be read, hence left out with all runs in it: [Errno 13] Permission denied: '{runs / arms[2].name}'"]
+    assert main(["compare", str(runs)]) == 0
+    assert "cannot be read, hence left out with all runs in it" in " ".join(capsys.readouterr().out.split())

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -97,11 +98,27 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
         if names := [f"{folder.parent.name}/{folder.name}" for folder, why in unfinished.items() if why == kind]:
             bias = "; what remains of its arm may be a lucky choice" if kind == "failed" else ""
             said.append(f"{kind}, hence left out: {', '.join(names)}{bias}")
+    for path in filter(Path.is_dir, paths):
+        for _ in _walked(path, lambda error: said.append(f"cannot be read, hence left out with all runs in it: {error}")):
+            pass
     return list(found.values()), said
 
 
 def _below(top: Path, name: str) -> list[Path]:
-    return [file for file in sorted(top.rglob(name)) if file.relative_to(top).parts[-4:-3] != (TUNING,)]
+    """The files of that name in and below a folder, through links too, without the runs that chose strengths."""
+    files = [Path(folder, name) for folder, inside in _walked(top) if name in inside]
+    return [file for file in sorted(files) if file.relative_to(top).parts[-4:-3] != (TUNING,)]
+
+
+def _walked(top: Path, unread: Callable[[OSError], object] = lambda _: None) -> Iterator[tuple[str, list[str]]]:
+    """Each folder in and below ``top`` once, and the names in it; ``unread`` is told of those that cannot be listed."""
+    seen = set[str]()
+    for folder, folders, files in os.walk(top, onerror=unread, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # links may lead in a circle
+            folders.clear()
+        else:
+            seen.add(real)
+            yield folder, [*folders, *files]
 
 
 def read_summary(path: Path) -> dict[str, Any]:
