@@ -145,6 +145,30 @@ def overview(rows: Sequence[Row]) -> "Figure":
 
 
 @own_style()
+def side_by_side(rows: Mapping[str, Sequence[Row]]) -> "Figure":
+    """Several reports in one picture: a dot for each network at each layer's mean ``|c|`` relative to random filters."""
+    layers = list(dict.fromkeys(row["layer"] for some in rows.values() for row in some if row["x_random"] is not None))
+    figure = new_figure(5.6, max(1.8, 1.1 + 0.19 * len(layers)))
+    axis = figure.subplots()
+    known = [{row["layer"]: row["x_random"] for row in some} for some in rows.values()]
+    for place, layer in enumerate(layers):
+        values = [values[layer] for values in known if values.get(layer) is not None]
+        axis.hlines(place, min(values), max(values), color=INK, linewidth=1)
+    for place, (name, values) in enumerate(zip(rows, known, strict=True)):
+        there = {row: values[layer] for row, layer in enumerate(layers) if values.get(layer) is not None}
+        colour = (*COLOURS[1:], COLOURS[0])[place % len(COLOURS)]
+        axis.scatter(list(there.values()), list(there), s=22, color=colour, label=_middle(name, 28), zorder=3)
+    axis.set_yticks(range(len(layers)), [_middle(layer, 28) for layer in layers])
+    axis.set_ylim(len(layers) - 0.4, -0.6)
+    axis.axvline(1, color=INK, linestyle=":", linewidth=1.2)
+    axis.set_xlabel("mean |cosine| over that of random filters (dotted)", fontsize=9)
+    axis.set_xlim(left=0)
+    figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside upper center", ncols=2)
+    _plain(axis)
+    return figure
+
+
+@own_style()
 def detail(kernel: Kernel) -> "Figure":
     """One layer: a heat map of ``|c|``, the cosines against random ones, singular values, and filters that read an image."""
     drawers = details(kernel)
@@ -180,8 +204,7 @@ def _heat(axis: "Axes", matrix: torch.Tensor) -> None:
     bar.ax.tick_params(colors=INK, labelsize=8)
     bar.outline.set_visible(False)
     axis.set(xlabel="filter", ylabel="filter")
-    for side in (axis.xaxis, axis.yaxis):
-        side.get_major_locator().set_params(integer=True)
+    axis.locator_params(integer=True)
     _plain(axis)
 
 

@@ -247,4 +247,5 @@ def compare(reports: Mapping[str, Report]) -> Table:
     notes = [f"{name}: {each.summary}" for name, each in reports.items()]
     alone = {name: [layer for layer in names if layer not in rows_of] for name, rows_of in by_layer.items()}
     notes += [f"{name} lacks {len(lacking)} layers, such as {lacking[0]}" for name, lacking in alone.items() if lacking]
-    return Table(f"{' and '.join(reports)} compared", tuple(columns), tuple(rows), totals, tuple(notes))
+    *most, final = reports
+    return Table(f"{', '.join(most)} and {final} compared", tuple(columns), tuple(rows), totals, tuple(notes))

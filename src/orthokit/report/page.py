@@ -75,7 +75,9 @@ def _page(reports: "Mapping[str, Report]", top: int | None, table: Table | None)
     if action := last.action:
         parts.append(f"<p>To train the layers that need it towards orthogonality:</p><pre>{escape(action)}</pre>")
     if table is not None:
-        parts.append("<h2>Side by side</h2>" + _table(table.columns, table.rows, table.totals) + _notes(table))
+        picture = plots.side_by_side({name: report.rows for name, report in reports.items()})
+        parts.append("<h2>Side by side</h2>" + _picture(picture, "every layer of every network"))
+        parts.append(_table(table.columns, table.rows, table.totals) + _notes(table))
     parts.append("<h2>Layers, in the order of the model</h2>" + _picture(plots.overview(last.rows), "overview of all layers"))
     parts.append("<h2>Layers, the least orthogonal first</h2>" + fragment(last, summary=False))
     rows = [row for row in ranked(last.rows) if row["mean_length_error"] is not None]
