@@ -152,12 +152,12 @@ def side_by_side(rows: Mapping[str, Sequence[Row]]) -> "Figure":
     axis = figure.subplots()
     known = [{row["layer"]: row["x_random"] for row in some} for some in rows.values()]
     for place, layer in enumerate(layers):
-        values = [values[layer] for values in known if values.get(layer) is not None]
-        axis.hlines(place, min(values), max(values), color=INK, linewidth=1)
+        there = [each[layer] for each in known if each.get(layer) is not None]
+        axis.hlines(place, min(there), max(there), color=INK, linewidth=1)
     for place, (name, values) in enumerate(zip(rows, known, strict=True)):
-        there = {row: values[layer] for row, layer in enumerate(layers) if values.get(layer) is not None}
+        dots = {row: values[layer] for row, layer in enumerate(layers) if values.get(layer) is not None}
         colour = (*COLOURS[1:], COLOURS[0])[place % len(COLOURS)]
-        axis.scatter(list(there.values()), list(there), s=22, color=colour, label=_middle(name, 28), zorder=3)
+        axis.scatter(list(dots.values()), list(dots), s=22, color=colour, label=_middle(name, 28), zorder=3)
     axis.set_yticks(range(len(layers)), [_middle(layer, 28) for layer in layers])
     axis.set_ylim(len(layers) - 0.4, -0.6)
     axis.axvline(1, color=INK, linestyle=":", linewidth=1.2)
