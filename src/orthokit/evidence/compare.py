@@ -254,7 +254,7 @@ class Comparison:
         pairs = []
         for panel, *samples in zip(self.panels, *both, strict=True):
             one, two = _by_seed(panel, dict(zip((arm, other), samples, strict=True))).values()
-            pairs.append(Sample(tuple(value - two[seed] for seed, value in one.items() if seed in two)))
+            pairs.append({seed: value - two[seed] for seed, value in one.items() if seed in two})
         return self._ruled(replace(found, blocked=paired(weights, pairs)))
 
     @cached_property
@@ -329,8 +329,8 @@ class Comparison:
             f"{means} of seeds. {1 - ALPHA:.0%} intervals are not adjusted: Student's of means, of differences by {test}. "
             f"Verdicts go by {test}: p < {ALPHA:g} after Holm. {self._families()} Other p stand beside it and move no verdict. "
             "Dunnett's test, over the arms of a panel, assumes equal variances. The p by seed takes seeds as blocks: in a panel, "
-            "arms by seeds without interaction, the error pooled over the arms (of two arms, the paired t); over panels, pairs "
-            f"within each, panels being independent. All of it is about other seeds on these {data}, which are one draw."
+            "arms by seeds without interaction, the error pooled over the arms (of two arms, the paired t); over panels, "
+            f"Student's t of each seed's sum of pairs. All of it is about other seeds on these {data}, which are one draw."
             f"{self._shared()}"
         )
 

@@ -36,7 +36,8 @@ COLUMNS = (
 CONTRAST = (
     "The gain averaged over all panels, each weighing the same, or its change each time what grows doubles (linear over the "
     "binary logarithm). Errors come from the seeds alone, with Satterthwaite's degrees of freedom. Each table is a family of its "
-    "own: its p are adjusted after Holm over its lines. By seed: paired by seed within each panel; n counts seeds of a panel."
+    "own: its p are adjusted after Holm over its lines. By seed: pairs within each panel, a seed one block in all of them; n "
+    "counts seeds of a panel."
 )
 LEGEND = "Mean ± sd; + better, - worse, ↑ higher, ↓ lower than the baseline, where resolved."
 
