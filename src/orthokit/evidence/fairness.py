@@ -297,8 +297,9 @@ def lacking(panels: Sequence[Panel], metrics: Sequence[Metric]) -> list[str]:
     said = []
     for metric in metrics:
         for panel in panels:
-            none = [(arm, result.seed) for arm, result in panel if metric.read(result) is None and _measured(metric, result)]
-            if 0 < len(none) < len(panel.results):
+            measured = [(arm, result) for arm, result in panel if _measured(metric, result)]
+            none = [(arm, result.seed) for arm, result in measured if metric.read(result) is None]
+            if 0 < len(none) < len(measured):
                 shown = listed([f"{arm} (seed {seed})" for arm, seed in none])
                 said.append(f"{panel.name}: no {metric.label}, or no finite one, of {shown}; these arms are left out of it")
     return said
