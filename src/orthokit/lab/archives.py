@@ -36,7 +36,7 @@ WAITS = (1.0, 2.0, 5.0, 10.0)
 TIMEOUT = 30.0
 """Seconds without an answer or a byte after which a connection counts as broken."""
 LEAST = 1000.0
-"""Bytes a second. A connection that gives less over ``TIMEOUT`` counts as broken, attempts that give less not as progress."""
+"""Bytes a second. A connection that gives less for ``TIMEOUT`` counts as broken. An attempt that gives less is not progress."""
 
 
 @dataclass(frozen=True)
@@ -395,19 +395,19 @@ def _receive(url: str, part: Path, layout: Layout, progress: Progress, task: Tas
         else:
             have = 0
         progress.update(task, total=total, completed=have)
-        size, came, since = have, 0, time.monotonic()
+        size, window, since = have, 0, time.monotonic()
         try:
             with part.open("ab" if have else "wb") as file:
                 while chunk := _chunk(response):
                     file.write(chunk)
                     progress.advance(task, len(chunk))
-                    size, came = size + len(chunk), came + len(chunk)
+                    size, window = size + len(chunk), window + len(chunk)
                     if size > layout.size:
                         break
                     if (seconds := time.monotonic() - since) > TIMEOUT:
-                        if came < LEAST * seconds:
-                            raise _BrokenOffError(f"the connection gave only {came:,} bytes in {seconds:.0f} s")
-                        came, since = 0, time.monotonic()
+                        if window < LEAST * seconds:
+                            raise _BrokenOffError(f"the connection gave only {window:,} bytes in {seconds:.0f} s")
+                        window, since = 0, time.monotonic()
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

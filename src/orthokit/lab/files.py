@@ -52,7 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def part_of(path: Path) -> Path:
-    """A new name beside ``path``, for what is to become it or belongs to a single process."""
+    """A new name beside ``path``, for a file that will take its place or that belongs to a single process."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 

@@ -30,7 +30,7 @@ from orthokit.lab.record import LATER, SERVES, Run
 Backend = Literal["local", "ray"]
 INTERRUPTED = 130
 QUEUED = "queued.toml"
-"""The recipe for the process that does the run, as a part of its own for each; ``recipe.toml`` is that process's to write."""
+"""The recipe for the process that does the run. Each command writes a part of its own, as two commands may do the same runs."""
 LOOK_EVERY = 0.5
 Ended = tuple[int, str]
 """Exit status of a run, and why it failed if it did."""
@@ -190,12 +190,12 @@ def run_all(runs: Sequence[Run], pool: Pool, display: Display) -> list[int]:
     ended: dict[Path, Ended] = {}
     execute = _remote(pool) if pool.backend == "ray" else _local(pool, len(left))
     with _followed(left, display), execute as (task, jobs):
-        later, told = left, set[Path]()
+        later, busy = left, set[Path]()
         while later:
             for run in later:
-                if run.folder not in told and run.taken():
+                if run.folder not in busy and run.taken():
                     display.say(f"{escape(run.name)} is being trained by another command; waiting for it")
-                    told.add(run.folder)
+                    busy.add(run.folder)
             while all(run.taken() for run in later) and not getattr(task, "stopping", False):
                 time.sleep(LOOK_EVERY)
             found = joblib.Parallel(n_jobs=jobs)(joblib.delayed(task)(run, pool) for run in later)

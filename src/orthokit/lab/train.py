@@ -385,12 +385,12 @@ class Training:
         }
 
     def _parts(self) -> dict[str, Any]:
-        """What has a state."""
+        """The objects whose state a checkpoint holds."""
         averaged = {} if self.averaged is None else {"averaged": self.averaged}
         return {"model": self.model, "optimizer": self.optimizer, **averaged}
 
     def _of(self) -> dict[str, Any]:
-        """What a checkpoint is of: with anything else in it other, the run would end with other weights."""
+        """What a checkpoint belongs to. If any of this differed, the run would end with other weights."""
         return {
             "seed": self.run.seed,
             "precision": self.fabric._precision.precision,
