@@ -24,6 +24,7 @@ from torch import nn
 import orthokit as ok
 from orthokit import checkpoint, pickles, torchfiles
 from orthokit.cli import main
+from orthokit.statedict import layers_of
 
 
 class Colour(enum.Enum):
@@ -422,3 +423,37 @@ def test_a_wrong_checksum_is_said(tmp_path):
     content[content.index(STATE["0.weight"].numpy().tobytes()) + 5] ^= 1
     path.write_bytes(content)
     assert "checksum" in " ".join(checkpoint.read(path)[1])
+
+
+def test_numbers_whose_squares_overflow_and_many_layers_end_well(tmp_path):
+    state = {f"l{place}.weight": torch.ones(64, 32, 3, 3).as_strided((64, 32, 3, 3), (0, 0, 0, 0)) for place in range(600)}
+    assert len(layers_of(state).modules) == 600
+    for value in (1e200, 1e308, 1e-300):
+        torch.save({"a.weight": torch.full((4, 3), value, dtype=torch.float64), "b.weight": torch.eye(3)}, tmp_path / "a.pt")
+        assert main(["report", str(tmp_path / "a.pt")]) == 0
+
+
+def canary(channels=None, classes=None):
+    """A network for --model: importing this file and calling this is what the user names."""
+    return nn.Sequential(nn.Conv2d(8, 8, 3, groups=2, bias=False), nn.Conv2d(8, 8, 3, groups=4, bias=False))
+
+
+@pytest.mark.parametrize("command", ["report", "plan"])
+def test_the_architecture_is_named_on_the_command_line(tmp_path, capsys, command):
+    torch.save(canary().state_dict(), path := tmp_path / "a.pt")
+    assert main([command, str(path), "--model", f"{__name__}:canary", "--format", "csv"]) == 0
+    out, err = capsys.readouterr()
+    assert f"importing {__name__} to build canary, as --model says" in err
+    assert "0,Conv2d,2,4," in out if command == "report" else "0,2,4," in out
+    for model, message in [
+        ("canary", "a model is torchvision:NAME"),
+        (f"{__name__}:absent", "has no function 'absent'"),
+        ("not_there.at_all:f", "no module 'not_there'"),
+        ("os:getcwd", "it made a str"),
+        (f"{__name__}:fire", "it made a NoneType"),
+        ("os:_exit()", "has no function"),
+        (f"{__name__}:other", "cannot be built on the meta device"),
+        ("../x:y", "a model is torchvision:NAME"),
+    ]:
+        assert main([command, str(path), "--model", model]) == 2
+        assert message in capsys.readouterr().err

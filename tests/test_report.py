@@ -118,7 +118,7 @@ def test_broken_layers_are_shown():
         m[1].weight[0] = float("nan")
     report = ok.report(m)
     assert report.rows[1]["mean_cos"] is None
-    assert "NaN or infinite weights, left out of the totals: 1" in str(report)
+    assert "NaN, infinite or overflowing weights, left out of the totals: 1" in str(report)
     assert report.totals["wide"]["max_cos"] < 1
 
 

@@ -51,12 +51,12 @@ class UNet(nn.Module):
 class Gpt(nn.Module):
     def __init__(self):
         super().__init__()
-        self.wte, self.wpe = nn.Embedding(5000, 16), nn.Embedding(32, 16)
+        self.wte, self.wpe = nn.Embedding(200, 16), nn.Embedding(32, 16)
         self.attn, self.mlp = nn.Module(), nn.Module()
         self.attn.c_attn, self.attn.c_proj = conv1d(16, 48), conv1d(16, 16)
         self.mlp.c_fc, self.mlp.c_proj = conv1d(16, 64), conv1d(64, 16)
         self.ln = nn.LayerNorm(16)
-        self.lm_head = nn.Linear(16, 5000, bias=False)
+        self.lm_head = nn.Linear(16, 200, bias=False)
         self.lm_head.weight = self.wte.weight
 
 

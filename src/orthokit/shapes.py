@@ -81,6 +81,10 @@ _NOT_EMBEDDINGS = {"out", "output", "proj", "projection", "linear", "fc", "head"
 _UPWARD = {"up", "ups", "deconv", "upconv", "convt", "transpose", "transposed", "convtranspose", "conv2dtranspose"}
 
 
+NEAR = 50
+"""Units before or after another that are looked at."""
+
+
 def _is_sorted(names: list[str]) -> bool:
     """Whether the names are in the order of the alphabet where a model's would hardly be: then neighbours mean little."""
     pairs = set()
@@ -113,6 +117,8 @@ class Reading:
         self.image = any(self._is_spatial(unit, 3) for unit in self.sequence)
         self.attention = {unit.name for unit in units if {"in_proj_weight", "q_proj_weight"} & unit.parts.keys()}
         self.conv1d = any(self._is_conv1d(unit) for unit in self.sequence)
+        self.given: set[int] = set()  # channels that the units so far give
+        self.upward: set[str] = set()  # modules with transposed convolutions
         self.sure: set[tuple[str, int]] = set()
         self.guesses: dict[str, list[str]] = {"grouped": [], "transposed": [], "Conv1D": [], "undecided": []}
 
@@ -128,6 +134,12 @@ class Reading:
 
     def module(self, unit: Unit) -> nn.Module | None:
         """The layer, with its weight; None of a normalisation, and of what is no layer."""
+        module = self._module(unit)
+        if unit.out is not None and id(unit) not in self.squeezes:
+            self.given.add(unit.out)
+        return module
+
+    def _module(self, unit: Unit) -> nn.Module | None:
         weight = unit.weight
         if weight is None:
             return self._attention(unit)
@@ -182,6 +194,7 @@ class Reading:
         if (groups := self._transposed(unit, first, second)) is not None:
             unit.out = second * groups
             self.guesses["transposed"].append(unit.name)
+            self.upward.add(unit.parent)
             kind: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[len(size) - 1]
             return kind(first, second * groups, tuple(size), groups=groups, bias=False, device="meta")  # type: ignore[no-any-return]
         unit.out, groups = first, self._groups(unit, first, second, math.prod(size) > 1)
@@ -214,12 +227,9 @@ class Reading:
         before = self._before(unit)
         if before == second or follows == first or self.sorted:
             return None
-        if follows == second or (before == first and ("transposed", unit.parent) in self._parents() and follows is None):
+        if follows == second or (before == first and unit.parent in self.upward and follows is None):
             return 1
         return 1 if unit.words & _UPWARD and before == first else None
-
-    def _parents(self) -> set[tuple[str, str]]:
-        return {("transposed", name.rpartition(".")[0]) for name in self.guesses["transposed"]}
 
     def _groups(self, unit: Unit, o: int, i: int, spatial: bool) -> int:
         """Groups of a convolution ``(o, i, ...)``, from the channels that reach it."""
@@ -229,13 +239,12 @@ class Reading:
         # Three channels are an image's.
         if before is None or before <= i or before % i or o % (before // i) or i == 3 or self._is_split(unit, i):
             return 1
-        groups, earlier = before // i, self.sequence[: self.place[id(unit)]]
+        groups, earlier = before // i, self.sequence[max(0, self.place[id(unit)] - NEAR) : self.place[id(unit)]]
         home = next((h for h in (unit.parent, unit.parent.rpartition(".")[0]) if self._layers_in(h, earlier)), "")
         here = self._layers_in(home, earlier)
         if i in {other.out for other in here if other.out != before}:
             return 1
-        known = spatial and not self.sorted
-        seen = {other.out for other in earlier if id(other) not in self.squeezes} if known else self.channels
+        seen = self.given if spatial and not self.sorted else self.channels
         follows = bool(here) and here[-1].out == before and not here[-1].reads(i) and (home == unit.parent or not self.sorted)
         separable = not self.sorted and bool(here) and here[-1].reads(1) and here[-1].parent == unit.parent
         chained = follows and (here[-1].taps == 1 if spatial else separable)
@@ -259,12 +268,13 @@ class Reading:
         key, place = unit.numbered, self.place[id(unit)]
         if not key:
             return False
-        first = last = place
-        while first and (not self.sequence[first - 1].taps or self.sequence[first - 1].numbered == key):
+        low, high = max(0, place - NEAR), min(len(self.sequence), place + NEAR)
+        first, last = place, place + 1
+        while first > low and (not self.sequence[first - 1].taps or self.sequence[first - 1].numbered == key):
             first -= 1
-        while last + 1 < len(self.sequence) and (not self.sequence[last + 1].taps or self.sequence[last + 1].numbered == key):
+        while last < high and (not self.sequence[last].taps or self.sequence[last].numbered == key):
             last += 1
-        run = [other.weight.shape[1] for other in self.sequence[first : last + 1] if other.taps and other.weight is not None]
+        run = [other.weight.shape[1] for other in self.sequence[first:last] if other.taps and other.weight is not None]
         return len(run) > 1 and sum(run) == (self.sequence[first - 1].out if first else None)
 
     def _depthwise(self, unit: Unit, o: int, before: int | None) -> int:

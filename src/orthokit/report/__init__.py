@@ -160,7 +160,8 @@ def report(
     ``mean_length``, ``mean_length_error``, ``max_length_error`` (``|nu - 1|``); ``residual`` (``||K K^T - I||_F / sqrt(o)``)
     of wide layers (``o <= n``); ``tightness`` (:func:`orthokit.diagnostics.frame_tightness`) and ``welch_ratio`` (``max_cos``
     over :func:`orthokit.gram.welch_bound`) of tall ones; ``sigma_min``, ``sigma_max``, ``condition``, ``effective_rank``,
-    ``stable_rank``. Computed in float64 on the CPU. A layer with NaN or infinite weights gets a row without figures, and a note.
+    ``stable_rank``. Computed in float64 on the CPU. A layer with NaN, infinite or overflowing
+    weights gets a row without figures, and a note.
 
     Args:
         model: a module, a state dict or checkpoint, or the path of a file that holds one; nothing in it is executed.
@@ -182,7 +183,7 @@ def report(
     rows = [row_of(layer, spectrum=spectrum) for layer in track(chosen)]
     notes = ["×random: mean |c| over that of random filters; c: cosine of two filters; ν: filter length; copies: |c| > .99"]
     if broken := [row["layer"] for row in rows if not is_measured(row)]:
-        notes.append(f"NaN or infinite weights, left out of the totals: {', '.join(broken)}")
+        notes.append(f"NaN, infinite or overflowing weights, left out of the totals: {', '.join(broken)}")
     if isinstance(network, nn.Module):
         notes += filter(None, [str(unread_parameters(network, chosen))])
     return Report(f"orthogonality of {kind}", COLUMNS, tuple(rows), totals_of(rows, chosen), (*notes, *reading), chosen)

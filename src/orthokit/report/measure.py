@@ -47,7 +47,7 @@ SHARED = 2**27
 
 @torch.no_grad()
 def row_of(layer: Layer, *, spectrum: bool) -> Row:
-    """The figures of a layer, groups taken together; only its shape, where a weight is NaN or infinite."""
+    """The figures of a layer, groups taken together; only its shape, where a weight is NaN, infinite, or its square is."""
     kernel = layer.kernel
     kind = type(layer.module).__name__.removeprefix("Parametrized")  # the class before it was
     return {"layer": layer.name, "kind": kind, **_measure(kernel, spectrum)}
@@ -59,7 +59,7 @@ def _measure(kernel: Kernel, spectrum: bool) -> Row:
     pairs = groups * (o * (o - 1) // 2)
     row: Row = {"groups": groups, "o": o, "n": n, "shape": "wide" if o <= n else "tall", "filters": groups * o, "pairs": pairs}
     row |= dict.fromkeys(MEASURED)
-    if not matrix.isfinite().all():
+    if not matrix.square().sum().isfinite():  # nor where weights are so large that their squares are infinite
         return row
     product = gram(matrix) if groups * o * o <= SHARED else None
     lengths = matrix.square().sum(-1).sqrt()
