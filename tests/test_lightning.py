@@ -313,8 +313,12 @@ def test_logs(tmp_path):
     assert trainer.callback_metrics["ortho/net.0"].item() == pytest.approx(last["ortho/net.0"])
 
     logger = CSVLogger(tmp_path, name="third")
-    fit(Module(), callback(log_every=3), logger=logger)
+    module = Module()
+    fit(module, callback(log_every=3, report=True), logger=logger)
     assert [row["step"] for row in logged(logger)] == [2, 5]
+    assert last.keys().isdisjoint({"ortho/wide/mean_cos", "ortho/tall/mean_cos"})
+    summary = {key: value for key, value in ok.log(found, None, 0).items() if key.count("/") == 2}
+    assert summary.keys() <= logged(logger)[-1].keys()
     assert not any("ortho" in key for key in fit(Module(), callback(log_every=0)).callback_metrics)
 
 

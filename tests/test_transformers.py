@@ -226,7 +226,7 @@ def test_logs(tmp_path):
         def on_log(self, args, state, control, logs=None, **kwargs):
             Reporter.seen = (*Reporter.seen, dict(logs))
 
-    model, ortho = resnet(), callback(step="batch")
+    model, ortho = resnet(), callback(step="batch", report=True)
     trainer = train(model, Reporter(), out=tmp_path, first=ortho, num_train_epochs=1, logging_strategy="steps", logging_steps=2)
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert [row["step"] for row in rows] == [2, 4]
@@ -234,6 +234,7 @@ def test_logs(tmp_path):
     last, found = rows[-1], ok.Regularizer(model, PENALTY, strength=STRENGTH(3))
     assert {key: last[f"ortho/{key}"] for key in found.per_layer()} == pytest.approx(found.per_layer())
     assert last["ortho/total"] == pytest.approx(found().item())
+    assert last["ortho/wide/mean_cos"] == pytest.approx(ok.log(found, None, 0)["ortho/wide/mean_cos"])
     assert [row.get("ortho/total") for row in Reporter.seen if "loss" in row] == [row["ortho/total"] for row in rows]
 
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from orthokit.estimate import estimate
 from orthokit.gram import welch_bound
 from orthokit.groups import param_groups
+from orthokit.integrations.logs import log
 from orthokit.integrations.optimizer import attach
 from orthokit.kernel import Kernel, kernel_of
 from orthokit.penalties import (
@@ -118,6 +119,7 @@ __all__ = [
     "layers",
     "linear",
     "linears",
+    "log",
     "lorth",
     "matching",
     "merge_copies",

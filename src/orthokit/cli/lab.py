@@ -76,6 +76,8 @@ class Machine:
     """Where several runs go: this machine, or a Ray cluster (extra 'ray') that shares the folders."""
     address: str | None = None
     """With --backend ray: the cluster, e.g. auto; a local one is started by default."""
+    log: Literal["tensorboard", "wandb", "csv"] | None = None
+    """Where the metrics of each epoch also go: TensorBoard, Weights & Biases, or a CSV file; in the folder of each run."""
 
     def __post_init__(self) -> None:
         check_positive(self, "jobs", "jobs_per_device", "threads")
@@ -86,8 +88,14 @@ class Machine:
         """Do what is left of ``runs``, each in a process of its own; exit status 4 if any failed. ``test``: show test results."""
         from orthokit.lab.data import load
         from orthokit.lab.display import Display
+        from orthokit.lab.logs import Log
         from orthokit.lab.runner import Pool, run_all
+        from orthokit.lab.watch import Watch
 
+        with Log(self.log, Watch()) as log:  # those that are not finished do it in their own processes
+            for run in runs:
+                if run.summary() is not None:
+                    log.update(run, before=True)
         for name in dict.fromkeys(run.recipe.data.name for run in runs if run.summary() is None):
             load(name, root=self.root, download=self.download)  # decoded once, for all; fails here rather than in each
         pool = Pool(
@@ -98,6 +106,7 @@ class Machine:
             root=self.root,
             device=self.device,
             threads=self.threads or 1,
+            log=self.log,
         )
         with Display(console, test=test) as display:
             failed = sum(status != 0 for status in run_all(runs, pool, display))
@@ -139,6 +148,7 @@ class Train:
         with needing("training needs"):
             from orthokit.lab.display import Display
             from orthokit.lab.hardware import Hardware
+            from orthokit.lab.logs import Log
             from orthokit.lab.recipe import label, load
             from orthokit.lab.record import SEEDS, Run
             from orthokit.lab.train import train
@@ -154,11 +164,12 @@ class Train:
                 raise UsageError("--devices shares one run among processes; several runs in turn on all of them: use torchrun")
             return machine.run_all(runs, console)
         hardware = Hardware(device=machine.device, devices=self.devices, strategy=self.strategy, threads=machine.threads)
-        with Display(console) as display:
+        with Display(console) as display, Log(machine.log, display) as log:
             for run in runs:
                 before = run.summary() is not None
-                summary = train(run, root=machine.root, download=machine.download, hardware=hardware, watch=display)
+                summary = train(run, root=machine.root, download=machine.download, hardware=hardware, watch=log)
                 if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+                    log.update(run, before=before)
                     display.done(run, summary, before=before)
         return 0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from orthokit.checks import check_choice, check_count
+from orthokit.checks import check_choice, check_count, check_flag
 from orthokit.integrations.logs import measured
 from orthokit.integrations.optimizer import add_in_step, check_trained
 from orthokit.kernel import Kernel, KernelMeasure
@@ -59,6 +59,7 @@ class OrthoCallback(Callback):
         log_every: after how many such batches to log ``{name}/{layer}`` (each layer's penalty), ``{name}/total`` (what the
             penalty adds to the loss) and ``{name}/strength``; None for the Trainer's ``log_every_n_steps``, 0 for never. They go
             to the loggers, and to ``trainer.callback_metrics``, where other callbacks can monitor them.
+        report: log a summary of near-orthogonality too, as :func:`orthokit.log` does; takes about as long as a step's penalty.
         name: tells this callback's logs and state from those of others of its kind.
 
     Attributes:
@@ -84,16 +85,18 @@ class OrthoCallback(Callback):
         every: int = 1,
         step: Literal["epoch", "batch"] = "epoch",
         log_every: int | None = None,
+        report: bool = False,
         name: str = "ortho",
     ) -> None:
         super().__init__()
         check_choice("step", step, ("epoch", "batch"))
         if log_every is not None:
             check_count("log_every", log_every, 0)
+        check_flag("report", report)
         self.penalty, self.strength, self.where, self.scale = penalty, strength, where, scale
         check_count("every", every)
         self.include_frozen, self.every = include_frozen, every
-        self.step, self.log_every, self.name = step, log_every, name
+        self.step, self.log_every, self.report, self.name = step, log_every, report, name
         self.ortho: Regularizer | None = None
         self._steps, self._seen, self._began = 0, -1, 0
         self._calls: Counter[str] = Counter()  # the regularizer's own
@@ -150,7 +153,7 @@ class OrthoCallback(Callback):
         stepped = trainer.fit_loop.epoch_loop._batches_that_stepped
         if every > 0 and trainer.global_step > self._began and (stepped + 1) % every == 0:
             assert self.ortho is not None
-            values = measured(self.ortho, self.ortho.strength, self.name)
+            values = measured(self.ortho, self.ortho.strength, self.name, report=self.report)
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=stepped)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from orthokit.checks import check_choice, check_count
+from orthokit.checks import check_choice, check_count, check_flag
 from orthokit.integrations.logs import measured
 from orthokit.integrations.optimizer import attach
 from orthokit.kernel import Kernel, KernelMeasure
@@ -41,6 +41,7 @@ class OrthoTrainerCallback(TrainerCallback):
         include_frozen: let training start though all layers are frozen (to be thawed later), and log frozen layers too.
         every: act in each ``every``-th step of the optimizer only; see :class:`~orthokit.Regularizer`.
         step: the unit of the schedule: ``"epoch"``, or ``"batch"``, a step of the optimizer (all batches accumulated for it).
+        report: log a summary of near-orthogonality too, as :func:`orthokit.log` does; takes about as long as a step's penalty.
         name: tells this callback's logs and state from those of others of its kind.
 
     Attributes:
@@ -68,13 +69,14 @@ class OrthoTrainerCallback(TrainerCallback):
         include_frozen: bool = False,
         every: int = 1,
         step: Literal["epoch", "batch"] = "epoch",
+        report: bool = False,
         name: str = "ortho",
     ) -> None:
         check_choice("step", step, ("epoch", "batch"))
         check_count("every", every)
+        check_flag("report", report)
         self.penalty, self.strength, self.where, self.scale = penalty, strength, where, scale
-        check_count("every", every)
-        self.include_frozen, self.every, self.step, self.name = include_frozen, every, step, name
+        self.include_frozen, self.every, self.step, self.report, self.name = include_frozen, every, step, report, name
         self.ortho: Regularizer | None = None
         self._advanced, self._strength = False, 0.0
         self._handle: RemovableHandle | None = None
@@ -151,7 +153,7 @@ class OrthoTrainerCallback(TrainerCallback):
     ) -> None:
         """Add our values to those of the Trainer."""
         if self.ortho is not None and logs is not None and "loss" in logs:
-            values = measured(self.ortho, self._strength, self.name)
+            values = measured(self.ortho, self._strength, self.name, report=self.report)
             logs.update(values)
             state.log_history[-1].update(values)
 

@@ -9,6 +9,8 @@
 ``best.safetensors``         the weights of the best epoch by validation accuracy, where there is a validation part
 ``summary.json``             the result; written last, so where it is the run is finished
 ``diverged.json``            in its place, why training could not go on: the loss or a weight was no longer finite
+``metrics.csv``              with ``--log``: the same as ``metrics.jsonl``
+``tensorboard/``, ``wandb/`` likewise, for these programs
 ============================ =========================================================================================
 
 Every file appears under its name at once and whole, or not at all.

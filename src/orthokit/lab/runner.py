@@ -25,6 +25,7 @@ from rich.markup import escape
 
 from orthokit.lab.display import Display
 from orthokit.lab.files import IDLE, part_of, remove_parts, write
+from orthokit.lab.logs import Kind
 from orthokit.lab.record import LATER, SERVES, Run
 
 Backend = Literal["local", "ray"]
@@ -49,6 +50,7 @@ class Pool:
         root: where the images are.
         device: as of ``orthokit.lab.hardware.Hardware``.
         threads: of each run on the CPU.
+        log: as of :class:`orthokit.lab.logs.Log`.
     """
 
     jobs: int | None = None
@@ -58,6 +60,7 @@ class Pool:
     root: Path = Path("data")
     device: str = "auto"
     threads: int = 1
+    log: Kind | None = None
 
     @property
     def devices(self) -> list[str]:
@@ -78,6 +81,7 @@ class Pool:
             "--root": self.root.resolve(),
             "--device": self.device,
             "--threads": self.threads,
+            **({} if self.log is None else {"--log": self.log}),
         }
         code = run.recipe.code
         # -P: a run in a folder of somebody else's does not import what lies there.
