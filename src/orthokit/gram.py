@@ -3,6 +3,9 @@
 Note [full precision]: every measure runs in float32 or better and outside autocast, whatever the model's dtype. Under
 bfloat16 autocast ``||K K^T - I||^2`` near orthogonality is off by orders of magnitude and its gradient points elsewhere.
 
+Note [memory]: the Gram matrix of 12,000 filters takes 576 MB. A rule may overwrite the one that it gets and make one more;
+everything else of that size is made by blocks of rows.
+
 Note [transforms]: gradients that are known in closed form are ``autograd.Function``s, which save more than inputs and outputs and
 thus cannot take part in the transforms of ``torch.func``, nor in forward-mode differentiation. There the same values come from
 their plain, differentiable operations.
@@ -16,7 +19,7 @@ Reports show the plain cosines.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, cast
 
@@ -307,6 +310,66 @@ class _SquaresAndDirections(torch.autograd.Function):
         return of_directions * turning.unsqueeze(-1) + (2 * of_squares - along).unsqueeze(-1) * matrix, None
 
 
+LARGE = 2**22
+"""Entries of Gram matrices from which on a rule works by blocks of rows: see Note [memory]."""
+
+
+def is_large(product: Float[Tensor, "*b o m"]) -> bool:
+    """Whether a rule must not hold several such matrices; not where its operations are differentiated."""
+    return product.numel() > LARGE and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def row_blocks(matrix: Float[Tensor, "*b o m"]) -> Iterator[slice]:
+    """Rows in blocks of about an eighth of :data:`LARGE` entries each."""
+    o = matrix.shape[-2]
+    many = max(1, LARGE // 8 * o // matrix.numel())
+    yield from (slice(start, min(start + many, o)) for start in range(0, o, many))
+
+
+def row_values(function: Callable[[Tensor], Tensor], matrix: Float[Tensor, "*b o m"]) -> Float[Tensor, "*b o"]:
+    """``function(matrix)``, one number a row, by blocks where it is large."""
+    if not is_large(matrix):
+        return function(matrix)
+    # Into one tensor: small ones that stay between freed blocks would keep their memory from being used again.
+    values = matrix.new_empty(matrix.shape[:-1])
+    for rows in row_blocks(matrix):
+        values[..., rows] = function(matrix[..., rows, :])
+    return values
+
+
+def row_map(function: Callable[[Tensor], tuple[Tensor, Tensor]], matrix: Float[Tensor, "*b o m"]) -> tuple[Tensor, Tensor]:
+    """``function(matrix)``, one number a row and a matrix of the same shape, by blocks where it is large."""
+    if not is_large(matrix):
+        return function(matrix)
+    values, mapped = matrix.new_empty(matrix.shape[:-1]), torch.empty_like(matrix)
+    for rows in row_blocks(matrix):
+        values[..., rows], mapped[..., rows, :] = function(matrix[..., rows, :])
+    return values, mapped
+
+
+def row_products(a: Float[Tensor, "*b o m"], b: Float[Tensor, "*b o m"]) -> Float[Tensor, "*b o"]:
+    """The inner product of each row of ``a`` with that of ``b``."""
+    if not is_large(a):
+        return (a * b).sum(-1)
+    values = a.new_empty(a.shape[:-1])
+    for rows in row_blocks(a):
+        values[..., rows] = (a[..., rows, :] * b[..., rows, :]).sum(-1)
+    return values
+
+
+def plus_transpose(matrix: Float[Tensor, "*b o o"]) -> Float[Tensor, "*b o o"]:
+    """``matrix + matrix^T``, in place where it is large."""
+    if not is_large(matrix):
+        return matrix + matrix.mT
+    blocks = [*row_blocks(matrix)]
+    for place, rows in enumerate(blocks):
+        for columns in blocks[place:]:
+            both = matrix[..., rows, columns] + matrix[..., columns, rows].mT
+            matrix[..., rows, columns] = both
+            matrix[..., columns, rows] = both.mT
+    return matrix
+
+
 GramRule = Callable[[Tensor], tuple[Tensor, Tensor]]
 """``G -> (value, slope)``: twice the derivative of the value by the entries of a Gram matrix, as a symmetric matrix."""
 
@@ -368,7 +431,7 @@ def _by_cosines(rule: CosineRule, turning: bool, product: Float[Tensor, "*b o o"
     value, by_squares, by_cosines = rule(lengths.squares, c if turning else c.detach())
     if not turning:
         by_cosines = torch.zeros_like(by_cosines)
-    return value, by_filters(lengths, 2 * by_squares, by_cosines, (by_cosines * c).sum(-1))
+    return value, by_filters(lengths, 2 * by_squares, by_cosines, row_products(by_cosines, c))
 
 
 class Lengths(NamedTuple):
@@ -406,7 +469,9 @@ def by_filters(
     """
     _, inverse, weighted = lengths
     factor, along = (weighted, along) if times is None else (weighted * times, along * times)
-    slope = (by_cosines * factor.unsqueeze(-1)).mul_(weighted.unsqueeze(-2))
+    # In place where nobody differentiates: Note [memory].
+    slope = by_cosines.mul_(factor.unsqueeze(-1)) if is_large(by_cosines) else by_cosines * factor.unsqueeze(-1)
+    slope = slope.mul_(weighted.unsqueeze(-2))
     slope.diagonal(dim1=-2, dim2=-1).copy_(torch.addcmul(lengthwise, along, inverse.square(), value=-1))
     return slope
 

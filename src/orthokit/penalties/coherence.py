@@ -6,6 +6,7 @@ theory (Welch, "Lower bounds on the maximum cross correlation of signals", 1974)
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -13,7 +14,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, check_options, short_repr
-from orthokit.gram import GramRule, Side, cosine_rule, full_precision, less_identity, of_gram
+from orthokit.gram import (
+    GramRule,
+    Side,
+    cosine_rule,
+    full_precision,
+    is_large,
+    less_identity,
+    of_gram,
+    plus_transpose,
+    row_map,
+    row_values,
+)
 from orthokit.kernel import Kernel
 
 NORMS = ("max", "rowsum")
@@ -38,14 +50,14 @@ def mutual_coherence(matrix: Float[Tensor, "*b o n"], *, norm: Literal["max", "r
 
 def _by_largest_entry(product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
     value, slope = _largest(less_identity(product), (-2, -1))
-    return value, slope + slope.mT
+    return value, plus_transpose(slope)
 
 
 def _by_largest_row(product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
     difference = less_identity(product)
-    value, of_rows = _largest(difference.abs().sum(-1), (-1,))
-    slope = of_rows.unsqueeze(-1) * difference.sign()
-    return value, slope + slope.mT
+    value, of_rows = _largest(row_values(lambda rows: rows.abs().sum(-1), difference), (-1,))
+    sign = difference.sign_() if is_large(difference) else difference.sign()
+    return value, plus_transpose(sign.mul_(of_rows.unsqueeze(-1)))
 
 
 RULES: dict[str, GramRule] = {"max": _by_largest_entry, "rowsum": _by_largest_row}
@@ -53,10 +65,20 @@ RULES: dict[str, GramRule] = {"max": _by_largest_entry, "rowsum": _by_largest_ro
 
 def _largest(entries: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The largest absolute value, and its derivative, in which equal ones have equal parts."""
+    if is_large(entries):
+        value = row_values(lambda rows: rows.abs().amax(-1), entries).amax(-1)
+        equal, signs = row_map(partial(_signs_of, value[..., None, None]), entries)
+        return value, signs.div_(equal.sum(-1)[..., None, None])
     sizes = entries.abs()
     value = sizes.amax(dims, keepdim=True)
     hit = sizes == value
     return value.squeeze(dims), torch.where(hit, entries.sign(), 0.0) / hit.sum(dims, keepdim=True)
+
+
+def _signs_of(value: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+    """How many entries of each row have this absolute value, and their signs."""
+    hit = entries.abs() == value
+    return hit.sum(-1), torch.where(hit, entries.sign(), 0.0)
 
 
 @full_precision
@@ -77,7 +99,7 @@ def coherence(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b"]:
 def _by_largest_cosine(squares: Float[Tensor, "*b o"], c: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor, Tensor]:
     value, by_cosines = _largest(c, (-2, -1))
     value = value.masked_fill(squares.isinf().any(-1), torch.nan)
-    return value, torch.zeros_like(squares), by_cosines + by_cosines.mT
+    return value, torch.zeros_like(squares), plus_transpose(by_cosines)
 
 
 @dataclass(frozen=True, kw_only=True)

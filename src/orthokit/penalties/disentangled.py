@@ -6,6 +6,7 @@ two are measured apart, and relaxed orthogonality lets some of the correlations 
 could be read: the formulas below, their weights, and the forms "welch" and "budget" are ours, after the paper's idea.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -27,12 +28,17 @@ from orthokit.gram import (
     frobenius,
     full_precision,
     is_finite,
+    is_large,
     is_visible,
     lengths,
     lengths_and_cosines,
     of_gram,
+    plus_transpose,
     polar,
     reciprocal,
+    row_blocks,
+    row_products,
+    row_values,
     scattered,
     squares_and_weighted_directions,
     sum_of_squares,
@@ -162,8 +168,11 @@ def _apart(
     d = lengths.squares - 1
     value, slope = _norm(torch.linalg.vector_norm(d, dim=-1), squared)
     value, lengthwise = a * value, (2 * a * slope).unsqueeze(-1) * d
-    pulls = []
+    pulls: list[tuple[Tensor, Tensor]] = []
     for kept, budget in terms:
+        if pulls and is_large(c):  # Note [memory]
+            value = torch.add(value, _add_by_blocks_(pulls, kept, c, b, squared), alpha=b)
+            continue
         remaining = kept(c)
         # Each pair is there twice.
         size, slope = _norm(0.5**0.5 * frobenius(remaining), squared, budget)
@@ -175,7 +184,22 @@ def _apart(
         times = torch.ones_like(times)
     if not turning:
         pull = torch.zeros_like(pull)
-    return value, by_filters(lengths, lengthwise, pull, (pull * c).sum(-1), times.unsqueeze(-1))
+    return value, by_filters(lengths, lengthwise, pull, row_products(pull, c), times.unsqueeze(-1))
+
+
+def _add_by_blocks_(
+    pulls: list[tuple[Tensor, Tensor]], kept: Callable[[Tensor], Tensor], c: Tensor, b: float, squared: bool
+) -> Tensor:
+    """Add to the only pull that of another term, which keeps something of each cosine by itself; the norm of that."""
+    each = row_values(lambda rows: lengths(kept(rows)), c)
+    size, slope = _norm(0.5**0.5 * torch.linalg.vector_norm(each, dim=-1), squared)
+    pull, times = pulls[0]
+    # Where nothing is freed the pull is the cosines themselves, which are needed still.
+    pull = pull * times[..., None, None] if pull is c else pull.mul_(times[..., None, None])
+    for rows in row_blocks(c):
+        pull[..., rows, :] += (b * slope)[..., None, None] * kept(c[..., rows, :])
+    pulls[0] = pull, torch.ones_like(times)
+    return size
 
 
 def _by_frame(product: Float[Tensor, "*b n n"], *, own: Tensor, budget: float | Tensor, squared: bool) -> tuple[Tensor, Tensor]:
@@ -198,7 +222,7 @@ def _all(c: Float[Tensor, "*b o o"]) -> Float[Tensor, "*b o o"]:
     return c
 
 
-def _excess(c: Float[Tensor, "*b o o"], ceiling: float | Tensor) -> Float[Tensor, "*b o o"]:
+def _excess(c: Float[Tensor, "*b o m"], ceiling: float | Tensor) -> Float[Tensor, "*b o m"]:
     """How far each ``|c_ij|`` exceeds the ceiling, with the sign of the cosine."""
     if not isinstance(ceiling, Tensor):
         return F.softshrink(c, ceiling)
@@ -211,6 +235,8 @@ def _without_largest(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[T
     o = c.shape[-1]
     if o == 1:
         return c
+    if is_large(c):
+        return _without_largest_by_blocks(c, count)
     below, mirrored = _pairs(o, c.device)
     pairs = c.flatten(-2).index_select(-1, below)
     sizes = pairs.detach().abs()
@@ -224,6 +250,45 @@ def _without_largest(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[T
     kept: Tensor = (pairs * counted).index_select(-1, mirrored).unflatten(-1, (o, o))
     kept.diagonal(dim1=-2, dim2=-1).zero_()
     return kept
+
+
+def _without_largest_by_blocks(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[Tensor, "*b o o"]:
+    """The same of large ones: beside ``c`` it holds first all pairs, half of its size, and then the result."""
+    flat = c.flatten(0, -3) if c.ndim > 2 else c.unsqueeze(0)
+    counts = torch.as_tensor(count).expand(c.shape[:-2]).flatten().tolist()
+    limits = [_limit(matrix, each) for matrix, each in zip(flat, counts, strict=True)]
+    kept = torch.empty_like(flat)
+    for matrix, result, (least, ties) in zip(flat, kept, limits, strict=True):
+        for rows in row_blocks(matrix):
+            part = matrix[rows].tril(rows.start - 1)
+            result[rows] = part.masked_fill_(part.abs() > least, 0.0)
+            if ties:
+                equal = (part.abs() == least).nonzero()[:ties] if least > 0 else ()
+                for row, column in equal:
+                    result[rows.start + row, column] = 0.0
+                ties -= len(equal)
+        plus_transpose(result) if is_large(result) else result.add_(result.mT.clone())
+    return kept.reshape(c.shape)
+
+
+def _limit(matrix: Float[Tensor, "o o"], count: int) -> tuple[float, int]:
+    """The ``count``-th largest size of a pair, and how many pairs of just this size are among these ``count``."""
+    o = len(matrix)
+    sizes = torch.empty(o * (o - 1) // 2, dtype=matrix.dtype, device=matrix.device)
+    for row in range(1, o):
+        start = row * (row - 1) // 2
+        sizes[start : start + row] = matrix[row, :row]
+    sizes.abs_()
+    if count == 0:
+        return math.inf, 0
+    place = len(sizes) - count
+    if sizes.is_cpu:
+        sizes.numpy().partition(place)  # in place
+        least, larger = sizes[place].item(), int((sizes[place + 1 :] > sizes[place]).count_nonzero())
+    else:
+        least = sizes.kthvalue(place + 1).values.item()
+        larger = int((sizes > least).count_nonzero())
+    return least, count - larger
 
 
 @lru_cache(32)

@@ -21,8 +21,8 @@ from orthokit.gram import (
     cosine_rule,
     full_precision,
     of_gram,
+    row_map,
     squares_and_weighted_directions,
-    sum_of_squares,
 )
 from orthokit.kernel import Kernel
 
@@ -95,9 +95,15 @@ def _rule(n: int, target: float, theta: float, weight: float) -> tuple[GramRule,
 def _by_angles(
     squares: Float[Tensor, "*b o"], c: Float[Tensor, "*b o o"], *, target: float, theta: float, weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    longer, (near, by_cosines) = squares - target, _hinge(c, theta)
+    longer, (near, by_cosines) = squares - target, row_map(partial(_squared_hinge, theta=theta, weight=weight), c)
     # Each pair counts twice: as (i, j) and as (j, i).
-    return longer.square().sum(-1) + weight * sum_of_squares(near), 2 * longer, 4 * weight * near * by_cosines
+    return longer.square().sum(-1) + weight * near.sum(-1), 2 * longer, by_cosines
+
+
+def _squared_hinge(c: Float[Tensor, "*b o m"], theta: float, weight: float) -> tuple[Tensor, Tensor]:
+    """The squared hinges of each row, summed; and ``weight`` times the derivative by each pair, which counts twice."""
+    near, slope = _hinge(c, theta)
+    return near.square().sum(-1), 4 * weight * near * slope
 
 
 def _hinge(cosine: Tensor, theta: float) -> tuple[Tensor, Tensor]:
