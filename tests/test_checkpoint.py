@@ -457,3 +457,13 @@ def test_the_architecture_is_named_on_the_command_line(tmp_path, capsys, command
     ]:
         assert main([command, str(path), "--model", model]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", ['{"num_hidden_layers": 10000000}', "[" * 50_000, '{"model_type": "unheard_of"}', "<html>"])
+def test_a_folders_configuration_builds_nothing_endless(tmp_path, config):
+    save_file(STATE, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "modeling_x.py").write_text("raise SystemExit('executed!')")
+    report = ok.report(tmp_path)
+    assert len(report.rows) == 2
+    assert any(note.startswith("read as a state dict, without the architecture in config.json") for note in report.notes)

@@ -3,7 +3,9 @@
 import copy
 import importlib
 import inspect
+import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orthokit import checkpoint
+from orthokit.filekind import regular
 from orthokit.kernel import has_kernel
 from orthokit.pickles import plain_name
 from orthokit.select import unwrap
@@ -188,8 +191,30 @@ def _called(spec: str, make: Callable[..., Any], *arguments: Any, **options: Any
         raise ValueError(f"{spec} cannot be built on the meta device: {reason}") from None
 
 
+MOST = 2000
+"""Layers, blocks or experts of a model that a file may ask for."""
+
+
+def _check_config(path: Path) -> None:
+    """Raise ``ValueError`` where a configuration asks for so much that building it would not end."""
+    try:
+        text = path.read_text(encoding="utf-8") if regular(path) < 10**7 else ""
+        waiting: list[tuple[str, Any]] = [("", json.loads(text))]
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is not the configuration of a model") from None
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += list(value.items())
+        elif isinstance(value, list):
+            waiting += [(key, item) for item in value]
+        elif isinstance(value, int) and value > MOST and re.search("layer|block|depth|expert", key):
+            raise ValueError(f"{path} asks for {plain_name(key)} = {plain_name(str(value)[:20])}, more than {MOST:,}")
+
+
 def configured(folder: Path) -> nn.Module:
     """The transformers model that a folder's ``config.json`` describes, on the meta device; code in the folder is never run."""
+    _check_config(folder / "config.json")
     try:
         transformers = importlib.import_module("transformers")
     except ModuleNotFoundError:
