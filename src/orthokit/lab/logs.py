@@ -7,6 +7,7 @@ import io
 import netrc
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -162,12 +163,17 @@ def _wandb(run: Run, say: Say) -> Iterator[Add]:
         mode=None if _signed_in() else "offline",
         settings=wandb.Settings(silent=True, console="off"),
     )
-    one, there = write_to(log), log.step  # the steps that the server has from before
+    one, there = write_to(log), log.step  # the server has the steps before this one
+    files = Path(log.dir).parent
+    if log.offline:  # an earlier part of this run, uploaded too, would double its epochs
+        for old in files.parent.glob(f"offline-run-*-{log.id}"):
+            if old != files:
+                shutil.rmtree(old)
     try:
         yield lambda new: _each(one, [row for row in new if row["step"] >= there])
     finally:
         log.finish()
-        say(f"W&B, offline; to upload it: wandb sync {Path(log.dir).parent}" if log.offline else f"W&B: {log.url}")
+        say(f"W&B, offline; to upload it: wandb sync {files}" if log.offline else f"W&B: {log.url}")
 
 
 def _signed_in() -> bool:
