@@ -27,6 +27,7 @@ from orthokit.lab.batches import Augment, Batches
 from orthokit.lab.data import load as load_images
 from orthokit.lab.hardware import Hardware, fast_bfloat16
 from orthokit.lab.models import ResNet
+from orthokit.lab.own import Code
 from orthokit.lab.recipe import DataSection, Recipe
 from orthokit.lab.record import Run
 from orthokit.lab.train import DivergenceError, Interrupted, learning_rate, train
@@ -487,7 +488,7 @@ def test_a_network_without_convolutions(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     run = run_in(tmp_path / "a", network__kind="mlps:mlp", regularizer__where="linears")
-    run = Run(Recipe.of({**run.recipe.to_dict(), "network": {"kind": "mlps:mlp"}}), 0, run.folder)
+    run = Run(Recipe.of({**run.recipe.to_dict(), "network": {"kind": "mlps:mlp"}}).named(Code()), 0, run.folder)
     summary = train(run, hardware=HARDWARE)
     assert summary["ranks"] == {"1": 8, "3": 10}
     assert summary["orthogonality"]["under"]["filters"] == 8
@@ -514,7 +515,7 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch):
         "nn.Linear(width, classes))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    run = Run(Recipe.of({**BASE, "network": {"kind": "mynets:tiny", "width": 6}}), 0, tmp_path / "a/0")
+    run = Run(Recipe.of({**BASE, "network": {"kind": "mynets:tiny", "width": 6}}).named(Code()), 0, tmp_path / "a/0")
     assert train(run, hardware=HARDWARE)["parameters"] == 3 * 9 * 6 + 6 + 60 + 10
     assert weights(run)["0.weight"].shape == (6, 3, 3, 3)
 

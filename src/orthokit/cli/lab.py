@@ -86,18 +86,17 @@ class Machine:
 
     def run_all(self, runs: "Sequence[Run]", console: Console, *, test: bool = True) -> int:
         """Do what is left of ``runs``, each in a process of its own; exit status 4 if any failed. ``test``: show test results."""
-        from orthokit.lab.data import load
         from orthokit.lab.display import Display
         from orthokit.lab.logs import Log
+        from orthokit.lab.recipe import check_all
         from orthokit.lab.runner import Pool, run_all
         from orthokit.lab.watch import Watch
 
+        check_all([run.recipe for run in runs if run.summary() is None], self.root, download=self.download)
         with Log(self.log, Watch()) as log:  # those that are not finished do it in their own processes
             for run in runs:
                 if run.summary() is not None:
                     log.update(run, before=True)
-        for name in dict.fromkeys(run.recipe.data.name for run in runs if run.summary() is None):
-            load(name, root=self.root, download=self.download)  # decoded once, for all; fails here rather than in each
         pool = Pool(
             jobs=self.jobs,
             per_device=self.jobs_per_device,

@@ -29,9 +29,10 @@ from orthokit.evidence.results import RECORD, Result, digest, read_parts, read_s
 from orthokit.lab.data import Images, ImageSet, choose
 from orthokit.lab.files import to_json, write
 from orthokit.lab.models import orthogonality, unwrapped
-from orthokit.lab.own import Code, function, refusal
-from orthokit.lab.recipe import DataSection, Recipe, differences
+from orthokit.lab.own import Code, refusal
+from orthokit.lab.recipe import Recipe, differences
 from orthokit.lab.record import SUMMARY
+from orthokit.lab.sections import DataSection
 from orthokit.lab.watch import follow
 
 STEPS, PATH = 20, 5.0
@@ -313,11 +314,11 @@ def evaluate(
     if refused and len(refused) == len(wanted):
         raise ValueError(f"{wanted[0].weights}: {refused[wanted[0]]}")
     left = [(subject, part) for subject, part in left if subject not in refused]
-    for subject, _ in left:
-        for name in subject.recipe.own:
-            function(name, subject.recipe.code)  # told by this process, and fails here rather than in each
-    for section in dict.fromkeys(subject.recipe.data.model_dump_json() for subject, _ in left):
-        data = _images(section, root)  # decoded once, for all; fails here rather than in each
+    for section, code in dict.fromkeys((subject.recipe.data.model_dump_json(), subject.recipe.code) for subject, _ in left):
+        data = _images(section, root, code)  # decoded once, for all; fails here rather than in each
+        for recipe in {subject.recipe.to_toml(): subject.recipe for subject, _ in left if subject.recipe.own}.values():
+            if (recipe.data.model_dump_json(), recipe.code) == (section, code):
+                recipe.check(data, training=False)
         if any("images" in settings(part, images) for _, part in left):
             some(data, images)
     start(len(left), len(wanted) * len(parts))
@@ -365,9 +366,8 @@ def _measured(
 
 
 @functools.lru_cache(maxsize=2)
-def _images(section: str, root: Path) -> ImageSet:
-    wanted = DataSection.model_validate_json(section)
-    return wanted.images(root)
+def _images(section: str, root: Path, code: Code | None) -> ImageSet:
+    return DataSection.model_validate_json(section).images(root, code=code)
 
 
 @functools.lru_cache(maxsize=2)
@@ -382,7 +382,7 @@ def _bench(
     key: str | None = None,
 ) -> Bench:
     said = Recipe.of(tomllib.loads(recipe)).named(code)
-    data = _images(said.data.model_dump_json(), root).to(device)
+    data = _images(said.data.model_dump_json(), root, code).to(device)
     model = said.build(data)
     try:
         model.load_state_dict(unwrapped(checkpoint.read(weights, key)[0]))

@@ -62,7 +62,6 @@ from orthokit.lab.files import to_json, write
 from orthokit.lab.recipe import (
     NAMED,
     Recipe,
-    Section,
     differences,
     flattened,
     inline,
@@ -73,6 +72,7 @@ from orthokit.lab.recipe import (
     read_section,
 )
 from orthokit.lab.record import DIVERGED, SUMMARY, Run, Seeds, read_json
+from orthokit.lab.sections import Section
 
 Partial = dict[str, Any]
 Lent = dict[tuple[str, int], list[Path]]

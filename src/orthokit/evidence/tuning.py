@@ -28,8 +28,8 @@ from pydantic import Field, model_validator
 from orthokit.checks import did_you_mean
 from orthokit.evidence.results import Metric, Result
 from orthokit.evidence.statistics import Sample, pooled_sd
-from orthokit.lab.recipe import Section
 from orthokit.lab.record import Seeds
+from orthokit.lab.sections import Section
 
 RULE = (
     "Chosen (*), by a rule of ours: the strongest value whose mean validation accuracy in the last epoch lies within one "

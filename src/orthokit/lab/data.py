@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -124,7 +125,27 @@ def load(
         if download:
             warn_once(f"download does nothing for {name}, which needs no files")
         parts = {"digits": _digits, "patches": _patches, "synthetic": _synthetic}[name]()
-        fingerprint = _fingerprint(parts)
+        fingerprint = fingerprint_of(parts)
+    return arranged(name, Source(parts, fingerprint), train=train, validation=validation, size=size, noise=noise)
+
+
+class Source(NamedTuple):
+    """A whole set at its native size, with validation images if it has some apart from the training images."""
+
+    parts: Parts
+    fingerprint: str
+    validation: Images | None = None
+
+
+def arranged(
+    name: str, source: Source, *, train: int | None = None, validation: int = 0, size: int | None = None, noise: float = 0.0
+) -> ImageSet:
+    """A set, split, resized and relabelled as in :func:`load`.
+
+    Raises:
+        ValueError: impossible numbers.
+    """
+    parts, fingerprint, apart = source
     side = parts.train_pixels.shape[-1]
     if size is not None and side % size:
         sides = ", ".join(str(k) for k in range(side, 0, -1) if side % k == 0)
@@ -132,18 +153,28 @@ def load(
     rows = np.arange(len(parts.train_labels))
     labels = parts.train_labels.numpy()
     aside = None
-    if validation:
+    if validation and apart is None:
         aside, rows = choose("validation", validation, rows, labels)
     if train is not None and train != len(rows):
         rows, _ = choose("train", train, rows, labels)
+    held = None if aside is None else _take(parts.train_pixels, parts.train_labels, aside, size)
+    if validation and apart is not None:
+        every = np.arange(len(apart))
+        if validation < len(apart):
+            every, _ = choose("validation", validation, every, apart.labels.numpy())
+        elif validation > len(apart):
+            raise ValueError(f"validation must be at most {len(apart):,}, the validation images of {name}; got {validation:,}")
+        held = _take(apart.pixels, apart.labels, every, size)
     classes = int(labels.max()) + 1
-    chosen = _relabelled(_take(parts, rows, size), noise, classes)
+    chosen = _relabelled(_take(parts.train_pixels, parts.train_labels, rows, size), noise, classes)
     mean, std = _moments(chosen.pixels)
+    if not std.all():
+        raise ValueError(f"the training images of {name} have a channel of one value only, which cannot be normalised")
     return ImageSet(
         name=name,
         classes=classes,
         train=chosen,
-        validation=None if aside is None else _take(parts, aside, size),
+        validation=held,
         test=Images(_resize(parts.test_pixels, size), parts.test_labels),
         mean=mean,
         std=std,
@@ -180,11 +211,11 @@ def choose(option: str, wanted: int, rows: NDArray[np.int64], labels: NDArray[np
     return np.sort(chosen), np.sort(others)
 
 
-def _take(parts: Parts, rows: NDArray[np.int64], size: int | None) -> Images:
-    if len(rows) == len(parts.train_labels):
-        return Images(_resize(parts.train_pixels, size), parts.train_labels)
+def _take(pixels: Tensor, labels: Tensor, rows: NDArray[np.int64], size: int | None) -> Images:
+    if len(rows) == len(labels):
+        return Images(_resize(pixels, size), labels)
     chosen = torch.from_numpy(rows)
-    return Images(_resize(parts.train_pixels[chosen], size), parts.train_labels[chosen])
+    return Images(_resize(pixels[chosen], size), labels[chosen])
 
 
 def _resize(pixels: UInt8[Tensor, "n c h w"], size: int | None) -> UInt8[Tensor, "n c k k"]:
@@ -203,7 +234,8 @@ def _moments(pixels: UInt8[Tensor, "n c h w"]) -> tuple[Float[Tensor, "c"], Floa
     return mean.float(), (counts @ values.square() / total - mean.square()).sqrt().float()
 
 
-def _fingerprint(parts: Parts) -> str:
+def fingerprint_of(parts: Sequence[Tensor]) -> str:
+    """The SHA-256 of tensors with their types and shapes."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
@@ -228,7 +260,7 @@ def _published(name: str, root: Path, download: bool) -> tuple[Parts, str]:
     assert source
     key = source.key()  # before reading: a change meanwhile makes the cache stale, not wrong
     parts = archives.read(source)
-    fingerprint = _fingerprint(parts)
+    fingerprint = fingerprint_of(parts)
     _write_cache(cache, parts, {"source": key, "fingerprint": fingerprint})
     return parts, fingerprint
 
@@ -242,7 +274,7 @@ def _read_cache(path: Path, source: archives.Source) -> tuple[Parts, str] | None
             parts = Parts(*(file.get_tensor(field) for field in Parts._fields))
     except (SafetensorError, OSError):
         return None
-    fingerprint = _fingerprint(parts)  # of what is there now, in a fifth of a second: a byte may have changed since
+    fingerprint = fingerprint_of(parts)  # of what is there now, in a fifth of a second: a byte may have changed since
     return (parts, fingerprint) if fingerprint == metadata.get("fingerprint") else None
 
 

@@ -10,12 +10,15 @@ import inspect
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from orthokit.checks import did_you_mean
 
@@ -146,3 +149,36 @@ def check_options(name: str, options: Mapping[str, Any], known: list[str]) -> No
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}{did_you_mean(option, known)}")
+
+
+def check_outputs(model: nn.Module, images: Tensor, classes: int, kind: str, modes: Iterable[bool] = (True, False)) -> None:
+    """Call a network in training mode, in evaluation mode, or in both: it must return logits.
+
+    Args:
+        model: anybody's; statistics of batches change.
+        images: ``(n, channels, h, w)``.
+        classes: outputs.
+        kind: its name, for messages.
+        modes: True for training.
+
+    Raises:
+        ValueError: it fails, or returns something else than ``(n, classes)`` numbers.
+    """
+    n, channels, height, width = images.shape
+    given = f"{n} images of {channels} channels, {height}x{width}"
+    for mode in modes:
+        model.train(mode)
+        said = f"network: {kind}, called in {'training' if mode else 'evaluation'} mode with {given},"
+        try:
+            with torch.no_grad():
+                output = model(images)
+        except Exception as error:  # of anybody's network
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ValueError(f"{said} fails with {reason}") from error
+        if not isinstance(output, Tensor):
+            names = ", ".join(map(str, output)) if isinstance(output, Mapping) else ""
+            got = type(output).__name__ + f" with {names}" * bool(names)
+            raise ValueError(f"{said} must return a tensor of logits; got {got}: wrap it in a module that returns these alone")
+        if output.shape != (n, classes) or not output.is_floating_point():
+            got = f"{str(output.dtype).removeprefix('torch.')} {tuple(output.shape)}"
+            raise ValueError(f"{said} must return logits ({n}, {classes}), one for each class; got {got}")

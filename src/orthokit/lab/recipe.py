@@ -22,21 +22,21 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+import torch
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from torch import nn
 
 from orthokit.checks import did_you_mean
 from orthokit.config import config_of, penalty_of, schedule_of, where_of
-from orthokit.lab import data as image_sets
-from orthokit.lab import models
-from orthokit.lab.batches import Augment
-from orthokit.lab.data import SETS, ImageSet
-from orthokit.lab.own import Code, function, is_own
+from orthokit.lab.data import ImageSet
+from orthokit.lab.init import orthogonal_
+from orthokit.lab.own import Code, check_outputs, is_own
+from orthokit.lab.sections import DataSection, NetworkSection, Section
 from orthokit.regularizer import Regularizer, sqrt_filters
 
 _Keys = tuple[str, ...]
@@ -47,71 +47,7 @@ NAMED = ("name", "kind")
 """A table that gives another name than the one it is merged into replaces it, as their options have nothing in common."""
 
 
-class Section(BaseModel):
-    """A table of a recipe; unknown keys and values of the wrong type are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    FILES: ClassVar[tuple[str, ...]] = ()
-    """Keys that name files, relative to the one they stand in."""
-
-
 S = TypeVar("S", bound=Section)
-
-
-class DataSection(Section):
-    """``[data]``: the images."""
-
-    name: str
-    """One of ``orthokit.lab.data.SETS``."""
-    train: int | None = Field(None, ge=1)
-    """Training images used, of every class alike; all that the validation part leaves by default."""
-    validation: int = Field(5000, ge=0)
-    """Training images held out, of every class alike, the same for every seed; 0 for none, where all are to be trained on."""
-    size: int | None = Field(None, ge=1)
-    """Side in pixels, by averaging areas; the images' own by default."""
-    noise: float = Field(0.0, ge=0, le=1)
-    """Share of the training images whose label is replaced by a random class, the same for every seed; 1 for random labels."""
-    pad: int = Field(4, ge=0)
-    """Black pixels around an image, from which a window is cut at random; 0 for no random crop."""
-    flip: bool = True
-    """Mirror every other image."""
-    cutout: int = Field(0, ge=0)
-    """Side of a square set to the mean colour; 0 for none."""
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in SETS:
-            raise ValueError(f"no data set {name!r}{did_you_mean(name, SETS)}")
-        return name
-
-    def images(self, root: Path, *, download: bool = False) -> ImageSet:
-        """The set, split, resized and relabelled; see :func:`orthokit.lab.data.load`."""
-        options = {"train": self.train, "validation": self.validation, "size": self.size, "noise": self.noise}
-        return image_sets.load(self.name, root=root, download=download, **options)  # type: ignore[arg-type]
-
-    @property
-    def augment(self) -> Augment:
-        """The augmentation."""
-        return Augment(self.pad, self.flip, self.cutout)
-
-
-class NetworkSection(Section):
-    """``[network]``: ``kind``, one of ``orthokit.lab.models.NETWORKS`` or ``"module:function"``, and that network's options."""
-
-    model_config = ConfigDict(extra="allow")
-
-    kind: str
-    """The network; every other key is an option of it."""
-
-    def build(self, channels: int, classes: int, code: Code | None = None) -> nn.Module:
-        """The network, freshly initialised from the global generator; ``code`` is the recipe's."""
-        own = function(self.kind, code) if is_own(self.kind) else None
-        try:
-            return models.build(self.kind, own, channels=channels, classes=classes, **(self.model_extra or {}))
-        except TypeError as error:
-            raise ValueError(f"network: {error}") from error
 
 
 class TrainSection(Section):
@@ -131,7 +67,7 @@ class TrainSection(Section):
     """On every parameter; see ``decay`` of ``[regularizer]``."""
     schedule: Literal["cosine", "step"] = "cosine"
     """Of the learning rate: half a cosine to 0, or a factor ``gamma`` at each of ``milestones``."""
-    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = []
+    milestones: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(default_factory=list)]
     """Parts of the training after which ``schedule = "step"`` drops: 0.5 is half of the epochs."""
     gamma: float = Field(0.2, gt=0, le=1)
     """Factor of each drop."""
@@ -216,7 +152,12 @@ class Recipe(Section):
     @property
     def own(self) -> list[str]:
         """What it calls ``module:function``."""
-        return [name for name in (self.network.kind,) if is_own(name)]
+        return [name for name in (self.network.kind, self.data.kind) if name is not None and is_own(name)]
+
+    @property
+    def local(self) -> bool:
+        """Whether it names modules or images that may lie beside its file."""
+        return bool(self.own) or self.data.path is not None
 
     def named(self, code: Code | None) -> "Recipe":
         """The same recipe, as one that the user named."""
@@ -240,11 +181,28 @@ class Recipe(Section):
         """The network for the images of a set, initialised from the global generator as the recipe says."""
         model = self.network.build(data.train.pixels.shape[1], data.classes, self.code)
         if self.train.init == "orthogonal":
-            for module in model.modules():
+            for name, module in model.named_modules():
                 if isinstance(module, nn.modules.conv._ConvNd):
-                    for group in module.weight.detach().chunk(module.groups):
-                        nn.init.orthogonal_(group)
+                    orthogonal_(module, name)
         return model
+
+    def check(self, data: ImageSet, *, training: bool = True) -> None:
+        """Build the network, call one of the user's own on two images, and throw it away: whether all fits, before any training.
+
+        Raises:
+            ValueError: it does not; the message says how.
+        """
+        with torch.random.fork_rng(devices=()):
+            model = self.build(data)
+            if training and self.regularizer is not None:
+                self.regularizer.build(model)
+            if is_own(self.network.kind):
+                modes = (True, False) if training else (False,)
+                check_outputs(model, data.normalise(data.test.pixels[:2]), data.classes, self.network.kind, modes)
+
+    def images(self, root: Path, *, download: bool = False) -> ImageSet:
+        """The images, split, resized and relabelled; ``root`` is their folder if they need one."""
+        return self.data.images(root, download=download, code=self.code)
 
     @classmethod
     def of(cls, raw: Mapping[str, Any], source: str = "recipe") -> "Recipe":
@@ -254,6 +212,22 @@ class Recipe(Section):
             ValueError: unknown keys, missing ones, values of the wrong type or out of range; all of them in one message.
         """
         return _valid(cls, raw, source)
+
+
+def check_all(recipes: Iterable[Recipe], root: Path, *, download: bool = False) -> None:
+    """:meth:`Recipe.check` of every recipe, on images that are loaded, and decoded, once for all.
+
+    Raises:
+        FileNotFoundError: there are no images.
+        ValueError: a recipe's network does not fit its images.
+    """
+    same: dict[tuple[str, Code | None], dict[str, Recipe]] = {}
+    for recipe in recipes:
+        same.setdefault((recipe.data.model_dump_json(), recipe.code), {})[recipe.to_toml()] = recipe
+    for each in same.values():
+        data = next(iter(each.values())).images(root, download=download)
+        for recipe in each.values():
+            recipe.check(data)
 
 
 def load(path: Path, settings: Sequence[str] = (), code: Sequence[Path] = ()) -> Recipe:

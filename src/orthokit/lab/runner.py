@@ -87,7 +87,7 @@ class Pool:
         # -P: a run in a folder of somebody else's does not import what lies there.
         command = [sys.executable, "-P", "-m", "orthokit.cli", "train", str(recipe)]
         command += [str(part) for item in options.items() for part in item]
-        return [*command, "--code", *map(str, code.folders)] if code and code.folders and run.recipe.own else command
+        return [*command, "--code", *map(str, code.folders)] if code and code.folders and run.recipe.local else command
 
 
 @dataclass

@@ -37,8 +37,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from orthokit.lab.files import to_json, write
-from orthokit.lab.recipe import Section, inline, label, load, read_section
+from orthokit.lab.recipe import inline, label, load, read_section
 from orthokit.lab.record import Run, Seeds
+from orthokit.lab.sections import Section
 
 Settings = dict[str, Any]
 

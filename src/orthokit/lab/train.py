@@ -90,13 +90,14 @@ def train(
             return finished
         if run.environment() != before:
             raise HeldError(f"another process has begun {run.name} meanwhile; the same command goes on from there")
+        with fabric.rank_zero_first():
+            data = run.recipe.images(root, download=download and first)
+        run.recipe.check(data)
         if first:
             run.divergence.unlink(missing_ok=True)
             write(run.folder / "recipe.toml", run.recipe.to_toml())
             if before is None:
                 write(run.folder / "environment.json", to_json(environment(fabric)))
-        with fabric.rank_zero_first():
-            data = run.recipe.data.images(root, download=download and first)
         with Stop() as stop:
             return Training(run, fabric, data, stop, watch).fit()
 
@@ -155,6 +156,9 @@ class Training:
         self.averaged = (
             AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(section.ema), use_buffers=True) if section.ema else None
         )
+        pairs = [] if self.averaged is None else list(zip(self.averaged.module.modules(), self.model.modules(), strict=True))
+        self.copied = [pair for pair in pairs if not isinstance(pair[0], nn.modules.batchnorm._NormBase)]
+        self.copied = [(mine, other) for mine, other in self.copied if next(mine.buffers(recurse=False), None) is not None]
         self.lr = learning_rate(section, self.steps)
 
         self.clock = Clock(self.device)
@@ -227,11 +231,22 @@ class Training:
             self.optimizer.step()
             if self.averaged is not None:
                 self.averaged.update_parameters(self.model)
+                self._copy_buffers()
         with self.clock("record"), torch.no_grad():
             n = len(labels)
             right = (logits.argmax(-1) == labels).sum()
             self.sums += torch.stack([loss.detach() * n, right, torch.full_like(loss, n), penalty * n]).to(self.sums)
         return loss.detach()
+
+    @torch.no_grad()
+    def _copy_buffers(self) -> None:
+        """Buffers are copied, not averaged, but for the statistics of batches.
+
+        The mean of vectors that are to have length 1, as those of spectral normalisation, has another length.
+        """
+        for averaged, current in self.copied:
+            for mine, other in zip(averaged.buffers(recurse=False), current.buffers(recurse=False), strict=True):
+                mine.copy_(other)
 
     def _laid_out(self, images: Tensor) -> Tensor:
         """``images`` in the memory layout of the recipe."""
