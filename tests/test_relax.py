@@ -127,6 +127,7 @@ def test_plan():
     assert [row["pairs"] for row in rows] == [120, 496, 4 * 28]
     assert [row["free"] for row in rows] == [0, ok.cardinality(32, 16), 0]
     assert rows[1]["ceiling"] == pytest.approx((16 / (16 * 31)) ** 0.5)
+    assert [row["memory"] for row in rows] == pytest.approx([2 * 16**2 * 4e-6, 2 * 32**2 * 4e-6, 4 * 2 * 8**2 * 4e-6])
     assert plan.totals["3 layers"] == {"free": ok.cardinality(32, 16), "pairs": 728}
     assert "feasible()" in str(plan)
     assert ok.plan(model, None).to_dict() != plan.to_dict()

@@ -238,6 +238,7 @@ PLAN_COLUMNS = (
     Column("free", "free pairs", ",d"),
     Column("pairs", "of", ",d"),
     Column("ceiling", "w_r"),
+    Column("memory", "MB", ",.1f"),
 )
 
 
@@ -252,7 +253,8 @@ def plan(
 
     Columns: filters ``o`` and weights per filter ``n`` (of each group), under- or over-determined, the transition dimension
     ``r``, how many pairs ``form="pairs"`` leaves free of how many, and the ceiling ``w_r`` of ``form="welch"``. Two arms of
-    an experiment whose plans are equal are the same arm.
+    an experiment whose plans are equal are the same arm. The memory is what measuring the layer takes at most, in megabytes: two
+    matrices ``o x o`` per group in float32. Where all pairs count, a tall layer of 256 filters or more needs ``n x n`` only.
 
     Raises:
         ValueError: ``where`` selects nothing, or the policy leaves ``1 <= r <= min(o, n)``.
@@ -273,6 +275,7 @@ def plan(
                 "free": groups * cardinality(o, r, count),
                 "pairs": groups * (o * (o - 1) // 2),
                 "ceiling": relaxed_ceiling(o, r),
+                "memory": groups * 2 * o * o * 4 / 1e6,
             }
         )
     total = {"free": sum(row["free"] for row in rows), "pairs": sum(row["pairs"] for row in rows)}
