@@ -180,7 +180,7 @@ def test_a_weight_computed_in_forward_is_read_as_used(layer):
     weight = chosen.kernel.weight.transpose(1, 2) if isinstance(layer, nn.ConvTranspose2d) else chosen.kernel.weight
     assert torch.allclose(weight[0], used(layer), atol=1e-5)
     assert chosen.sources == (layer.weight,)
-    ortho = ok.Regularizer(layer, ok.SO(), strength=1.0, where=ok.layers)
+    ortho = ok.Regularizer(layer, ok.Disentangled(), strength=1.0, where=ok.layers)
     ortho().backward()
     by_loss = layer.weight.grad.clone()
     assert by_loss.abs().sum() > 0

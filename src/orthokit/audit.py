@@ -104,7 +104,8 @@ def warn_of_selection(model: nn.Module, layers: Sequence[Layer], zero: Sequence[
             "adapter; leave them out with where=, or unfreeze the base layers"
         )
     entries = {id(p): path for path, m in named_modules(model) if is_embedding(m) for p in m.parameters(recurse=False)}
-    shared = [layer for layer in layers if not is_embedding(layer.module) and any(id(p) in entries for p in layer.sources)]
+    trained = [layer for layer in layers if not (is_embedding(layer.module) or layer.frozen)]
+    shared = [layer for layer in trained if any(id(p) in entries for p in layer.sources)]
     if shared:
         tables = sorted({entries[id(p)] for layer in shared for p in layer.sources if id(p) in entries})
         warn_once(

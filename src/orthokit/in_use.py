@@ -67,7 +67,8 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, own: Tensor) -> None:
         super().__init__()
-        self.own, self.weights, self.multiplied = own, list[Tensor](), False
+        self.own, self.multiplied = own, False
+        self.weights: list[Tensor] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -107,6 +108,8 @@ def _tiny_input(layer: nn.Module, weight: Tensor) -> Tensor:
 
 def _shares(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are all of the same numbers."""
+    if torch.compiler.is_compiling():  # which knows no storages
+        return one is other
     return one.numel() == other.numel() and one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
