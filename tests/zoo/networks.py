@@ -130,7 +130,7 @@ TIMM = [
     "skresnet18", "repvgg_a0", "swin_tiny_patch4_window7_224", "xcit_nano_12_p8_224", "tiny_vit_5m_224",
     "edgenext_xx_small", "pvt_v2_b0", "poolformer_s12", "mixer_s32_224",
 ]  # fmt: skip
-SIZES = {"inception_v3": 96, "vit_b_16": 224, "maxvit_t": 224, "googlenet": 96, "alexnet": 96}
+SIZES = {"inception_v3": 299, "vit_b_16": 224, "maxvit_t": 224, "googlenet": 96, "alexnet": 96}
 FIXED = {"levit_128s", "swin_tiny_patch4_window7_224", "xcit_nano_12_p8_224", "tiny_vit_5m_224", "vit_small_r26_s32_224"}
 RESIZED = {"vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "mixer_s32_224"}
 
