@@ -9,7 +9,7 @@ from torch import Tensor
 from orthokit.checks import warn_once
 from orthokit.gram import lengths, outside_autocast
 from orthokit.kernel import Kernel, KernelMeasure, plain_weight
-from orthokit.schedules import Schedule
+from orthokit.schedules import Schedule, cosine, linear, warmup
 from orthokit.select import Layer
 
 LONG = 4.0
@@ -34,7 +34,8 @@ def warn_of_long_filters(penalty: KernelMeasure, schedule: Schedule, layers: Ite
     if not long:
         return
     steps = [_step(penalty, kernel) for _, kernel, _ in long]
-    strength = max(schedule(step) for step in (0, getattr(schedule, "steps", 0)))  # the end of a warm-up too
+    end = schedule.steps if isinstance(schedule, (warmup, linear, cosine)) else 0  # a warm-up begins with 0
+    strength = max(schedule(0), schedule(end))
     worst = max(range(len(long)), key=lambda place: steps[place][1])
     name, _, length = long[worst]
     if (step := strength * steps[worst][1]) > 0.1:
