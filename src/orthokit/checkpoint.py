@@ -10,6 +10,9 @@ import json
 import math
 import os
 import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -76,7 +79,7 @@ def _file(path: Path) -> Content:
 def _pytorch(path: Path, file: io.BufferedReader, size: int, kind: str) -> Content:
     try:
         return zip_archive(path, file, size) if kind == "zip" else legacy(path, file, size)
-    except DamagedError as error:
+    except (DamagedError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, struct.error) as error:
         raise ValueError(f"{path} is not a PyTorch checkpoint, or a damaged one ({error}); download or save it again") from None
 
 

@@ -8,6 +8,7 @@ PyTorch uses (:data:`_KNOWN`) is answered by functions of this module.
 import io
 import math
 import pickletools
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +93,9 @@ def read(stream: Stream, storage: Opener, others: dict[str, None]) -> Any:
         DamagedError: it cannot be read to its end.
     """
     try:
-        return _Machine(storage, others).run(stream)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's, on escapes in the oldest kind of strings
+            return _Machine(storage, others).run(stream)
     except DamagedError:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
