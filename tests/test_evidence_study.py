@@ -18,7 +18,7 @@ from orthokit.lab.train import DivergenceError, train
 from tiny import TINY
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
-UNFINISHED = {"large"}
+UNFINISHED = {"large", "fit", "memorise", "near-squared", "parts"}
 STUDY = """
 title = "Tiny"
 recipe = "base.toml"
@@ -469,11 +469,11 @@ def diverging(monkeypatch):
 
 def test_what_diverges_is_out(folder, diverging, capsys):
     command = ["study", "tiny.toml", "--jobs", "1"]
-    (folder / "tiny.toml").write_text(NOTHING + TUNE.replace("0.1,", "1e38,"))
+    (folder / "tiny.toml").write_text(NOTHING + TUNE.replace("0.1,", "1e30,"))
     assert main(command) == 0
     kept = folder / "results/tiny"
     records = sorted((kept / "tuning").rglob("diverged.json"))
-    assert [path.parent.relative_to(kept).as_posix() for path in records] == [f"tuning/so+strength=1e+38/{s}" for s in (100, 101)]
+    assert [path.parent.relative_to(kept).as_posix() for path in records] == [f"tuning/so+strength=1e+30/{s}" for s in (100, 101)]
     record = json.loads(records[0].read_text())
     assert record["seed"] == 100
     assert record["why"].endswith("in epoch 1, step 2")
@@ -491,13 +491,13 @@ def test_what_diverges_is_out(folder, diverging, capsys):
     assert len(diverging) == count
 
     # No strength is left.
-    (folder / "tiny.toml").write_text(NOTHING + TUNE.replace("0.1, 0.01", "1e38"))
+    (folder / "tiny.toml").write_text(NOTHING + TUNE.replace("0.1, 0.01", "1e30"))
     capsys.readouterr()
     assert main(command) == 2
-    assert "so diverged with every strength, [1e+38]; give it smaller ones in tune.arms" in words(capsys.readouterr().err)
+    assert "so diverged with every strength, [1e+30]; give it smaller ones in tune.arms" in words(capsys.readouterr().err)
 
     # Of what is compared it is flagged, and not tried again either.
-    (folder / "so.toml").write_text('[regularizer]\nstrength = 1e38\npenalty = "so"\n')
+    (folder / "so.toml").write_text('[regularizer]\nstrength = 1e30\npenalty = "so"\n')
     half = NOTHING.replace("\n[evaluate]", 'half = { regularizer = { penalty = "so", strength = 0.05 } }\n[evaluate]')
     (folder / "tiny.toml").write_text(half)
     assert main(command) == 4
@@ -518,7 +518,7 @@ b = { network.depth = 14 }
 
 def test_a_second_question(folder, diverging, capsys):
     """A study extends another, of its own folder or not; nothing is trained or chosen again, what diverged neither."""
-    (folder / "tiny.toml").write_text(NOTHING + TUNE.replace("0.1,", "1e38,"))
+    (folder / "tiny.toml").write_text(NOTHING + TUNE.replace("0.1,", "1e30,"))
     assert main(["study", "tiny.toml", "--jobs", "1"]) == 0
     count = len(diverging)
     capsys.readouterr()
