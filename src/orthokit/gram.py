@@ -468,11 +468,11 @@ def by_filters(
     of ``by_cosines * c``), is taken away. ``times`` multiplies these two.
     """
     _, inverse, weighted = lengths
-    factor, along = (weighted, along) if times is None else (weighted * times, along * times)
+    factor, parallel = (weighted, inverse) if times is None else (weighted * times, inverse * times)
     # In place where nobody differentiates: Note [memory].
     slope = by_cosines.mul_(factor.unsqueeze(-1)) if is_large(by_cosines) else by_cosines * factor.unsqueeze(-1)
     slope = slope.mul_(weighted.unsqueeze(-2))
-    slope.diagonal(dim1=-2, dim2=-1).copy_(torch.addcmul(lengthwise, along, inverse.square(), value=-1))
+    slope.diagonal(dim1=-2, dim2=-1).copy_(lengthwise - along * parallel * inverse)
     return slope
 
 
