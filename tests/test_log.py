@@ -153,7 +153,9 @@ def test_open_files(tmp_path, ortho):
 
 
 @pytest.mark.parametrize(
-    "writer", [3, object(), Scalars, nn.Linear(2, 2), logging.getLogger("x"), io.BytesIO(), lambda values: values], ids=repr
+    "writer",
+    [3, object(), Scalars, nn.Linear(2, 2), logging.getLogger("x"), io.BytesIO(), lambda values: values],
+    ids=lambda writer: type(writer).__name__,
 )
 def test_other_writers(writer, ortho):
     with pytest.raises(TypeError, match="log writes to a SummaryWriter, a W&B run"):
