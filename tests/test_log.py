@@ -124,6 +124,15 @@ def test_csv_file(tmp_path, ortho):
     assert float(rows[2]["second/total"]) == float(rows[3]["ortho/total"]) == values["ortho/total"]
 
 
+def test_a_row_that_was_not_finished(tmp_path, ortho):
+    path = tmp_path / "log.csv"
+    ok.log(ortho, path, 0)
+    with path.open("a") as file:
+        file.write("1,0.5")  # stopped here
+    ok.log(ortho, path, 2)
+    assert [line.partition(",")[0] for line in path.read_text().splitlines()] == ["step", "0", "1", "2"]
+
+
 def test_a_file_that_is_no_log_is_left_alone(tmp_path, ortho):
     path = tmp_path / "model.pt"
     path.write_bytes(b"PK\x03\x04\xff\xfe")

@@ -113,3 +113,25 @@ def test_the_bound_holds_for_the_linear_parts():
     basis = torch.eye(72, dtype=torch.float64).reshape(72, 2, 6, 6)
     dense = network(basis).detach().flatten(1).numpy()
     assert np.linalg.norm(dense, 2) <= bound * (1 + 1e-12)
+
+
+def test_the_image_is_that_of_the_network_whatever_is_selected():
+    net = nn.Sequential()
+    net.late, net.stem = nn.Conv2d(8, 8, 3, stride=2), nn.Conv2d(3, 8, 3)  # in another order than they run
+    net.forward = lambda x: net.late(net.stem(x))
+    for where in (ok.convs, ok.matching("late")):
+        assert {row["layer"]: row["size"] for row in ok.operators(net, (12, 16), where=where).rows}["late"] == "10x14"
+
+
+@pytest.mark.parametrize("size", [True, 0, -3, "32", 8.5, (8,), (8, 8, 8), (8, True), 10**8])
+def test_sizes_that_are_none(size):
+    with pytest.raises((TypeError, ValueError), match="size"):
+        ok.operators(nn.Conv2d(3, 4, 3).state_dict(), size)
+
+
+def test_no_bound_of_a_network_with_nan():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+    nn.init.constant_(net[1].weight, float("nan"))
+    table = ok.operators(net, 4)
+    assert table.totals == {}
+    assert "no bound" in table.notes[-1]

@@ -216,8 +216,15 @@ KEYS = [column.key for column in COLUMNS]
         ("copies == 'x'", None),
         ("word > 'a'", None),
         ("copies", None),
-        ("copies > o", None),
-        ("0 < copies < 3", None),
+        ("copies > o", False),
+        ("o < n", False),  # nor a column without one
+        ("copies < o", True),
+        ("0 < copies < 3", True),
+        ("0 < copies < 1", False),
+        ("'copies' == word", True),
+        ("0 < 1", None),
+        ("copies < word", None),
+        ("copies in o", None),
         ("copies > 0; import os", None),
         ("__import__('os').system('true') > 0", None),
         ("copies > (1).__class__", None),
@@ -252,7 +259,9 @@ def test_the_gate(file, capsys, tmp_path):
     junit = tmp_path / "junit.xml"
     arguments = ["--fail-if", "copies > 0", "--annotations", "github", "--junit", str(junit), "--format", "json"]
     assert main(["report", str(file), *arguments]) == 1
-    assert "::error title=orthokit report net.pt::twice: copies > 0 (copies = 1)" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "::error title=orthokit report net.pt::twice: copies > 0 (copies = 1)" in told.err
+    assert json.loads(told.out)  # failures leave it what it is
     suite = ElementTree.parse(junit).getroot()
     assert suite.attrib["failures"] == "1"
     assert len(suite) == 4
@@ -263,6 +272,91 @@ def test_the_gate(file, capsys, tmp_path):
     assert "did you mean 'copies'" in capsys.readouterr().err
     assert main(["report", str(file), "--exclude", "twice", "--fail-if", "copies > 0"]) == 0
     assert main(["report", str(file), "--junit", str(junit)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("condition", "options", "why"),
+    [
+        ("copies > 0", ["--operator", "6"], "does not go with --operator"),
+        ("sigma_max > 0", ["--no-spectrum"], "leaves out sigma_max"),
+    ],
+)
+def test_a_gate_never_passes_unjudged(file, capsys, condition, options, why):
+    assert main(["report", str(file), "--fail-if", condition, *options]) == 2
+    assert why in capsys.readouterr().err
+    state = torch.load(file)
+    state["fine.weight"][0, 0] = math.nan
+    torch.save(state, file)
+    assert main(["report", str(file), "--fail-if", "max_cos > 2"]) == 1
+    assert "fine (NaN, infinite or overflowing weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["--html", "x.html"], ["--sort", "o"], ["--top", "1"], ["--picture", "x.png"], ["--no-spectrum"]]
+)
+def test_options_that_would_do_nothing(file, capsys, tmp_path, options):
+    assert main(["report", str(file), "--operator", "6", *options]) == 2
+    assert f"{options[0]} is of the layers' filters" in capsys.readouterr().err
+    other = tmp_path / "other.pt"
+    torch.save(trained().state_dict(), other)
+    if options[0] in ("--sort", "--top"):
+        assert main(["report", str(file), str(other), *options]) == 2
+
+
+def test_hostile_names_in_a_gate(capsys, tmp_path):
+    name = "a\x1b[31m<x>]]>\n\x00\ud800%0A::error::x"
+    torch.save({f"{name}.weight": torch.eye(3)}, tmp_path / "net.pt")
+    arguments = ["--fail-if", "layer != ''", "--junit", str(tmp_path / "j.xml"), "--annotations", "github"]
+    assert main(["report", str(tmp_path / "net.pt"), *arguments]) == 1
+    said = capsys.readouterr()
+    assert not re.search(r"[\x00\x1b\ud800]", said.out + said.err)
+    assert sum(line.startswith("::error") for line in said.out.splitlines()) == 1
+    assert ElementTree.parse(tmp_path / "j.xml").getroot().attrib["failures"] == "1"
+
+
+def test_filters_of_zeros_are_not_orthogonal():
+    def word(matrix):
+        return ok.report(linear(matrix)).rows[0]["word"]
+
+    assert word(torch.zeros(5, 5)) is None
+    half = gaussian(40, 50)
+    half[::2] = 0
+    assert word(half) == "like random"
+    assert ok.report(linear(torch.zeros(5, 5))).plot()
+
+
+def test_no_picture_of_nan():
+    layer = linear(torch.full((3, 4), math.nan))
+    with pytest.raises(ValueError, match="nothing to draw"):
+        ok.report(layer).plot("Linear")
+    assert "NaN" in ok.report(layer).to_html()
+    assert ok.report(nn.Linear(4, 1)).to_html()  # one filter: no word, no legend
+    with pytest.raises(ValueError, match="top"):
+        ok.report(layer).sorted("o", top=-1)
+
+
+@pytest.mark.parametrize("wrapped", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_merging_rewrites_plain_weights_only(wrapped):
+    with pytest.raises(TypeError, match="computes its weight"):
+        ok.merge_copies(wrapped(nn.Linear(3, 4)), nn.Linear(4, 3))
+    with pytest.raises(TypeError, match="following computes its weight"):
+        ok.merge_copies(nn.Linear(3, 4), wrapped(nn.Linear(4, 3)))
+    with pytest.raises(TypeError, match="no values yet"):
+        ok.merge_copies(nn.Linear(3, 4, device="meta"), nn.Linear(4, 3, device="meta"))
+    with pytest.raises(TypeError, match="no values yet"):
+        ok.merge_copies(nn.LazyLinear(4), nn.Linear(4, 3))
+
+
+def test_merging_among_many_channels():
+    first, second = nn.Linear(5, 900), nn.Linear(900, 2)
+    with torch.no_grad():
+        for value in (first.weight, first.bias):
+            value[450:] = 3 * value[:450].flip(0)
+    smaller, _, after, merged = ok.merge_copies(first, second)
+    assert smaller.out_features == 450
+    assert {(pair.i, pair.j) for pair in merged} == {(i, 899 - i) for i in range(450)}
+    x = torch.randn(7, 5)
+    torch.testing.assert_close(after(smaller(x).relu()), second(first(x).relu()))
 
 
 def test_choices_of_the_command(file, capsys, tmp_path):

@@ -137,9 +137,11 @@ def overview(rows: Sequence[Row]) -> "Figure":
     axis.axvline(1, color=INK, linestyle=":", linewidth=1.2)
     axis.set_xlabel("mean |cosine| over that of random filters (dotted)", fontsize=9)
     axis.set(xlim=(0, None), ylim=(len(measured) - 0.4, -0.6))
-    for word in dict.fromkeys(row["word"] for row in measured if row["word"]):
+    words = dict.fromkeys(row["word"] for row in measured if row["word"])
+    for word in words:
         axis.bar(0, 0, color=WORDS[word], label=word)
-    axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    if words:
+        axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
     _plain(axis)
     return figure
 

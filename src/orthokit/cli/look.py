@@ -28,6 +28,7 @@ from orthokit.config import where_of
 from orthokit.relax import Policy
 from orthokit.report import COLUMNS, compare
 from orthokit.report.gate import Condition
+from orthokit.report.measure import SPECTRAL
 from orthokit.select import Layer
 from orthokit.tables import Table
 
@@ -108,12 +109,18 @@ class Report:
             raise UsageError("--annotations and --junit go with --fail-if")
         if self.fail_if and len(self.checkpoints) > 1:
             raise UsageError("--fail-if judges one checkpoint at a time")
+        if len(self.checkpoints) > 1 and (self.sort is not None or (self.top is not None and self.html is None)):
+            raise UsageError("--sort and --top order the layers of one checkpoint; several stay in the order of their layers")
         where, like, paths = self._where(), _architecture(self.model), _names(self.checkpoints)
         if self.operator is not None:
+            self._refuse_beside_operator()
             for path in paths.values():
                 show(ok.operators(opened(path, like, self.key)[0], self.operator, where=where), self.format, console)
             return 0
         conditions = [Condition(text, COLUMNS) for text in self.fail_if]
+        unmeasured = [name for condition in conditions for name in condition.names if name in SPECTRAL]
+        if self.no_spectrum and unmeasured:
+            raise UsageError(f"--no-spectrum leaves out {', '.join(unmeasured)}, which --fail-if asks of; drop one of the two")
         reports = {
             name: ok.report(path, where=where, spectrum=not self.no_spectrum, track=_track(name), like=like, key=self.key)
             for name, path in paths.items()
@@ -148,21 +155,30 @@ class Report:
             where = where & ok.matching(*self.layers)
         return where & ~ok.matching(*self.exclude) if self.exclude else where
 
+    def _refuse_beside_operator(self) -> None:
+        """Options that would do nothing: above all a gate must not pass without having judged."""
+        for name in ("fail_if", "sort", "top", "html", "picture", "no_spectrum"):
+            if getattr(self, name) not in (None, (), False):
+                raise UsageError(f"--{name.replace('_', '-')} is of the layers' filters; it does not go with --operator")
+
     def _judge(self, report: "ok.Report", conditions: list[Condition]) -> int:
         """Exit status 1 where a layer meets a condition; failures go to stderr, and to where else they are wanted."""
         errors = Console(stderr=True, soft_wrap=True)
         failures = [
-            (printable(row["layer"]), condition.text, condition.values(row))
+            (printable(row["layer"]), printable(condition.text), why)
             for condition in conditions
             for row in report.rows
-            if condition.met(row)
+            if (why := condition.failure(row))
         ]
+        # GitHub reads both streams; JSON and CSV must stay what they are.
+        stream = sys.stdout if self.format == "table" else sys.stderr
         for layer, text, values in failures:
             say(errors, f"failed: {text}: {layer} ({values})", "red")
             if self.annotations == "github":
                 # A comma or colon would end a property, a newline the message.
                 message = f"{layer}: {text} ({values})".replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-                print(f"::error title=orthokit report {self.checkpoints[0].name.replace(',', ' ').replace(':', ' ')}::{message}")
+                name = printable(self.checkpoints[0].name).replace(",", " ").replace(":", " ")
+                print(f"::error title=orthokit report {name}::{message}", file=stream)
         if self.junit is not None:
             write_text(self.junit, _junit(report, conditions))
         if not failures:
@@ -172,14 +188,14 @@ class Report:
 
 def _junit(report: "ok.Report", conditions: list[Condition]) -> str:
     """A test case for each layer and condition, as JUnit's XML."""
-    failed = sum(condition.met(row) for condition in conditions for row in report.rows)
+    failed = sum(bool(condition.failure(row)) for condition in conditions for row in report.rows)
     count = len(conditions) * len(report.rows)
     suite = ElementTree.Element("testsuite", name=printable(report.title), tests=str(count), failures=str(failed), errors="0")
     for condition in conditions:
         for row in report.rows:
-            case = ElementTree.SubElement(suite, "testcase", classname=condition.text, name=printable(row["layer"]))
-            if condition.met(row):
-                ElementTree.SubElement(case, "failure", message=f"{condition.text}: {condition.values(row)}")
+            case = ElementTree.SubElement(suite, "testcase", classname=printable(condition.text), name=printable(row["layer"]))
+            if why := condition.failure(row):
+                ElementTree.SubElement(case, "failure", message=f"{printable(condition.text)}: {why}")
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
 

@@ -18,6 +18,8 @@ from orthokit.kernel import Kernel
 
 ENTRIES = 2**22
 """Complex numbers held at once."""
+POSITIONS = 2**22
+"""Positions of the largest input, such as 2048 x 2048."""
 
 
 @torch.no_grad()
@@ -32,7 +34,7 @@ def operator_singular_values(kernel: Kernel, size: Sequence[int] = ()) -> Float[
         size: one positive entry per spatial dimension, a multiple of the stride.
 
     Raises:
-        ValueError: ``size`` has another number of dimensions, or is not a multiple of the stride.
+        ValueError: ``size`` has another number of dimensions, is not a multiple of the stride, or is too large to go through.
 
     >>> doubling = orthokit.kernel_of(torch.full((1, 1, 1), 2.0))
     >>> operator_singular_values(doubling, (3,))
@@ -46,6 +48,8 @@ def operator_singular_values(kernel: Kernel, size: Sequence[int] = ()) -> Float[
         raise ValueError(
             f"size must have {len(stride)} entries, multiples of the stride {tuple(stride)} with circular padding; got {size}"
         )
+    if math.prod(size) > POSITIONS:
+        raise ValueError(f"size must have at most {POSITIONS:,} positions, one block of the operator each; got {size}")
     weight = kernel.weight.detach().cpu().double().flatten(0, -3 - len(stride))  # (groups, o, i, *spatial)
     if not stride:
         return singular_values(weight).flatten().sort(descending=True).values

@@ -3,6 +3,7 @@
 import csv
 import inspect
 import io
+import os
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -166,8 +167,17 @@ def _add_to_path(path: Path, row: dict[str, float]) -> None:
     columns, rows = list(dict.fromkeys([*header, *row])), [row]
     if anew := len(header) < len(columns):
         rows = [*_rows(path), row] if header else rows
+    torn = not anew and _is_torn(path)
     with path.open("w" if anew else "a", encoding="utf-8", newline="") as file:
+        file.write("\n" * torn)
         _add_rows(file, columns, rows, header=anew)
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether whoever wrote the last row was stopped within it."""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from orthokit.architecture import Network, opened
 from orthokit.audit import unread_parameters
-from orthokit.checks import check_number, did_you_mean
+from orthokit.checks import check_count, check_number, did_you_mean
 from orthokit.diagnostics import COPY
 from orthokit.kernel import Kernel
 from orthokit.report.measure import COLUMNS, is_measured, row_of, totals_of
@@ -83,6 +83,8 @@ class Report(Table):
         Raises:
             ValueError: no such column.
         """
+        if top is not None:
+            check_count("top", top, 0)
         known = [each.key for each in self.columns]
         if column not in known:
             raise ValueError(f"no column {column!r}{did_you_mean(column, known)}")
@@ -111,10 +113,13 @@ class Report(Table):
             path: a file to save the picture in.
 
         Raises:
+            ValueError: no layer of that name, or one with NaN or infinite weights.
             ModuleNotFoundError: matplotlib is missing; the message says how to get it.
         """
         from orthokit import plots
 
+        if layer is not None and not self.kernel(layer).weight.isfinite().all():
+            raise ValueError(f"layer {layer!r} has NaN or infinite weights: there is nothing to draw")
         figure = plots.overview(self.rows) if layer is None else plots.detail(self.kernel(layer))
         if path is not None:
             figure.savefig(path, dpi=130)
@@ -132,6 +137,8 @@ class Report(Table):
         """
         from orthokit.report.page import page
 
+        if top is not None:
+            check_count("top", top, 0)
         text = page({"": self}, top=top)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")

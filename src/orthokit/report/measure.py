@@ -41,6 +41,8 @@ COLUMNS = (
     Column("stable_rank", "stable rank", ".1f", shown=False),
 )
 MEASURED = [column.key for column in COLUMNS[8:]]
+SPECTRAL = ("sigma_min", "sigma_max", "condition", "effective_rank", "stable_rank")
+"""Columns that are read off singular values."""
 SHARED = 2**27
 """Entries of the Gram matrices of a layer's filters up to which they are held at once."""
 
@@ -95,7 +97,8 @@ def _measure(kernel: Kernel, spectrum: bool) -> Row:
     else:
         row["tightness"] = frame_tightness(matrix).square().mean().sqrt().item()
         row["welch_ratio"] = row["max_cos"] / welch_bound(o, n)
-    row["word"] = word_of(row)
+    pointing = (lengths > 0).sum(-1)
+    row["word"] = word_of(row, int((pointing * (pointing - 1) // 2).sum()))
     return row
 
 

@@ -1,15 +1,18 @@
 """Copies among filters, and removing them without changing what the network computes."""
 
 import copy
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 
 from orthokit.diagnostics import COPY
 from orthokit.gram import directions
+from orthokit.in_use import is_overridden
 from orthokit.kernel import Kernel
 
 ROWS = 2**22
@@ -64,7 +67,7 @@ def merge_copies(
         New layers ``(convolution, norm, following)``, and the pairs that were merged: channel ``j`` went into ``i``.
 
     Raises:
-        TypeError: a layer is of another kind.
+        TypeError: a layer is of another kind, computes its weight, or has no values yet.
         ValueError: the channels of the layers do not fit.
 
     >>> first, second = nn.Linear(2, 3, bias=False), nn.Linear(3, 1)
@@ -89,8 +92,11 @@ def merge_copies(
     sizes = made.norm(dim=1)
     kept: list[int] = []
     into: dict[int, tuple[int, float]] = {}
-    for channel in range(o):
-        for earlier in kept:
+    for channel, candidates in enumerate(_candidates(made, tolerance)):
+        remaining = set(kept)
+        for earlier in candidates if sizes[channel] > 0 else kept[:1]:
+            if earlier not in remaining:
+                continue
             factor = (sizes[channel] / sizes[earlier]).item() if sizes[earlier] > 0 else 1.0
             if (made[channel] - factor * made[earlier]).norm() <= tolerance * sizes[channel]:
                 into[channel] = earlier, factor
@@ -118,12 +124,33 @@ def merge_copies(
     return smaller, shared, after, merged
 
 
+def _candidates(made: Tensor, tolerance: float) -> Iterator[list[int]]:
+    """For each row the earlier rows of nearly its direction, without all cosines held at once."""
+    unit = directions(made)
+    rows = max(1, ROWS // max(1, len(unit)))
+    for start in range(0, len(unit), rows):
+        cosines = (unit[start : start + rows] @ unit[: start + rows].mT).tril_(start - 1)
+        # |u - v|^2 = 2 - 2 cos; a little more room, as the caller compares exactly.
+        close = cosines > max(0.0, 1 - tolerance**2 - 1e-9)
+        for row in close:
+            yield row.nonzero().flatten().tolist()
+
+
 def _checked(name: str, layer: nn.Module) -> nn.Linear | _ConvNd:
-    if isinstance(layer, nn.Linear) or (
-        isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd) and layer.groups == 1
+    if not (
+        isinstance(layer, nn.Linear)
+        or (isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd) and layer.groups == 1)
     ):
-        return layer
-    raise TypeError(f"{name} must be an ungrouped convolution or a linear layer; got {layer}")
+        raise TypeError(f"{name} must be an ungrouped convolution or a linear layer; got {layer}")
+    weight = layer._parameters.get("weight")
+    if weight is None or is_overridden(layer):
+        raise TypeError(
+            f"{name} computes its weight (a parametrization, a norm, a mask, or a forward pass of its own), which merging cannot "
+            f"rewrite; make it plain first, as with torch.nn.utils.parametrize.remove_parametrizations; got {layer}"
+        )
+    if is_lazy(weight) or weight.is_meta:
+        raise TypeError(f"{name} has no values yet (lazy, or on the meta device); initialise it first; got {layer}")
+    return layer
 
 
 def _affine(norm: _BatchNorm, bias: Tensor) -> tuple[Tensor, Tensor]:

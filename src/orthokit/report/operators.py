@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from orthokit.architecture import Network, opened
+from orthokit.checks import check_count
 from orthokit.diagnostics import operator_singular_values
 from orthokit.kernel import evaluating
 from orthokit.select import Layer, Where, layers, select
@@ -46,6 +47,7 @@ def operators(model: Network | Layers, size: int | Sequence[int], *, where: Wher
     """
     network = model if isinstance(model, Layers) else opened(model)[0]
     chosen = select(network, where)
+    size = _checked(size, chosen)
     reached = _sizes(model, chosen, size) if isinstance(model, nn.Module) else {}
     rows: list[Row] = []
     for layer in chosen:
@@ -63,14 +65,29 @@ def operators(model: Network | Layers, size: int | Sequence[int], *, where: Wher
         rows.append(row)
     largest = [row["sigma_max"] for row in rows if row["sigma_max"] is not None]
     bound = {"label": "product: a Lipschitz bound", "sigma_max": math.prod(largest)}
+    bounded = len(largest) == len(rows)
     notes = ["circular padding; the bound is of these layers alone, one after another"]
     if not isinstance(model, nn.Module):
         notes.append("saved weights tell neither strides nor sizes: every layer is taken at this size, with stride 1")
-    return Table("layers as operators", COLUMNS, tuple(rows), {"product": bound} if largest else {}, tuple(notes))
+    if not bounded:
+        notes.append("no bound: a layer has NaN or infinite weights")
+    return Table("layers as operators", COLUMNS, tuple(rows), {"product": bound} if bounded else {}, tuple(notes))
+
+
+def _checked(size: int | Sequence[int], chosen: Sequence[Layer]) -> int | tuple[int, ...]:
+    if isinstance(size, str | bytes) or not isinstance(size, Sequence):
+        check_count("size", size)
+        return int(size)
+    for extent in size:
+        check_count("size", extent)
+    if wrong := [layer for layer in chosen if len(layer.kernel.stride) not in (0, len(size))]:
+        wanted = len(wrong[0].kernel.stride)
+        raise ValueError(f"size must be one number, or {wanted} as {wrong[0].name!r} has; got {tuple(size)}")
+    return tuple(size)
 
 
 def _extents(size: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    return (size,) * dimensions if isinstance(size, int) else tuple(size)[:dimensions]
+    return (size,) * dimensions if isinstance(size, int) else tuple(size)[:dimensions]  # of a linear layer: none
 
 
 def _sizes(model: nn.Module, chosen: Sequence[Layer], size: int | Sequence[int]) -> dict[str, tuple[int, ...]]:
@@ -88,16 +105,27 @@ def _sizes(model: nn.Module, chosen: Sequence[Layer], size: int | Sequence[int])
             sizes.setdefault(name, tuple(passed.shape[-dimensions:]))
 
         handles.append(layer.module.register_forward_hook(note))
-    first = convolutions[0].module
-    image = (int(first.in_channels), *_extents(size, len(first.kernel_size)))  # type: ignore[arg-type]
-    like = next(first.parameters())
     try:
         with evaluating(model):
-            model(like.new_zeros((1, *image)))
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"an image of shape {image} does not go through the network ({reason}); pass another size") from None
+            _run(model, size, sizes)
     finally:
         for handle in handles:
             handle.remove()
     return sizes
+
+
+def _run(model: nn.Module, size: int | Sequence[int], sizes: dict[str, tuple[int, ...]]) -> None:
+    """Send an image through the network, with as many channels as its first convolution reads, or else a later one."""
+    entries = [layer for layer in model.modules() if isinstance(layer, _ConvNd)]
+    images = {(int(each.in_channels), *_extents(size, len(each.kernel_size))): each for each in reversed(entries)}
+    refusals: list[str] = []
+    for image, entry in reversed(images.items()):
+        sizes.clear()
+        try:
+            model(next(entry.parameters()).new_zeros((1, *image)))
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            refusals.append(f"an image of shape {image} does not go through the network ({reason}); pass another size")
+        else:
+            return
+    raise ValueError(refusals[0])

@@ -22,24 +22,26 @@ LONG = 3.0
 """Mean length of filters from which on the advice leaves lengths alone."""
 
 
-def word_of(row: Row) -> str | None:
-    """The word for a layer's row; None where its shape leaves nothing to say (no pair of filters, or filters of one weight).
+def word_of(row: Row, pairs: int) -> str | None:
+    """The word for a layer's row; None where there is nothing to say (no pair of filters, or filters of one weight).
+
+    ``pairs`` are those of filters that are not zero: the others have no direction, and are not orthogonal to anything.
 
     ``copies``: two filters with ``|c| > .99``. ``orthogonal``: ``max |c|``, of a tall layer its tightness, is at most .01.
     ``near-orthogonal``, ``like random``, ``correlated``: ``mean |c|`` relative to that of random filters, of a tall layer its
     tightness relative to theirs (``1 / sqrt(o)``), is below .5, in between, above 1.5. Of few pairs the last bound is wider, at
     three standard errors of random filters.
     """
-    if not row["pairs"] or row["n"] == 1 or row["max_cos"] is None:
+    if not pairs or row["n"] == 1 or row["max_cos"] is None:
         return None
     if row["copies"]:
         return "copies"
     tall = row["shape"] == "tall"
     if (row["tightness"] if tall else row["max_cos"]) <= ORTHOGONAL:
         return "orthogonal"
-    relative = row["tightness"] * math.sqrt(row["o"]) if tall else row["x_random"]
+    relative = row["tightness"] * math.sqrt(row["o"]) if tall else row["x_random"] * row["pairs"] / pairs
     # The standard deviation of |c| is about .76 of its mean.
-    bound = max(CORRELATED, 1 + 3 * 0.76 / math.sqrt(row["pairs"]))
+    bound = max(CORRELATED, 1 + 3 * 0.76 / math.sqrt(pairs))
     return "near-orthogonal" if relative < NEAR else "correlated" if relative > bound else "like random"
 
 
