@@ -583,13 +583,19 @@ def test_unfinished_and_broken_runs_are_told(tmp_path, capsys):
     ]
     for content in (*odd, "{", "[]", "{}", '{"recipe": {}, "seed": 0, "test": {}, "orthogonality": {}, "fingerprint": ""}'):
         (folder / "ResNet-8-1/2/summary.json").write_text(content)
-        assert main(["compare", str(folder)]) == 2
-        assert "ResNet-8-1/2/summary.json" in capsys.readouterr().err.replace("\n", "")
+        _, said = results.read([folder])
+        assert re.match(r"left out, .*: \S*ResNet-8-1/2/summary.json is (damaged|not what a run writes) \(", said[0])
+        with pytest.raises(ValueError, match=r"ResNet-8-1/2/summary.json is (damaged|not what a run writes) \("):
+            results.read([folder / "ResNet-8-1/2"])
+    assert main(["compare", str(folder)]) == 2
+    err = capsys.readouterr().err.replace("\n", "")
+    assert "there is only one arm, none" in err
+    assert "ResNet-8-1/2/summary.json is not what a run writes" in err
     (folder / "ResNet-8-1/2/summary.json").write_text(json.dumps(ok))
     for content in ("{", '{"epoch": 1}', '{"epoch": 1, "validation": null, "orthogonality": {"under": null}}'):
         (folder / "ResNet-8-1/2/metrics.jsonl").write_text(content)
-        assert main(["compare", str(folder)]) == 2
-        assert "metrics.jsonl is damaged" in " ".join(capsys.readouterr().err.split())
+        _, said = results.read([folder])
+        assert re.search(r"ResNet-8-1/2/metrics.jsonl.* is (damaged|not what a run writes) \(", said[0])
     assert main(["compare", str(tmp_path / "nothing")]) == 2
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from orthokit.evidence.compare import Comparison
     from orthokit.evidence.evaluate import Subject
     from orthokit.evidence.results import Result
-    from orthokit.evidence.study import Plan
+    from orthokit.evidence.study import Plan, Task
 
 Part = Literal["attacks", "corruptions", "noise", "features", "accuracy", "orthogonality"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -68,12 +68,17 @@ class Evaluate:
             from orthokit.evidence import evaluate, formats
             from orthokit.lab import recipe
         given = None if self.recipe is None else recipe.load(self.recipe)
-        wanted = [subject for path in self.paths for subject in evaluate.subjects(path, given, self.model, self.key)]
+        damaged: list[str] = []
+        wanted = [
+            subject for path in self.paths for subject in evaluate.subjects(path, given, self.model, self.key, damaged.append)
+        ]
         if self.model is not None and not any(subject.recipe.network.kind == self.model for subject in wanted):
             kinds = ", ".join(dict.fromkeys(subject.recipe.network.kind for subject in wanted))
             raise UsageError(f"--model {self.model} names a network that none of these runs has; theirs: {kinds}")
         unique = list({subject.record.resolve(): subject for subject in wanted}.values())
         quiet = Terminal(stderr=True) if self.format != "table" else console
+        for why in damaged:
+            quiet.print(f"left out: {why}", markup=False, highlight=False, soft_wrap=True)
         for subject in unique:
             for note in subject.notes:
                 quiet.print(f"{subject.name}: {note}", markup=False, highlight=False, soft_wrap=True)
@@ -91,7 +96,7 @@ class Evaluate:
         else:
             table = Table("evaluation", headers, tuple(rows), {})
             print(json.dumps(rows, indent=2) if self.format == "json" else table.to_csv(), end="\n" * (self.format == "json"))
-        return 4 if failed else 0
+        return 4 if failed or damaged else 0
 
 
 def measured(subjects: "Sequence[Subject]", console: Console, **options: Any) -> int:
@@ -359,22 +364,27 @@ class Study:
         from orthokit.evidence import evaluate
 
         machine, asked, left, status = self.machine, plan.said.evaluate, plan.left(), 0
-        untrained = [task.run for task in left if task.run.summary() is None]
+        damaged = [task for task in left if task.run.damage()]
+        untrained = [task.run for task in left if task in damaged or task.run.summary() is None]
         of = f"{len(untrained)} of {len(plan.tasks or plan.tuning)}"
         more = f", {len(left)} to evaluate" if asked.parts else ""
         said = f"{of} runs to train{more}" if plan.tasks else f"{of} tuning runs to train"
         console.print(f"[bold]{escape(plan.said.title)}[/]: {said if left else 'all is done'}", highlight=False, soft_wrap=True)
         if self.no_train:
-            plan.keep(left)
+            self._keep(plan, left, console)
             return 4 * any(not task.done() for task in left)
         try:
             if untrained:
                 status = machine.run_all(untrained, console, test=bool(plan.tasks))
-            if plan.tasks and (trained := [task for task in left if task.run.summary() is not None]):
+            if plan.tasks and (trained := [task for task in left if task not in damaged and task.run.summary() is not None]):
                 wanted = [subject for task in trained for subject in evaluate.subjects(task.run.folder, task.run.recipe)]
                 options = {"root": machine.root, "device": machine.device, "jobs": machine.jobs, "threads": machine.threads or 1}
                 failed = measured(wanted, console, parts=asked.parts, images=asked.images, **options)
                 status = 4 if failed else status
         finally:  # when interrupted, too: the next sitting need not have the runs' own folder
-            plan.keep(left)
+            self._keep(plan, left, console)
         return status
+
+    def _keep(self, plan: "Plan", tasks: "Sequence[Task]", console: Console) -> None:
+        for why in plan.keep(tasks):
+            console.print(f"left out: {why}", markup=False, highlight=False, soft_wrap=True)

@@ -92,6 +92,8 @@ class Machine:
         from orthokit.lab.runner import Pool, run_all
         from orthokit.lab.watch import Watch
 
+        damaged = {run.folder: why for run in runs if (why := run.damage()) is not None}
+        every, runs = runs, [run for run in runs if run.folder not in damaged]
         check_all([run.recipe for run in runs if run.summary() is None], self.root, download=self.download)
         with Log(self.log, Watch()) as log:  # those that are not finished do it in their own processes
             for run in runs:
@@ -108,8 +110,11 @@ class Machine:
             log=self.log,
         )
         with Display(console, test=test) as display:
-            failed = sum(status != 0 for status in run_all(runs, pool, display))
-            display.say(f"{len(runs) - failed} of {len(runs)} runs finished, in {escape(str(self.out))}")
+            for run in every:
+                if run.folder in damaged:
+                    display.fail(run, damaged[run.folder])
+            failed = len(damaged) + sum(status != 0 for status in run_all(runs, pool, display))
+            display.say(f"{len(every) - failed} of {len(every)} runs finished, in {escape(str(self.out))}")
         return 4 if failed else 0
 
 

@@ -431,7 +431,8 @@ def compare(
         for name in sorted(grouped, key=lambda name: [sortable(value) for value in values[name].values()])
     )
     if len(order) < 2:
-        raise ValueError(f"there is only one arm, {baseline}; give runs that differ in {' or '.join(factor)}")
+        only = f"there is only one arm, {baseline}; give runs that differ in {' or '.join(factor)}"
+        raise ValueError("; ".join([only, *flagged]))
     refused = [*repeated(results), *(each for panel in panels for each in refusals(panel, factor))]
     if refused and not anyway:
         raise ValueError("; ".join(refused))

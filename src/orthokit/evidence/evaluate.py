@@ -25,7 +25,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from orthokit import checkpoint
 from orthokit.checks import did_you_mean
 from orthokit.evidence import attacks, corruptions, features
-from orthokit.evidence.results import RECORD, Result, digest, read_parts, read_summary
+from orthokit.evidence.results import RECORD, Result, digest, read_summary
 from orthokit.lab.data import Images, ImageSet, choose
 from orthokit.lab.files import to_json, write
 from orthokit.lab.models import orthogonality, unwrapped
@@ -33,6 +33,7 @@ from orthokit.lab.own import Code, refusal
 from orthokit.lab.recipe import Recipe, differences
 from orthokit.lab.record import SUMMARY
 from orthokit.lab.sections import DataSection
+from orthokit.lab.summary import DamagedError, Evaluation, read
 from orthokit.lab.watch import follow
 
 STEPS, PATH = 20, 5.0
@@ -69,7 +70,13 @@ class Subject:
         return self.recipe.model_dump(mode="json", include={"data", "network"}) | key
 
 
-def subjects(path: Path, recipe: Recipe | None = None, model: str | None = None, key: str | None = None) -> list[Subject]:
+def subjects(
+    path: Path,
+    recipe: Recipe | None = None,
+    model: str | None = None,
+    key: str | None = None,
+    tell: Callable[[str], object] = lambda _: None,
+) -> list[Subject]:
     """What is to be evaluated in ``path``: a run, a folder of runs, or a checkpoint.
 
     A recipe that is found there is data: of a network of somebody's own it builds only what ``recipe`` or ``model`` names too.
@@ -80,13 +87,14 @@ def subjects(path: Path, recipe: Recipe | None = None, model: str | None = None,
         model: ``module:function``, looked for in the working directory first; recipes found in ``path`` with this network may
             import it.
         key: of a checkpoint with several networks, which.
+        tell: told of each run that is damaged; the others are evaluated all the same.
 
     Raises:
         FileNotFoundError: nothing is there, or no finished run.
         ValueError: a checkpoint whose recipe is not known, or known to be another.
     """
     if path.is_dir():
-        runs = {file: read_summary(file)["recipe"] for file in sorted(path.rglob(SUMMARY))}
+        runs = _runs(path, tell)
         if key is not None:
             raise ValueError(f"a key chooses among the networks of a checkpoint; {path} is a folder of runs")
         if not runs:
@@ -99,6 +107,22 @@ def subjects(path: Path, recipe: Recipe | None = None, model: str | None = None,
         raise ValueError(f"{path} does not say what network it is, and of which images; give its recipe with --recipe FILE")
     subject = _subject(path, _carried(json.loads(carried), path, model) if carried else None, recipe)
     return [replace(subject, key=key, notes=tuple(checkpoint.read(path, key)[1]))]
+
+
+def _runs(path: Path, tell: Callable[[str], object]) -> dict[Path, Mapping[str, Any]]:
+    """The recipes of the runs below a folder."""
+    found: dict[Path, Mapping[str, Any]] = {}
+    files, damaged = sorted(path.rglob(SUMMARY)), list[DamagedError]()
+    for file in files:
+        try:
+            found[file] = read_summary(file)["recipe"]
+        except DamagedError as error:
+            damaged.append(error)
+    if damaged and not found:
+        raise damaged[0]
+    for each in damaged:
+        tell(str(each))
+    return found
 
 
 def _carried(raw: Mapping[str, Any], path: Path, model: str | None) -> Recipe:
@@ -267,7 +291,7 @@ def known(subject: Subject, weights: str) -> dict[str, Any]:
     """The parts that have been measured of the weights with this digest, as this network on these images."""
     if not subject.record.is_file():
         return {}
-    found = read_parts(subject.record)
+    found = read(Evaluation, subject.record)
     return found["parts"] if (found["weights"], found.get("of")) == (weights, subject.network) else {}
 
 

@@ -1,7 +1,6 @@
 """What finished runs left, and the numbers that can be read off it."""
 
 import hashlib
-import json
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,12 +11,12 @@ from typing import Any, Literal
 
 from orthokit.checks import check_choice
 from orthokit.lab.recipe import Recipe, flattened
-from orthokit.lab.record import SUMMARY, read_json
+from orthokit.lab.record import SUMMARY
+from orthokit.lab.summary import HUGE, DamagedError, Epoch, Evaluation, Summary, read_lines
+from orthokit.lab.summary import read as read_record
 
 RECORD = "evaluation.json"
 """In a run's folder: what ``orthokit evaluate`` has measured."""
-HUGE = 1e30
-"""What is larger, infinite or NaN is no measurement."""
 TUNING = "tuning"
 """In the folder of a study: the runs by which strengths were chosen, ``tuning/<name>/<seed>``."""
 Group = Literal["result", "orthogonality", "robustness", "features", "cost"]
@@ -70,16 +69,17 @@ class Row(Result):
 
 
 def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
-    """The finished runs in and below folders, and what to say of those that are not finished.
+    """The finished runs in and below folders, and what to say of those that are not finished, or damaged.
 
     Runs by which a study chose strengths are no part of what it compares; they count where their own folder is named.
 
     Raises:
         FileNotFoundError: nothing is there, or no finished run.
-        ValueError: a file is damaged or not what a run writes.
+        ValueError: no run, or none of the runs can be read.
     """
     found: dict[Path, Result] = {}
     unfinished: dict[Path, str] = {}
+    damaged: dict[Path, str] = {}
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path} is not there; give folders of runs, such as runs/nano_cifar10_strict")
@@ -87,13 +87,19 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
             raise ValueError(f"{path} is no run; give folders of runs, such as runs/nano_cifar10_strict")
         top = path.parent if path.is_file() else path
         for file in _below(top, SUMMARY):
-            found.setdefault(file.resolve(), read_one(file))
+            try:
+                found.setdefault(_real(file), read_one(file))
+            except DamagedError as error:
+                damaged[_real(file)] = str(error)
         for file in _below(top, "recipe.toml"):
             if not (file.parent / SUMMARY).is_file():
-                unfinished[file.parent.resolve()] = "failed" if (file.parent / "failed.txt").is_file() else "not finished"
+                unfinished[_real(file.parent)] = "failed" if (file.parent / "failed.txt").is_file() else "not finished"
+    if damaged and not found:
+        more = f"; so {'is' if len(damaged) == 2 else 'are'} {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise DamagedError(next(iter(damaged.values())) + more)
     if not found:
         raise FileNotFoundError(f"no finished run (summary.json) in {', '.join(map(str, paths))}")
-    said = []
+    said = [f"left out, as what remains of its arm may be a lucky choice: {why}" for why in damaged.values()]
     for kind in ("failed", "not finished"):
         if names := [f"{folder.parent.name}/{folder.name}" for folder, why in unfinished.items() if why == kind]:
             bias = "; what remains of its arm may be a lucky choice" if kind == "failed" else ""
@@ -102,6 +108,10 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
         for _ in _walked(path, lambda error: said.append(f"cannot be read, hence left out with all runs in it: {error}")):
             pass
     return list(found.values()), said
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve fails on links that lead to themselves
 
 
 def _below(top: Path, name: str) -> list[Path]:
@@ -127,15 +137,8 @@ def read_summary(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged or not what a run writes.
     """
-    summary = read_json(path, recipe=dict, seed=int, test=dict, orthogonality=dict, fingerprint=str)
-    accuracy = summary["test"].get("accuracy")
-    if not isinstance(accuracy, float) or not 0 <= accuracy <= 1:
-        raise ValueError(f"{path} is not what a run writes (its test has no accuracy from 0 to 1)")
-    for key in ("study", "environment"):
-        if not isinstance(summary.setdefault(key, {}), dict | None):
-            raise ValueError(f"{path} is not what a run writes ({key} = {summary[key]!r:.80})")
-        summary[key] = summary[key] or {}
-    return summary
+    summary = read_record(Summary, path)
+    return summary | {key: summary.get(key) or {} for key in ("study", "environment")}
 
 
 def read_one(path: Path) -> Result:
@@ -147,15 +150,24 @@ def read_one(path: Path) -> Result:
     summary = read_summary(path)
     parts, history = summary.pop("evaluation", None), summary.pop("history", None)
     if parts is None:
-        file, weights = path.with_name(RECORD), path.with_name("last.safetensors")
-        found = read_parts(file) if file.is_file() else {"parts": {}}
-        stale = file.is_file() and weights.is_file() and found["weights"] != digest(weights)
-        parts = {} if stale else found["parts"]
+        parts = _present(path.with_name(RECORD), path.with_name("last.safetensors"))
     if history is None:
-        file = path.with_name("metrics.jsonl")
-        history = thinned(file) if file.is_file() else []
-    _check_parts(parts, path)
-    return Result(path, summary, Recipe.of(summary["recipe"], str(path)), parts, tuple(history))
+        history = thinned(path.with_name("metrics.jsonl"))
+    try:
+        recipe = Recipe.of(summary["recipe"], str(path))
+    except ValueError as error:
+        raise DamagedError(str(error)) from None
+    return Result(path, summary, recipe, parts, tuple(history))
+
+
+def _present(file: Path, weights: Path) -> dict[str, Any]:
+    """The parts in ``evaluation.json``, if they are of these weights."""
+    try:
+        found = read_record(Evaluation, file)
+    except FileNotFoundError:
+        return {}
+    parts: dict[str, Any] = found["parts"]
+    return {} if weights.is_file() and found["weights"] != digest(weights) else parts
 
 
 def digest(weights: Path) -> str:
@@ -164,31 +176,14 @@ def digest(weights: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_parts(path: Path) -> dict[str, Any]:
-    """An ``evaluation.json``.
-
-    Raises:
-        ValueError: it is damaged or not what ``orthokit evaluate`` writes.
-    """
-    found = read_json(path, weights=str, parts=dict)
-    _check_parts(found["parts"], path)
-    return found
-
-
-def _check_parts(parts: Any, path: Path) -> None:
-    each = list(parts.values()) if isinstance(parts, dict) else [None]
-    if not all(isinstance(part, dict) and isinstance(part.get("settings"), dict) for part in each):
-        raise ValueError(f"{path} holds an evaluation that is not what orthokit evaluate writes; remove it")
-
-
 def thinned(path: Path, rows: int = 25) -> list[dict[str, Any]]:
     """Near-orthogonality and validation accuracy of at most ``rows`` epochs of ``metrics.jsonl``, the last included."""
-    lines = path.read_text("utf-8").splitlines()
-    step = max(1, -(-len(lines) // rows))
     try:
-        return [_thin(json.loads(line)) for line in lines[::-1][::step][::-1]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged, or not what a run writes ({type(error).__name__}: {error})") from None
+        lines = read_lines(Epoch, path)
+    except FileNotFoundError:
+        return []
+    step = max(1, -(-len(lines) // rows))
+    return [_thin(line) for line in lines[::-1][::step][::-1]]
 
 
 def _thin(row: dict[str, Any]) -> dict[str, Any]:

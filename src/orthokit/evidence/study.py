@@ -71,8 +71,9 @@ from orthokit.lab.recipe import (
     parsed,
     read_section,
 )
-from orthokit.lab.record import DIVERGED, SUMMARY, Run, Seeds, read_json
+from orthokit.lab.record import DIVERGED, SUMMARY, Run, Seeds
 from orthokit.lab.sections import Section
+from orthokit.lab.summary import DamagedError, Divergence, Summary, read, read_text
 
 Partial = dict[str, Any]
 Lent = dict[tuple[str, int], list[Path]]
@@ -213,19 +214,27 @@ class Plan:
         """
         return _left(self.tuning) or _left(self.tasks)
 
-    def keep(self, tasks: Iterable[Task]) -> None:
-        """Keep what is small of those that are finished, and which ones diverged."""
+    def keep(self, tasks: Iterable[Task]) -> list[str]:
+        """Keep what is small of those that are finished, and which ones diverged; what to say of those that are damaged."""
+        damaged = []
         for task in tasks:
-            if task.run.summary() is None:
-                if task.run.diverged():
-                    write(task.kept.divergence, task.run.divergence.read_text("utf-8"))
-                continue
-            new, old = read_one(task.run.folder / SUMMARY), task.kept_in(task.kept.folder)
-            if old is not None and task.evaluated(old) > task.evaluated(new):
-                continue
-            small = new.small()
-            small["environment"] = {key: value for key, value in small["environment"].items() if key != "platform"}
-            write(task.kept.folder / SUMMARY, to_json(small | {"study": task.place}))
+            try:
+                self._keep(task)
+            except DamagedError as error:
+                damaged.append(str(error))
+        return damaged
+
+    def _keep(self, task: Task) -> None:
+        if task.run.summary() is None:
+            if task.run.diverged():
+                write(task.kept.divergence, read_text(task.run.divergence))
+            return
+        new, old = read_one(task.run.folder / SUMMARY), task.kept_in(task.kept.folder)
+        if old is not None and task.evaluated(old) > task.evaluated(new):
+            return
+        small = new.small()
+        small["environment"] = {key: value for key, value in small["environment"].items() if key != "platform"}
+        write(task.kept.folder / SUMMARY, to_json(small | {"study": task.place}))
 
     def strangers(self) -> list[Path]:
         """What is kept of runs that are no longer part of it."""
@@ -370,7 +379,7 @@ def _lent(said: Study, file: Path, results: Path) -> dict[str, Lent]:
     for lender, (stage, runs), name in itertools.product(_lenders(said, file), found.items(), (SUMMARY, DIVERGED)):
         for path in sorted((results / lender.stem / stage).glob(f"*/*/{name}")):
             try:
-                kept = read_json(path, recipe=dict, seed=int)
+                kept = read(Summary if name == SUMMARY else Divergence, path)
                 key = Recipe.of(kept["recipe"], str(path)).to_toml(), kept["seed"]
             except ValueError as error:
                 raise ValueError(f"{file} reuses {lender}: {error}") from None

@@ -17,7 +17,6 @@ Every file appears under its name at once and whole, or not at all.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from pydantic import Field
 
 from orthokit.lab.files import remove_parts, to_json, write
 from orthokit.lab.recipe import Recipe, differences, read_toml
+from orthokit.lab.summary import Begun, DamagedError, Divergence, Epoch, Summary, read, read_lines
 
 SEEDS = 2**32
 """Seeds are below this, as numpy wants them."""
@@ -83,15 +83,19 @@ class Run:
             ValueError: the folder holds a run of another recipe, or a damaged file.
         """
         if (path := self.folder / SUMMARY).is_file():
-            parts, numbers = dict.fromkeys(("test", "validation"), dict | None), ("seconds", "images_per_second", "penalty_share")
-            found = read_json(path, recipe=dict, **parts, **dict.fromkeys(numbers, float))
-            for part in parts:
-                if found[part] is not None and not isinstance(found[part].get("accuracy"), float):
-                    raise ValueError(f"{path} is not what a run writes (no accuracy in {part}); remove it to run again")
-            self._check(Recipe.of(found["recipe"], str(path)), path)
+            found = read(Summary, path)
+            self._check(_recipe(found["recipe"], path), path)
             return found
         if self.checkpoint.is_file() and (path := self.folder / "recipe.toml").is_file():
-            self._check(Recipe.of(read_toml(path), str(path)), path)
+            self._check(_recipe(read_toml(path), path), path)
+        return None
+
+    def damage(self) -> str | None:
+        """What is wrong with the files of the run, where they cannot be read."""
+        try:
+            self.summary()
+        except DamagedError as error:
+            return str(error)
         return None
 
     def _check(self, present: Recipe, path: Path) -> None:
@@ -114,7 +118,7 @@ class Run:
         """
         if not (path := self.divergence).is_file():
             return False
-        return Recipe.of(read_json(path, recipe=dict, why=str)["recipe"], str(path)) == self.recipe
+        return _recipe(read(Divergence, path)["recipe"], path) == self.recipe
 
     def diverge(self, why: str) -> None:
         """Put it on record."""
@@ -125,18 +129,18 @@ class Run:
         path = self.folder / "environment.json"
         if not (self.checkpoint.is_file() and path.is_file()):
             return None
-        found = read_json(path, precision=str, threads=int)
-        if found["threads"] < 1:
-            raise ValueError(f"{path} is not what a run writes (threads = {found['threads']}); remove it to run again")
-        return found
+        return read(Begun, path)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; none where there is none yet."""
+        """The lines of ``metrics.jsonl``; none where there is none yet.
+
+        Raises:
+            DamagedError: it is not what a run writes.
+        """
         try:
-            text = (self.folder / "metrics.jsonl").read_text("utf-8")
+            return read_lines(Epoch, self.folder / "metrics.jsonl")
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.splitlines()]
 
     @contextlib.contextmanager
     def held(self, say: Callable[[str], object] = lambda _: None) -> Iterator[None]:
@@ -178,16 +182,9 @@ class Run:
         return FileLock(self.folder / ".lock")
 
 
-def read_json(path: Path, **kinds: Any) -> dict[str, Any]:
-    """The object in a JSON file of a run, in which each of ``kinds`` is a key with a value of that type.
-
-    Raises:
-        ValueError: it is not.
-    """
+def _recipe(raw: dict[str, Any], path: Path) -> Recipe:
+    """The recipe that a file of a run holds."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        return Recipe.of(raw, str(path))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to run again") from None
-    if not isinstance(found, dict) or not all(key in found and isinstance(found[key], kind) for key, kind in kinds.items()):
-        raise ValueError(f"{path} is not what a run writes (it needs {', '.join(kinds)}); remove it to run again")
-    return found
+        raise DamagedError(f"{error}; remove {path.name} to run again") from None

@@ -27,6 +27,7 @@ from orthokit.lab.display import Display
 from orthokit.lab.files import IDLE, part_of, remove_parts, write
 from orthokit.lab.logs import Kind
 from orthokit.lab.record import LATER, SERVES, Run
+from orthokit.lab.summary import DamagedError
 
 Backend = Literal["local", "ray"]
 INTERRUPTED = 130
@@ -255,21 +256,31 @@ def _remote(pool: Pool) -> Iterator[tuple[Any, int]]:
             ray.shutdown()
 
 
+def _rows(run: Run) -> list[dict[str, Any]]:
+    """Epochs to show; none of a damaged file, which the run itself writes anew."""
+    try:
+        return run.metrics()
+    except DamagedError:
+        return []
+
+
 @contextlib.contextmanager
 def _followed(runs: Sequence[Run], display: Display) -> Iterator[None]:
     """Show what appears in the folders of ``runs``."""
-    seen, ended, done = {id(run): len(run.metrics()) for run in runs}, set[int](), threading.Event()
+    seen, ended, done = {id(run): len(_rows(run)) for run in runs}, set[int](), threading.Event()
 
     def look() -> None:
         for run in runs:
             if id(run) in ended:
                 continue
-            rows = run.metrics()
+            rows = _rows(run)
             for row in rows[seen[id(run)] :]:
                 display.row(run, row)
             seen[id(run)] = max(len(rows), seen[id(run)])
             failed = run.folder / "failed.txt"
-            if (summary := run.summary()) is not None:
+            if (why := run.damage()) is not None:
+                display.fail(run, why)
+            elif (summary := run.summary()) is not None:
                 display.done(run, summary)
             elif failed.is_file():
                 display.fail(run, failed.read_text("utf-8"))

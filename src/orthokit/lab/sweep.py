@@ -221,7 +221,7 @@ def _runs(sweep: Sweep, file: Path, settings: tuple[str, ...], out: Path) -> lis
 
 
 def _point(file: Path, settings: tuple[str, ...], runs: Sequence[Run]) -> Point:
-    found = [summary["validation"]["accuracy"] for run in runs if (summary := run.summary()) is not None]
+    found = [summary["validation"]["accuracy"] for run in runs if not run.damage() and (summary := run.summary())]
     return Point(str(file), settings, tuple(found), len(runs))
 
 

@@ -1,0 +1,322 @@
+"""The files that a run leaves, typed: what is read from a run's folder is checked against these schemas first.
+
+A run's folder may be somebody else's, or damaged. Whatever lies there, reading it ends in plain data of these types, or in a
+:class:`DamagedError` of one line that names the file and the key. Keys that a schema does not name may hold any bounded data.
+"""
+
+import json
+import math
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from orthokit.checks import printable
+
+LARGEST = 2**26
+"""Bytes of a document; a summary with its history has 20,000."""
+DEEPEST = 32
+"""Tables and lists inside each other."""
+DIGITS = 19
+"""Of an integer."""
+HUGE = 1e30
+"""What is larger, infinite or NaN is no measurement."""
+
+
+class DamagedError(ValueError):
+    """A file of a run is not what a run writes."""
+
+
+def _measured(value: float) -> float:
+    if not math.isnan(value) and not math.isinf(value) and abs(value) > HUGE:
+        raise ValueError(f"no measurement is larger than {HUGE:g}")
+    return value
+
+
+Number = Annotated[int | float, AfterValidator(_measured)]
+"""NaN and infinity among them, which readers leave out."""
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Strength = Annotated[float, Field(gt=0, lt=1e6)]
+Totals = dict[str, dict[str, Number | None]]
+"""Near-orthogonality by part of the network."""
+
+
+class Record(BaseModel):
+    """A table of a file."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+
+class Scores(Record):
+    """What a network scores on some images."""
+
+    accuracy: Share
+    loss: Number | None = None
+
+
+class Environment(Record):
+    """``environment.json``: where a run computed."""
+
+    versions: dict[str, str | None] | None = None
+    processor: str | None = None
+    device: str | None = None
+    commit: str | None = None
+    precision: str | None = None
+    cores: Count | None = None
+    ranks: Count | None = None
+    threads: Count | None = None
+
+
+class Begun(Environment):
+    """``environment.json`` of a run that can go on: the numerics to go on with are there."""
+
+    precision: str
+    threads: int = Field(ge=1)
+
+
+class Place(Record):
+    """Which part of a study a run is."""
+
+    arm: str | None = None
+    panel: str | None = None
+
+
+class Thinned(Record):
+    """A line of a summary's history."""
+
+    epoch: Count
+    validation: Share | None
+    under: Annotated[float, Field(ge=0, le=2)] | None = None
+    over: Annotated[float, Field(ge=0, le=2)] | None = None
+
+
+class Epoch(Record):
+    """A line of ``metrics.jsonl``."""
+
+    epoch: Count
+    validation: Scores | None
+    orthogonality: dict[str, dict[str, Number]]
+    train: Scores | None = None
+    images_per_second: Number = 0.0
+
+
+class Part(Record):
+    """A part of an evaluation."""
+
+    settings: dict[str, Any]
+
+
+class Accuracy(Part):
+    """Accuracy and calibration."""
+
+    accuracy: Share | None = None
+    nll: Number | None = None
+    ece: Number | None = None
+
+
+class Attacks(Part):
+    """Accuracy under attacks, by their strength."""
+
+    linf: list[Strength] = []
+    l2: list[Strength] = []
+    fgsm: list[Share] = []
+    pgd: list[Share] = []
+    pgd_l2: list[Share] = []
+
+
+class Noise(Part):
+    """Accuracy under noise, by its strength."""
+
+    sigma: list[Strength] = []
+    accuracy: list[Share] = []
+
+
+class Corruptions(Part):
+    """Accuracy by kind and severity of corruption."""
+
+    accuracy: dict[str, Annotated[list[Share], Field(min_length=1)]] = {}
+
+
+class Spectrum(Record):
+    """How many directions the features of a layer use."""
+
+    features: Number | None = None
+    effective_rank: Number | None = None
+    participation_ratio: Number | None = None
+    mean_correlation: Number | None = None
+    nc1: Number | None = None
+
+
+class Features(Part):
+    """Spectra of features, of the penultimate layer and stage by stage."""
+
+    penultimate: Spectrum = Spectrum()
+    stages: dict[str, Spectrum] = {}
+
+
+class Parts(Record):
+    """The parts of an evaluation."""
+
+    accuracy: Accuracy | None = None
+    attacks: Attacks | None = None
+    noise: Noise | None = None
+    corruptions: Corruptions | None = None
+    features: Features | None = None
+    orthogonality: Part | None = None
+    __pydantic_extra__: dict[str, Part] = Field(init=False)
+
+
+class Evaluation(Record):
+    """``evaluation.json``."""
+
+    version: Literal[1] = 1
+    weights: str
+    of: dict[str, Any] | None = None
+    parts: Parts
+
+
+class Divergence(Record):
+    """``diverged.json``."""
+
+    version: Literal[1] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    why: str
+    recipe: dict[str, Any]
+
+
+class Summary(Record):
+    """``summary.json``: the result of a run; kept by a study, with its evaluation and a few columns of its history."""
+
+    version: Literal[1] = 1
+    recipe: dict[str, Any]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    test: Scores
+    validation: Scores | None
+    train: Scores | None = None
+    orthogonality: Totals
+    ranks: dict[str, Count] | None = None
+    fingerprint: str
+    seconds: Number
+    images_per_second: Number
+    penalty_share: Number
+    environment: Environment | None = None
+    study: Place | None = None
+    evaluation: Parts | None = None
+    history: list[Thinned] | None = None
+
+
+def read(schema: type[Record], path: Path) -> dict[str, Any]:
+    """The plain data in a JSON file of a run.
+
+    Raises:
+        DamagedError: the file does not hold what ``schema`` asks for.
+        FileNotFoundError: there is none.
+    """
+    return checked(schema, parsed(read_text(path), path), path)
+
+
+def read_lines(schema: type[Record], path: Path) -> list[dict[str, Any]]:
+    """The same, of a file with an object on each line."""
+    lines = read_text(path).splitlines()
+    return [checked(schema, parsed(line, path), f"{path}, line {k}", path) for k, line in enumerate(lines, 1)]
+
+
+def checked(schema: type[Record], found: Any, source: object, path: Path | None = None) -> dict[str, Any]:
+    """``found``, which a document of ``source`` holds, if it is what ``schema`` asks for."""
+    remove = f"remove {'it' if path is None else path.name} to run again"
+    if not isinstance(found, dict):
+        raise DamagedError(f"{source} is not what a run writes (a table is wanted; got {printable(repr(found), 60)}); {remove}")
+    try:
+        schema.model_validate(found)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(map(str, problem["loc"]))
+        got = "" if problem["type"] == "missing" else f"; got {printable(repr(problem['input']), 60)}"
+        raise DamagedError(
+            f"{source} is not what a run writes ({printable(key, 100)}: {problem['msg']}{got}); {remove}"
+        ) from None
+    return found
+
+
+def parsed(text: str, source: object) -> Any:
+    """JSON without what no run writes: keys that occur twice, large integers, lone surrogates, and much inside each other.
+
+    Raises:
+        DamagedError: it is none.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_table, parse_int=_integer)
+        _check_depth(value)
+    except RecursionError:
+        raise DamagedError(
+            f"{source} is damaged (more than {DEEPEST} tables inside each other); remove it to run again"
+        ) from None
+    except ValueError as error:
+        raise DamagedError(f"{source} is damaged ({error}); remove it to run again") from None
+    return value
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise ValueError(f"the key {printable(twice, 60)} occurs twice")
+    return table
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [item for each in level for item in _inside(each)]
+        if not level:
+            return
+    raise ValueError(f"more than {DEEPEST} tables inside each other")
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"half a character in {printable(value, 60)}") from None
+    elif isinstance(value, list):
+        yield from value
+    elif isinstance(value, dict):
+        yield from value
+        yield from value.values()
+
+
+def read_text(path: Path, most: int = LARGEST) -> str:
+    """The UTF-8 text of a regular file of bounded size, with or without a byte order mark.
+
+    Raises:
+        DamagedError: something else is there.
+        FileNotFoundError: nothing is.
+    """
+    try:
+        told = path.stat()
+        if not stat.S_ISREG(told.st_mode):
+            raise DamagedError(f"{path} is damaged ({_kind(told.st_mode)}, not a file); remove it to run again")
+        if told.st_size > most:
+            raise DamagedError(f"{path} is damaged ({told.st_size:,} bytes, of at most {most:,}); remove it to run again")
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{path} is damaged (it is not UTF-8: {error}); remove it to run again") from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def _kind(mode: int) -> str:
+    kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+    return next((name for name, test in kinds.items() if test(mode)), "a device")
