@@ -135,3 +135,18 @@ def test_no_bound_of_a_network_with_nan():
     table = ok.operators(net, 4)
     assert table.totals == {}
     assert "no bound" in table.notes[-1]
+
+
+def test_a_file_whose_model_is_known_is_read_as_the_model(tmp_path):
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1, groups=2), nn.Flatten(), nn.Linear(32, 5))
+
+    net = build()
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    with torch.device("meta"):
+        like = build()
+    of_file, of_model = ok.operators(tmp_path / "net.pt", 8, like=like), ok.operators(net, 8)
+    assert of_file.rows == of_model.rows
+    assert [row["size"] for row in of_file.rows] == ["8x8", "4x4", "–"]
+    assert not any("sizes are not known" in note for note in of_file.notes)
+    assert any("grouped by their sizes" in note for note in ok.operators(tmp_path / "net.pt", 8).notes)

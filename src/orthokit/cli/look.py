@@ -115,7 +115,7 @@ class Report:
         if self.operator is not None:
             self._refuse_beside_operator()
             for path in paths.values():
-                show(ok.operators(opened(path, like, self.key)[0], self.operator, where=where), self.format, console)
+                show(ok.operators(path, self.operator, where=where, like=like, key=self.key), self.format, console)
             return 0
         conditions = [Condition(text, COLUMNS) for text in self.fail_if]
         unmeasured = [name for condition in conditions for name in condition.names if name in SPECTRAL]

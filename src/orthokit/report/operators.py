@@ -12,7 +12,6 @@ from orthokit.checks import check_count
 from orthokit.diagnostics import operator_singular_values
 from orthokit.kernel import evaluating
 from orthokit.select import Layer, Where, layers, select
-from orthokit.statedict import Layers
 from orthokit.tables import Column, Row, Table
 
 COLUMNS = (
@@ -26,7 +25,9 @@ COLUMNS = (
 
 
 @torch.no_grad()
-def operators(model: Network | Layers, size: int | Sequence[int], *, where: Where = layers) -> Table:
+def operators(
+    model: Network, size: int | Sequence[int], *, where: Where = layers, like: nn.Module | None = None, key: str | None = None
+) -> Table:
     """Largest and smallest singular value of each layer as an operator with circular padding, exactly.
 
     The total's ``sigma_max`` is the product of the layers' largest: an upper bound of the Lipschitz constant of these layers one
@@ -34,21 +35,24 @@ def operators(model: Network | Layers, size: int | Sequence[int], *, where: Wher
 
     Args:
         model: a module: each convolution gets the size that reaches it when an image of ``size`` enters the network; or a state
-            dict or file, which does not tell: each gets ``size``.
+            dict or file, which without ``like`` does not tell: each gets ``size``.
         size: of the image, one number or one for each spatial dimension. A layer's size is rounded up to a multiple of its
             stride.
         where: which layers.
+        like: a model of the architecture of a state dict or file; on the meta device it will do.
+        key: which of several networks in a state dict or file.
 
     Raises:
-        ValueError: no layer is selected.
+        ValueError: no layer is selected, or the network does not take an image of this size.
 
     >>> print(orthokit.operators(nn.Sequential(nn.Conv2d(1, 1, 1, bias=False)), 4).columns[2].header)
     σ max
     """
-    network = model if isinstance(model, Layers) else opened(model)[0]
+    network, reading = opened(model, like, key)
+    runs = model if isinstance(model, nn.Module) else like
     chosen = select(network, where)
     size = _checked(size, chosen)
-    reached = _sizes(model, chosen, size) if isinstance(model, nn.Module) else {}
+    reached = _sizes(runs, chosen, size) if runs is not None else {}
     rows: list[Row] = []
     for layer in chosen:
         kernel = layer.kernel
@@ -67,11 +71,11 @@ def operators(model: Network | Layers, size: int | Sequence[int], *, where: Wher
     bound = {"label": "product: a Lipschitz bound", "sigma_max": math.prod(largest)}
     bounded = len(largest) == len(rows)
     notes = ["circular padding; the bound is of these layers alone, one after another"]
-    if not isinstance(model, nn.Module):
-        notes.append("saved weights tell neither strides nor sizes: every layer is taken at this size, with stride 1")
+    if runs is None:
+        notes.append("sizes are not known: every layer is taken at this size, with stride 1 where no model tells another")
     if not bounded:
         notes.append("no bound: a layer has NaN or infinite weights")
-    return Table("layers as operators", COLUMNS, tuple(rows), {"product": bound} if bounded else {}, tuple(notes))
+    return Table("layers as operators", COLUMNS, tuple(rows), {"product": bound} if bounded else {}, (*notes, *reading))
 
 
 def _checked(size: int | Sequence[int], chosen: Sequence[Layer]) -> int | tuple[int, ...]:
@@ -92,19 +96,20 @@ def _extents(size: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
 
 def _sizes(model: nn.Module, chosen: Sequence[Layer], size: int | Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Spatial size of what reaches each convolution; of a transposed one the size of its output."""
-    convolutions = [layer for layer in chosen if isinstance(layer.module, _ConvNd)]
+    modules = dict(model.named_modules())  # of a state dict's model, whose layers are copies, those that run
+    convolutions = {layer.name: modules.get(layer.name, layer.module) for layer in chosen if isinstance(layer.module, _ConvNd)}
     if not convolutions:
         return {}
     sizes: dict[str, tuple[int, ...]] = {}
     handles = []
-    for layer in convolutions:
+    for name, convolution in convolutions.items():
 
-        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = layer.name) -> None:
+        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
             dimensions = len(module.kernel_size)  # type: ignore[arg-type]
             passed = output if module.transposed else inputs[0]
             sizes.setdefault(name, tuple(passed.shape[-dimensions:]))
 
-        handles.append(layer.module.register_forward_hook(note))
+        handles.append(convolution.register_forward_hook(note))
     try:
         with evaluating(model):
             _run(model, size, sizes)
