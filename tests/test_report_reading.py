@@ -110,6 +110,18 @@ def test_the_sentence_and_the_line_that_acts():
     assert action_of([]) == ""
 
 
+@pytest.mark.parametrize(("bad", "good"), [(2, 3), (9, 2), (8, 12)])
+def test_the_line_that_acts_can_be_run(bad, good):
+    model = nn.Sequential()
+    for place in range(bad + good):
+        model.add_module(f"it's [{place}]*", layer := nn.Linear(24, 24))
+        if place >= bad:
+            nn.init.orthogonal_(layer.weight)
+    scope = {"ok": ok, "model": model}
+    exec(ok.report(model).action, scope)
+    assert [layer.name for layer in scope["ortho"].layers] == [f"it's [{place}]*" for place in range(bad)]
+
+
 def test_pairs_and_duplicates():
     model = trained()
     report = ok.report(model)

@@ -227,6 +227,8 @@ def compare(reports: Mapping[str, Report]) -> Table:
     >>> compare({"before": before, "after": orthokit.report(layer)}).rows[0]["after: word"]
     'orthogonal'
     """
+    if not isinstance(reports, Mapping) or not all(isinstance(each, Report) for each in reports.values()):
+        raise TypeError(f"compare takes reports by name, {{'before': report, 'after': report}}; got {reports!r:.200}")
     if len(reports) < 2:
         raise ValueError(f"a comparison needs two reports or more; got {len(reports)}")
     names = list(dict.fromkeys(row["layer"] for each in reports.values() for row in each.rows))

@@ -97,7 +97,7 @@ def _measure(kernel: Kernel, spectrum: bool) -> Row:
     else:
         row["tightness"] = frame_tightness(matrix).square().mean().sqrt().item()
         row["welch_ratio"] = row["max_cos"] / welch_bound(o, n)
-    pointing = (lengths > 0).sum(-1)
+    pointing = (lengths.square() > torch.finfo(lengths.dtype).tiny).sum(-1)  # as for cosines
     row["word"] = word_of(row, int((pointing * (pointing - 1) // 2).sum()))
     return row
 

@@ -6,6 +6,7 @@ The thresholds are ours. They are stated on the page "Reading a report" of the d
 import math
 from collections import Counter
 from collections.abc import Sequence
+from glob import escape
 
 from orthokit.checks import printable
 from orthokit.tables import Row
@@ -85,15 +86,15 @@ def action_of(rows: Sequence[Row]) -> str:
         return ""
     lengths = [row["mean_length"] for row in bad]
     penalty = "ok.Disentangled(weights=(0, 1))" if sorted(lengths)[len(lengths) // 2] > LONG else "ok.Disentangled()"
-    where = "ok.layers" if len(bad) == len(worded) else _matching([row["layer"] for row in bad])
+    where = "ok.layers" if len(bad) == len(worded) else _matching(bad, [row for row in worded if row not in bad])
     if all(row["kind"].startswith("Conv") for row in bad) and sum(row["kind"].startswith("Conv") for row in worded) == len(bad):
         where = ""  # every convolution, the default
     return f"ortho = ok.Regularizer(model, {penalty}, strength=0.1{f', where={where}' if where else ''})"
 
 
-def _matching(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:6])
-    return f"ok.matching({shown}{', ...' if len(names) > 6 else ''})"
+def _matching(bad: Sequence[Row], others: Sequence[Row]) -> str:
+    few, negation = (bad, "") if len(bad) <= max(6, len(others)) else (others, "ok.layers & ~")
+    return f"{negation}ok.matching({', '.join(repr(escape(row['layer'])) for row in few)})"
 
 
 def _verb(word: str, count: int) -> str:
