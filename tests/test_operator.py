@@ -150,3 +150,17 @@ def test_a_file_whose_model_is_known_is_read_as_the_model(tmp_path):
     assert [row["size"] for row in of_file.rows] == ["8x8", "4x4", "–"]
     assert not any("sizes are not known" in note for note in of_file.notes)
     assert any("grouped by their sizes" in note for note in ok.operators(tmp_path / "net.pt", 8).notes)
+
+
+@pytest.mark.parametrize("error", [AssertionError, AttributeError, KeyError, IndexError, TypeError])
+def test_networks_that_take_no_such_image(error):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+
+    def refuse(x):
+        raise error("need 32")
+
+    net.forward = refuse
+    with pytest.raises(ValueError, match=r"need 32.*pass another size, or the state dict"):
+        ok.operators(net, 8)
+    assert not net[0]._forward_hooks
+    assert ok.operators(net.state_dict(), 8).rows

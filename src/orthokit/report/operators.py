@@ -128,9 +128,12 @@ def _run(model: nn.Module, size: int | Sequence[int], sizes: dict[str, tuple[int
         sizes.clear()
         try:
             model(next(entry.parameters()).new_zeros((1, *image)))
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # of anybody's forward pass
             reason = str(error).partition("\n")[0]
-            refusals.append(f"an image of shape {image} does not go through the network ({reason}); pass another size")
+            refusals.append(
+                f"an image of shape {image} does not go through the network ({reason}); pass another size, "
+                "or the state dict alone, every layer of which is taken at the size given"
+            )
         else:
             return
     raise ValueError(refusals[0])
