@@ -28,7 +28,7 @@ demo: $(VENV)/.ready ## train small networks on real digits, with and without or
 	@$(BIN)/orthokit demo
 
 test: $(VENV)/.ready ## the tests, with every shape annotation checked
-	@$(WORK) $(BIN)/python -m pytest --numprocesses=2 --quiet
+	@$(WORK) $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --quiet
 
 check: $(VENV)/.ready ## what continuous integration checks besides the tests: style, types, architecture
 	@$(BIN)/ruff check

@@ -125,6 +125,7 @@ def test_precision_follows_the_processor(monkeypatch, tmp_path, name, supported,
     """Where bfloat16 is multiplied no faster than float32, ``auto`` is float32."""
     (tmp_path / "cpuinfo").write_text(f"vendor_id\t: x\nmodel name\t: {name}\n")
     monkeypatch.setattr(hardware, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(hardware, "_cpuinfo", hardware._cpuinfo.__wrapped__)  # without what it remembers
     for each in ("amx_tile", "avx512_bf16"):
         monkeypatch.setattr(torch.cpu, f"_is_{each}_supported", lambda each=each: each in supported)
     fabric = Hardware(device="cpu", threads=1).fabric("auto")

@@ -314,8 +314,8 @@ LARGE = 2**22
 """Entries of Gram matrices from which on a rule works by blocks of rows: see Note [memory]."""
 
 
-def is_large(product: Float[Tensor, "*b o m"]) -> bool:
-    """Whether a rule must not hold several such matrices; not where its operations are differentiated."""
+def is_large(product: Tensor) -> bool:
+    """Whether a rule must not hold several tensors of this size; not where its operations are differentiated."""
     return product.numel() > LARGE and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 

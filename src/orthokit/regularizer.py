@@ -288,8 +288,9 @@ class Regularizer:
             with torch.enable_grad():  # without it the kernel would not tell whether it trains
                 kernel = replace(layer.kernel, rank=self.ranks.get(layer.name))
             check_shape(layer, kernel.rank, self._shapes[place], kernel.weight.shape)
-            own = sources(layer.module, layer.weight, kernel)
-            if self.include_frozen or kernel.weight.requires_grad or any(p.requires_grad for p in own):
+            trains = self.include_frozen or kernel.weight.requires_grad
+            # Only then: the compiler cannot follow a graph back to its parameters.
+            if trains or any(p.requires_grad for p in sources(layer.module, layer.weight, kernel)):
                 computed.setdefault(kernel.layout, []).append((layer, kernel))
         if not (plain or computed or mine is not None):
             warn_once(f"all {len(self.layers)} selected layers are frozen now, so the penalty is 0; see include_frozen")
