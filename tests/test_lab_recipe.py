@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orthokit.lab.recipe import Recipe, differences, label, load, merged
+from orthokit.lab.recipe import Recipe, differences, label, load, merged, read_toml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NETWORKS = ("resnet20", "resnet56", "resnet110", "resnet18", "resnet34", "wrn16-8", "wrn28-10")
@@ -205,3 +205,21 @@ def test_bad_files(tmp_path):
     (tmp_path / "b.toml").write_text("extends = 3")
     with pytest.raises(ValueError, match="extends must be a file or a list"):
         load(tmp_path / "b.toml")
+
+
+@pytest.mark.parametrize(("count", "width"), [(2000, 1), (24, 2)])
+def test_extends_is_bounded(tmp_path, count, width):
+    for i in range(count):
+        (tmp_path / f"{i}.toml").write_text(f"extends = {[f'{i + 1}.toml'] * width}")
+    (tmp_path / f"{count}.toml").write_text("")
+    with pytest.raises(ValueError, match="fewer files"):
+        load(tmp_path / "0.toml")
+
+
+def test_files_that_nest_too_deep_are_one_line_and_byte_order_marks_are_read(tmp_path):
+    deep, marked = tmp_path / "deep.toml", tmp_path / "marked.toml"
+    deep.write_text("a = " + "[" * 5000 + "]" * 5000)
+    marked.write_bytes(b"\xef\xbb\xbfa = 1")
+    with pytest.raises(ValueError, match="too deep"):
+        load(deep)
+    assert read_toml(marked) == {"a": 1}

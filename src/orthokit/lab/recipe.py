@@ -334,6 +334,10 @@ def differences(one: Recipe, other: Recipe) -> str:
     return ", ".join(f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}" for key in keys)
 
 
+DEPTH, FILES = 32, 1000
+"""Files that extend each other, in a row and in all; one that is extended twice counts twice."""
+
+
 class _Reader:
     """Reads a TOML file with what it extends, and remembers which file gave what."""
 
@@ -351,6 +355,10 @@ class _Reader:
             raise FileNotFoundError(f"{named} is a folder, no {what}" if path.is_dir() else f"no {what} {named} is there")
         if path.resolve() in above:
             raise ValueError(f"{path} extends itself, through {', '.join(map(str, above))}")
+        if len(above) > DEPTH or len(self.opened) >= FILES:
+            raise ValueError(
+                f"{path}: over {DEPTH} files extend each other in a row, or {FILES} in all; put what they say in fewer files"
+            )
         self.opened.append(path)
         own = read_toml(path)
         own |= {name: _beside(path, own[name]) for name in self.files if not place and name in own}
@@ -395,7 +403,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         ValueError: it is none.
     """
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))  # editors may begin a file with a byte order mark
+    except RecursionError:
+        raise ValueError(f"{path} is no TOML that can be read: its values lie too deep inside each other") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML: {error}") from None
 
