@@ -144,6 +144,11 @@ def test_bad_files(tmp_path, capsys, command, name, make, message):
         (["demo", "--data", "cifar10"], "--data cifar10 and --root DIR go together"),
         (["demo", "--root", "."], "go together"),
         (["demo", "--seeds", "0"], "--seeds must be at least 1"),
+        (["train", "r.toml", "--name", "../../x"], "--name is a folder below --out"),
+        (["train", "r.toml", "--name", "/abs"], "--name is a folder below --out"),
+        (["train", "r.toml", "--name", ".."], "--name is a folder below --out"),
+        (["train", "r.toml", "--devices", "-1"], "--devices must be at least 1"),
+        (["train", "r.toml", "--threads", "100000"], "--threads must be at most 1,024"),
         (["demo", "--data", "cifar10", "--root", "nowhere"], "no CIFAR-10 in nowhere"),
     ],
 )
@@ -241,3 +246,37 @@ def test_missing_extras_are_named(monkeypatch, checkpoint, capsys, tmp_path, mod
         arguments = ["report", str(checkpoint), "--picture", str(tmp_path / "p.png")]
     assert main(arguments) == 2
     assert "pip install 'orthokit[lab]'" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    ],
+    ids=["python", "processor", "accelerator"],
+)
+def test_too_little_memory_is_one_line(monkeypatch, checkpoint, capsys, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ok, "report", fail)
+    assert main(["report", str(checkpoint)]) == 2
+    assert "out of memory; try fewer --jobs" in capsys.readouterr().err
+    monkeypatch.setattr(ok, "report", lambda *_, **__: fail_otherwise())
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["report", str(checkpoint)])
+
+
+def fail_otherwise():
+    raise RuntimeError("a fault of ours")
+
+
+def test_a_strategy_whose_package_is_missing_is_one_line():
+    from orthokit.lab.hardware import Hardware
+
+    with pytest.raises(ValueError, match="--strategy deepspeed cannot be used here"):
+        Hardware(device="cpu", strategy="deepspeed").fabric("32-true")

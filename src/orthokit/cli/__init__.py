@@ -88,9 +88,21 @@ def main(args: Sequence[str] | None = None) -> int:
             return 0
         errors.print(Text.assemble(("orthokit:", "bold red"), " ", _line(error)))
         return getattr(error, "status", 2)
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("ORTHOKIT_DEBUG") or not _lacks_memory(error):
+            raise
+        wanted = "fewer --jobs, a smaller train.batch, or fewer layers at a time (--where, --no-spectrum)"
+        errors.print(Text.assemble(("orthokit:", "bold red"), f" out of memory; try {wanted}"))
+        return 2
     except KeyboardInterrupt as interrupt:
         errors.print(Text(_line(interrupt) or "interrupted"))
         return 130
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether the processor or an accelerator could not allocate what was asked for."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def _line(error: BaseException) -> str:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from orthokit.lab.record import Run
 
 
+MOST_THREADS = 1024
+"""Of one process; far more make OpenMP fail as it starts them."""
+
+
 @dataclass(frozen=True)
 class Demo:
     """Train a small residual network without, with strict and with relaxed orthogonality; compare what it learned.
@@ -81,6 +85,8 @@ class Machine:
 
     def __post_init__(self) -> None:
         check_positive(self, "jobs", "jobs_per_device", "threads")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise UsageError(f"--threads must be at most {MOST_THREADS:,}; got {self.threads:,}")
         if self.address is not None and self.backend == "local":
             raise UsageError("--address does nothing without --backend ray")
 
@@ -148,6 +154,9 @@ class Train:
             raise UsageError("name a recipe, such as recipes/nano_cifar10_strict.toml")
         if self.name is not None and len(self.recipes) > 1:
             raise UsageError("--name is for a single recipe")
+        if self.name is not None and (self.name != Path(self.name).name or self.name in ("", ".", "..") or "\0" in self.name):
+            raise UsageError(f"--name is a folder below --out, without slashes; got {self.name!r}")
+        check_positive(self, "devices")
         seeds = [seed for given in self.seeds for seed in given] if self.seeds else [0]
         with needing("training needs"):
             from orthokit.lab.display import Display

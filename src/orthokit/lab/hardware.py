@@ -52,8 +52,9 @@ class Hardware:
                 strategy="ddp" if self.strategy == "auto" and max(everywhere, self.devices) > 1 else self.strategy,
                 precision=precision,
             )
-        except RuntimeError as error:
-            raise ValueError(f"--device {self.device} cannot be used here: {error}") from None
+        except (RuntimeError, ImportError) as error:
+            given = "" if self.strategy == "auto" else f" with --strategy {self.strategy}"
+            raise ValueError(f"--device {self.device}{given} cannot be used here: {error}") from None
         fabric.launch()
         return fabric
 
