@@ -141,7 +141,7 @@ def overview(rows: Sequence[Row]) -> "Figure":
     for word in words:
         axis.bar(0, 0, color=WORDS[word], label=word)
     if words:
-        axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+        figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside upper center", ncols=3)
     _plain(axis)
     return figure
 
