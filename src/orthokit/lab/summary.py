@@ -5,13 +5,12 @@ A run's folder may be somebody else's, or damaged. Whatever lies there, reading 
 """
 
 import json
-import math
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orthokit.checks import printable
 
@@ -29,14 +28,8 @@ class DamagedError(ValueError):
     """A file of a run is not what a run writes."""
 
 
-def _measured(value: float) -> float:
-    if not math.isnan(value) and not math.isinf(value) and abs(value) > HUGE:
-        raise ValueError(f"no measurement is larger than {HUGE:g}")
-    return value
-
-
-Number = Annotated[int | float, AfterValidator(_measured)]
-"""NaN and infinity among them, which readers leave out."""
+Number = int | float
+"""What is NaN, infinite or larger than :data:`HUGE` among them, which readers leave out."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Strength = Annotated[float, Field(gt=0, lt=1e6)]
