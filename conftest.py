@@ -19,7 +19,7 @@ def in_module(namespace):
     namespace.update(vars(orthokit.diagnostics), welch_bound=orthokit.welch_bound)
 
 
-docstrings = Sybil(parsers=[DocTestParser()], patterns=["src/orthokit/*.py", "src/orthokit/*/*.py"], setup=in_module)
+docstrings = Sybil(parsers=[DocTestParser()], patterns=["src/orthokit/**/*.py"], setup=in_module)
 pages = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["*.md", "docs/**/*.md"], setup=setup)
 
 pytest_collect_file = (docstrings + pages).pytest()

@@ -39,8 +39,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import orthokit as ok
 from orthokit.checks import check_choice
-from orthokit.lab.hardware import Hardware, environment
-from orthokit.lab.models import build
+from orthokit.lab.networks.registry import build
+from orthokit.lab.training.hardware import Hardware, environment
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet20": ("ResNet-20", {"kind": "resnet", "depth": 20}),

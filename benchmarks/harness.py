@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from orthokit.lab.batches import Augment, Batches
-from orthokit.lab.data import load as load_images
-from orthokit.lab.hardware import Hardware
-from orthokit.lab.recipe import load
-from orthokit.lab.record import Run
-from orthokit.lab.train import train
-from orthokit.lab.watch import Watch
+from orthokit.lab.data.augment import Augment, Batches
+from orthokit.lab.data.images import load as load_images
+from orthokit.lab.recipes.recipe import load
+from orthokit.lab.runs.control import Watch
+from orthokit.lab.runs.run import Run
+from orthokit.lab.training.hardware import Hardware
+from orthokit.lab.training.loop import train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ARMS = ("none", "so", "strict", "relaxed")

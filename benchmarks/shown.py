@@ -11,7 +11,7 @@ from plain import ARMS
 from rich import box
 from rich.table import Table
 
-from orthokit.evidence.figures import STYLE
+from orthokit.lab.reporting.figures import STYLE
 from orthokit.plots import COLOURS
 
 WAYS = {"add_grad_": "add_grad_()", "loss": "loss, backward", "plain": "plain loop"}

@@ -4,7 +4,7 @@ import shutil
 from importlib.metadata import version as _version
 from pathlib import Path
 
-import orthokit.lab.summary  # noqa: F401  # pydantic builds its schemas before autodoc sets TYPE_CHECKING
+import orthokit.lab.runs.summary  # noqa: F401  # pydantic builds its schemas before autodoc sets TYPE_CHECKING
 
 project = "orthokit"
 copyright = "2026, the orthokit authors"

@@ -13,6 +13,23 @@ from orthokit.groups import param_groups
 from orthokit.integrations.logs import log
 from orthokit.integrations.optimizer import attach
 from orthokit.kernel import Kernel, kernel_of
+from orthokit.layers import (
+    Predicate,
+    convs,
+    depthwise,
+    embeddings,
+    head,
+    layers,
+    linears,
+    matching,
+    pointwise,
+    select,
+    spatial,
+    stem,
+    tall,
+    tied,
+    zeros,
+)
 from orthokit.penalties import (
     DSO,
     EADC,
@@ -54,23 +71,6 @@ from orthokit.relax import (
 )
 from orthokit.report import Report, duplicates, merge_copies, operators, report
 from orthokit.schedules import chain, constant, cosine, linear, piecewise, warmup
-from orthokit.select import (
-    Predicate,
-    convs,
-    depthwise,
-    embeddings,
-    head,
-    layers,
-    linears,
-    matching,
-    pointwise,
-    select,
-    spatial,
-    stem,
-    tall,
-    tied,
-    zeros,
-)
 from orthokit.testing import check_penalty
 
 __version__ = version("orthokit")

@@ -9,8 +9,8 @@ from torch import Tensor
 from orthokit.checks import warn_once
 from orthokit.gram import lengths, outside_autocast
 from orthokit.kernel import Kernel, KernelMeasure, plain_weight
+from orthokit.layers import Layer
 from orthokit.schedules import Schedule, cosine, linear, warmup
-from orthokit.select import Layer
 
 LONG = 4.0
 """Length from which on a filter is longer than the usual initialisations make it (up to 3.5, of 1x1 convolutions with six times

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from orthokit import checkpoint
-from orthokit.filekind import regular
+from orthokit.checkpoint.kind import regular
+from orthokit.checkpoint.pickles import plain_name
+from orthokit.checkpoint.statedict import Layers, bare, layers_of, pick
 from orthokit.kernel import has_kernel
-from orthokit.pickles import plain_name
-from orthokit.select import unwrap
-from orthokit.statedict import Layers, bare, layers_of, pick
+from orthokit.layers import unwrap
 
 Network = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 """A model, a state dict (or a checkpoint that holds one), or the path of a saved network."""

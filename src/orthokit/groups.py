@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from orthokit.checks import check_flag, check_number
-from orthokit.select import Layer, reshard
+from orthokit.layers import Layer, reshard
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

@@ -190,7 +190,7 @@ def _read(layer: nn.Module) -> Kernel:
     if len(names) != 1:
         raise ValueError(
             f"this {type(layer).__name__} has {len(names)} weights that are kernels ({', '.join(names) or 'none'}); "
-            "orthokit.select gives each as a layer of its own"
+            "orthokit.layers gives each as a layer of its own"
         )
     return kernel_named(layer, names[0])
 

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from orthokit.checkpoint.statedict import Layers
 from orthokit.checks import printable
 from orthokit.diagnostics import singular_values
 from orthokit.gram import cosines, directions, welch_bound
 from orthokit.kernel import Kernel
-from orthokit.select import Where, layers, select
-from orthokit.statedict import Layers
+from orthokit.layers import Where, layers, select
 from orthokit.tables import Row
 
 if TYPE_CHECKING:

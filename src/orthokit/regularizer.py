@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from orthokit.advice import check_shape, named, warn_of_long_filters
 from orthokit.audit import check_places, edges_to, warn_of_selection
 from orthokit.checks import check_count, check_flag, check_number, warn_once
-from orthokit.closed import Batch, Measured, add_grads_, add_up, identity, in_batches, total
+from orthokit.engine import Batch, Measured, add_grads_, add_up, identity, in_batches, total
 from orthokit.gram import GramRule, Side, is_by_rows, is_finite, outside_autocast, upcast
 from orthokit.groups import param_groups
 from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources
+from orthokit.layers import Layer, Where, convs, reshard, select
 from orthokit.schedules import Schedule, as_schedule, check_strength, constant
-from orthokit.select import Layer, Where, convs, reshard, select
 
 
 def sqrt_filters(kernel: Kernel) -> float:

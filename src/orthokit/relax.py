@@ -17,10 +17,10 @@ from typing import Any, Literal, overload
 from torch import Tensor, nn
 
 from orthokit.audit import unread_parameters
+from orthokit.checkpoint.statedict import Layers
 from orthokit.checks import check_choice, check_count, check_number, short_repr
 from orthokit.gram import welch_bound
-from orthokit.select import Where, convs, select
-from orthokit.statedict import Layers
+from orthokit.layers import Where, convs, select
 from orthokit.tables import Column, Row, Table
 
 Count = Literal["expected", "fewest"]

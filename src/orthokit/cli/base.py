@@ -13,7 +13,7 @@ from orthokit.checks import printable
 from orthokit.tables import Table
 
 if TYPE_CHECKING:
-    from orthokit.lab.data import ImageSet
+    from orthokit.lab.data.images import ImageSet
 
 Format = Literal["table", "json", "csv"]
 
@@ -74,7 +74,7 @@ def write_text(path: Path, text: str) -> None:
 
 def demo_images(root: Path | None) -> "Callable[[], ImageSet]":
     """Loads what the demo trains on: the digits, or some of the CIFAR-10 in ``root``. Can be pickled."""
-    from orthokit.lab.data import load
+    from orthokit.lab.data.images import load
 
     return (
         functools.partial(load, "digits") if root is None else functools.partial(load, "cifar10", root=root, train=5000, size=16)

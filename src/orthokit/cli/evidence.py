@@ -20,10 +20,10 @@ from orthokit.cli.lab import Machine
 from orthokit.tables import Column, Table
 
 if TYPE_CHECKING:
-    from orthokit.evidence.compare import Comparison
-    from orthokit.evidence.evaluate import Subject
-    from orthokit.evidence.results import Result
-    from orthokit.evidence.study import Plan, Task
+    from orthokit.lab.comparison.comparison import Comparison
+    from orthokit.lab.evaluation.evaluate import Subject
+    from orthokit.lab.runs.results import Result
+    from orthokit.lab.study import Plan, Task
 
 Part = Literal["attacks", "corruptions", "noise", "features", "accuracy", "orthogonality"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -65,8 +65,9 @@ class Evaluate:
             raise UsageError("name a run's folder or a checkpoint, such as runs/nano_cifar10_strict")
         check_positive(self, "images", "jobs", "threads")
         with needing("evaluating needs"):
-            from orthokit.evidence import evaluate, formats
-            from orthokit.lab import recipe
+            from orthokit.lab.evaluation import evaluate
+            from orthokit.lab.recipes import recipe
+            from orthokit.lab.reporting import tables as formats
         given = None if self.recipe is None else recipe.load(self.recipe)
         damaged: list[str] = []
         wanted = [
@@ -100,8 +101,8 @@ class Evaluate:
 
 
 def measured(subjects: "Sequence[Subject]", console: Console, **options: Any) -> int:
-    """Evaluate what is left, with a bar and the options of ``orthokit.evidence.evaluate.evaluate``; how many parts failed."""
-    from orthokit.evidence.evaluate import evaluate
+    """Evaluate what is left, with a bar; the number of parts that failed. See :mod:`orthokit.lab.evaluation.evaluate`."""
+    from orthokit.lab.evaluation.evaluate import evaluate
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
@@ -125,7 +126,7 @@ def measured(subjects: "Sequence[Subject]", console: Console, **options: Any) ->
 
 
 def _table(subjects: "Sequence[Subject]", results: "Sequence[Result]") -> tuple[tuple[Column, ...], list[dict[str, Any]]]:
-    from orthokit.evidence.results import METRICS
+    from orthokit.lab.comparison.metrics import METRICS
 
     metrics = [metric for metric in METRICS if metric.group != "cost"]
     twice = {name for name, count in Counter(subject.name for subject in subjects).items() if count > 1}
@@ -138,7 +139,7 @@ def _table(subjects: "Sequence[Subject]", results: "Sequence[Result]") -> tuple[
 
 def _curves(found: "Result") -> RichTable:
     """Accuracy by strength, where measured."""
-    from orthokit.evidence.results import curve
+    from orthokit.lab.comparison.metrics import curve
 
     labels = {"fgsm": "FGSM, radius/255", "pgd": "PGD L∞, radius/255", "pgd_l2": "PGD L2, radius", "noise": "noise, sd"}
     curves = {label: curve(key, found) for key, label in labels.items()}
@@ -197,9 +198,11 @@ class Compare:
         if not self.runs:
             raise UsageError("name folders of runs, such as runs")
         with needing("comparing needs"):
-            from orthokit.evidence import formats, page, results
-            from orthokit.evidence.compare import PANELS, compare
-            from orthokit.lab.files import write
+            from orthokit.lab.atomic import write
+            from orthokit.lab.comparison.comparison import PANELS, compare
+            from orthokit.lab.reporting import page
+            from orthokit.lab.reporting import tables as formats
+            from orthokit.lab.runs import results
         files = [path for path in (self.markdown, self.latex, self.csv, self.html) if path is not None]
         if len({path.resolve() for path in files}) < len(files):
             raise UsageError("--html, --markdown, --latex and --csv need different files")
@@ -222,7 +225,7 @@ class Compare:
             console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
 
     def _of_sheets(self, options: dict[str, Any]) -> "Comparison":
-        from orthokit.evidence.sheet import compare_lines
+        from orthokit.lab.comparison.sheet import compare_lines
 
         if others := [path for path in self.runs if path.suffix.lower() != ".csv"]:
             raise UsageError(f"{others[0]} is no CSV file; give CSV files, or folders of runs, not both at once")
@@ -259,7 +262,7 @@ class Power:
 
     def _typical(self, console: Console) -> float:
         """A standard deviation of runs that are there."""
-        from orthokit.evidence.spread import spreads, typical
+        from orthokit.lab.comparison.spread import spreads, typical
 
         paths = self.like or (Path("results"),)
         if not self.like and not paths[0].is_dir():
@@ -279,7 +282,7 @@ class Power:
 
     def run(self, console: Console) -> None:
         with needing("this needs"):
-            from orthokit.evidence.statistics import detectable, power, seeds_needed
+            from orthokit.lab.comparison.inference import detectable, power, seeds_needed
         family: dict[str, Any] = {"comparisons": self.comparisons, "alpha": self.alpha}
 
         def say(text: str) -> None:
@@ -327,7 +330,8 @@ class Study:
 
     def run(self, console: Console) -> int:
         with needing("studies need"):
-            from orthokit.evidence import formats, study
+            from orthokit.lab import study
+            from orthokit.lab.reporting import tables as formats
 
         def say(text: str, style: str | None = None) -> None:
             console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
@@ -361,7 +365,7 @@ class Study:
 
     def _do(self, plan: "Plan", console: Console) -> int:
         """Train, evaluate and keep what is left of the present stage."""
-        from orthokit.evidence import evaluate
+        from orthokit.lab.evaluation import evaluate
 
         machine, asked, left, status = self.machine, plan.said.evaluate, plan.left(), 0
         damaged = [task for task in left if task.run.damage()]

@@ -13,7 +13,7 @@ from rich.markup import escape
 from orthokit.cli.base import UsageError, check_positive, demo_images, needing
 
 if TYPE_CHECKING:
-    from orthokit.lab.record import Run
+    from orthokit.lab.runs.run import Run
 
 
 MOST_THREADS = 1024
@@ -92,11 +92,10 @@ class Machine:
 
     def run_all(self, runs: "Sequence[Run]", console: Console, *, test: bool = True) -> int:
         """Do what is left of ``runs``, each in a process of its own; exit status 4 if any failed. ``test``: show test results."""
-        from orthokit.lab.display import Display
-        from orthokit.lab.logs import Log
-        from orthokit.lab.recipe import check_all
-        from orthokit.lab.runner import Pool, run_all
-        from orthokit.lab.watch import Watch
+        from orthokit.lab.recipes.recipe import check_all
+        from orthokit.lab.runs.launch import Pool, run_all
+        from orthokit.lab.runs.logs import Log
+        from orthokit.lab.runs.progress import Display, Watch
 
         damaged = {run.folder: why for run in runs if (why := run.damage()) is not None}
         every, runs = runs, [run for run in runs if run.folder not in damaged]
@@ -159,12 +158,12 @@ class Train:
         check_positive(self, "devices")
         seeds = [seed for given in self.seeds for seed in given] if self.seeds else [0]
         with needing("training needs"):
-            from orthokit.lab.display import Display
-            from orthokit.lab.hardware import Hardware
-            from orthokit.lab.logs import Log
-            from orthokit.lab.recipe import label, load
-            from orthokit.lab.record import SEEDS, Run
-            from orthokit.lab.train import train
+            from orthokit.lab.recipes.recipe import label, load
+            from orthokit.lab.runs.logs import Log
+            from orthokit.lab.runs.progress import Display
+            from orthokit.lab.runs.run import SEEDS, Run
+            from orthokit.lab.training.hardware import Hardware
+            from orthokit.lab.training.loop import train
         if not seeds or not all(0 <= seed < SEEDS for seed in seeds) or len({*seeds}) < len(seeds):
             raise UsageError(f"--seeds must be different numbers from 0 to 2^32; got {' '.join(map(str, seeds)) or 'none'}")
         machine, settings = self.machine, [setting for given in self.set for setting in given]

@@ -24,12 +24,12 @@ from orthokit import checkpoint
 from orthokit.architecture import build, opened
 from orthokit.checks import printable
 from orthokit.cli.base import Format, UsageError, check_positive, demo_images, needing, say, show, write_text
-from orthokit.config import where_of
+from orthokit.layers import Layer
 from orthokit.relax import Policy
 from orthokit.report import COLUMNS, compare
 from orthokit.report.gate import Condition
 from orthokit.report.measure import SPECTRAL
-from orthokit.select import Layer
+from orthokit.spec import where_of
 from orthokit.tables import Table
 
 
@@ -251,7 +251,7 @@ class Plan:
     floor: int | None = None
     """Never choose r below this (say, the classes of the data set) where the layer has room for it."""
     data: Literal["digits", "cifar10"] | None = None
-    """Measure r on the images the demo trains on; the checkpoint must be of its network (orthokit.lab.models.ResNet)."""
+    """Measure r on the images the demo trains on; the checkpoint must be of its network (orthokit.lab.networks.resnet.ResNet)."""
     root: Path | None = None
     """With --data cifar10: the folder cifar-10-batches-py of CIFAR-10's python version, or the one that holds it."""
     energy: float | None = None
@@ -288,7 +288,7 @@ class Plan:
 
     def _measure(self, saved: Mapping[str, Any], where: ok.Predicate) -> tuple[nn.Module, dict[str, int]]:
         """The lab's network with these weights, and the ranks of its layers on the training images."""
-        from orthokit.lab.models import ResNet
+        from orthokit.lab.networks.resnet import ResNet
 
         network = ResNet.from_checkpoint(saved)
         with needing("the digits need"):

@@ -14,9 +14,9 @@ from orthokit.checks import check_choice, check_count, check_flag
 from orthokit.integrations.logs import measured
 from orthokit.integrations.optimizer import add_in_step, check_trained
 from orthokit.kernel import Kernel, KernelMeasure
+from orthokit.layers import Where, convs
 from orthokit.regularizer import Regularizer
 from orthokit.schedules import Schedule
-from orthokit.select import Where, convs
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer

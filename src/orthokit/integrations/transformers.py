@@ -10,9 +10,9 @@ from orthokit.checks import check_choice, check_count, check_flag
 from orthokit.integrations.logs import measured
 from orthokit.integrations.optimizer import attach
 from orthokit.kernel import Kernel, KernelMeasure
+from orthokit.layers import Where, convs
 from orthokit.regularizer import Regularizer
 from orthokit.schedules import Schedule
-from orthokit.select import Where, convs
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

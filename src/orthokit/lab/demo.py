@@ -26,10 +26,10 @@ from torch.nn import functional as F
 import orthokit as ok
 from orthokit.checkpoint import ordered
 from orthokit.kernel import KernelMeasure
-from orthokit.lab.data import ImageSet
-from orthokit.lab.files import write
-from orthokit.lab.models import ResNet
-from orthokit.lab.watch import follow
+from orthokit.lab.atomic import write
+from orthokit.lab.data.images import ImageSet
+from orthokit.lab.networks.resnet import ResNet
+from orthokit.lab.runs.control import follow
 from orthokit.plots import draw
 
 STRENGTH = 0.1

@@ -36,10 +36,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from orthokit.lab.files import to_json, write
-from orthokit.lab.recipe import inline, label, load, read_section
-from orthokit.lab.record import Run, Seeds
-from orthokit.lab.sections import Section
+from orthokit.lab.atomic import to_json, write
+from orthokit.lab.recipes.recipe import inline, label, load, read_section
+from orthokit.lab.recipes.sections import Section
+from orthokit.lab.runs.run import Run, Seeds
 
 Settings = dict[str, Any]
 

@@ -14,11 +14,11 @@ from orthokit.audit import unread_parameters
 from orthokit.checks import check_count, check_number, did_you_mean
 from orthokit.diagnostics import COPY
 from orthokit.kernel import Kernel
+from orthokit.layers import Layer, Where, layers, select
 from orthokit.report.measure import COLUMNS, is_measured, row_of, totals_of
 from orthokit.report.merge import Pair, merge_copies, pairs_of
 from orthokit.report.operators import operators
 from orthokit.report.words import WORDS, action_of, ranked, sentence_of
-from orthokit.select import Layer, Where, layers, select
 from orthokit.tables import Column, Row, Table
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from orthokit.diagnostics import angles, effective_rank, frame_tightness, random
 from orthokit.diagnostics.spectrum import spectrum_of
 from orthokit.gram import frobenius, gram, less_identity, welch_bound
 from orthokit.kernel import Kernel
+from orthokit.layers import Layer
 from orthokit.report.words import word_of
-from orthokit.select import Layer
 from orthokit.tables import Column, Row
 
 COLUMNS = (

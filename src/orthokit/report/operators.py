@@ -11,7 +11,7 @@ from orthokit.architecture import Network, opened
 from orthokit.checks import check_count
 from orthokit.diagnostics import operator_singular_values
 from orthokit.kernel import evaluating
-from orthokit.select import Layer, Where, layers, select
+from orthokit.layers import Layer, Where, layers, select
 from orthokit.tables import Column, Row, Table
 
 COLUMNS = (

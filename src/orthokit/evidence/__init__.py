@@ -1,1 +1,0 @@
-"""What training did: networks evaluated, arms compared, tables, figures and pages, studies."""

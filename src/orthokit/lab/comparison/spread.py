@@ -1,0 +1,86 @@
+"""How much results vary from seed to seed: what a plan for new runs can take from runs that are there."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orthokit.lab.comparison.inference import Sample, pooled_sd
+from orthokit.lab.comparison.metrics import Metric, metric_of
+from orthokit.lab.comparison.sheet import lines_of
+from orthokit.lab.runs.results import TUNING, read_summary
+from orthokit.lab.runs.run import SUMMARY
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The standard deviation of seeds of one network and its data, pooled over the arms."""
+
+    where: str
+    runs: int
+    arms: int
+    sd: float
+
+
+def spreads(paths: Sequence[Path], metric: str | None = None) -> tuple[str, list[Spread]]:
+    """The metric's heading, and how it varies in each panel below folders of runs, or in CSV files.
+
+    Args:
+        paths: folders that hold runs or the results of studies, or CSV files as ``orthokit compare`` reads them.
+        metric: a key of ``orthokit.lab.comparison.metrics.METRICS`` (test accuracy by default), or a column
+            (the first one by default).
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: no arm has two runs with the metric, or a file is damaged.
+    """
+    sheets = [path for path in paths if path.suffix.lower() == ".csv"]
+    if sheets and len(sheets) < len(paths):
+        raise ValueError("give CSV files, or folders of runs, not both at once")
+    heading, values = _of_sheets(sheets, metric) if sheets else _of_runs(paths, metric_of(metric or "accuracy"))
+    found = []
+    for where in dict.fromkeys(panel for panel, _ in values):
+        samples = [Sample(tuple(each)) for (panel, _), each in values.items() if panel == where and len(each) > 1]
+        if sd := pooled_sd(samples):
+            found.append(Spread(where, sum(sample.n for sample in samples), len(samples), sd))
+    if not found:
+        raise ValueError(f"no arm has two runs that differ in {heading} in {', '.join(map(str, paths))}")
+    return heading, found
+
+
+Values = dict[tuple[str, str], list[float]]
+"""Panel and arm -> a value for each seed."""
+
+
+def _of_sheets(paths: Sequence[Path], metric: str | None) -> tuple[str, Values]:
+    _, names, lines = lines_of(paths)
+    name = metric or names[0]
+    if name not in names:
+        raise ValueError(f"no column {name!r} with a metric; there are {', '.join(names)}")
+    values: Values = {}
+    for line in lines:
+        values.setdefault((", ".join(line.panel) or line.row.source.stem, line.arm), []).extend(line.row.numbers(name))
+    return name, values
+
+
+def _of_runs(paths: Sequence[Path], metric: Metric) -> tuple[str, Values]:
+    values: Values = {}
+    for file in _files(paths):
+        summary = read_summary(file)
+        network = " ".join(map(str, summary["recipe"].get("network", {}).values()))
+        ofs = (file.parents[3].name, summary["study"].get("panel")) if summary["study"] else (file.parents[2].name, network)
+        if (value := metric.of(summary)) is not None:
+            values.setdefault((", ".join(filter(None, ofs)), str(file.parents[1])), []).append(value)
+    return metric.heading, values
+
+
+def _files(paths: Sequence[Path]) -> Iterable[Path]:
+    for path in paths:
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} is no folder of runs, and no CSV file")
+        yield from (file for file in sorted(path.rglob(SUMMARY)) if TUNING not in file.relative_to(path).parts)
+
+
+def typical(found: Sequence[Spread]) -> float:
+    """The median over panels."""
+    return statistics.median(each.sd for each in found)

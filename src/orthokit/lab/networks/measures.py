@@ -1,0 +1,58 @@
+"""What is measured of a network: multiply-adds, and the totals of near-orthogonality that runs record."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from orthokit.kernel import evaluating
+from orthokit.layers import convs, layers
+from orthokit.report import report
+from orthokit.tables import Row
+
+
+def flops(model: nn.Module, input_shape: Iterable[int]) -> int:
+    """Multiply-adds of one forward pass of one input: what papers on small networks call FLOPs.
+
+    Half of what PyTorch's ``FlopCounterMode`` counts, which takes a multiply-add for two. Convolutions, matrix products and
+    attention; no normalisation, activation, pooling or bias. The pass runs in evaluation mode, on zeros, and leaves the model
+    as it was; on the meta device it costs nothing.
+
+    >>> from orthokit.lab.networks.measures import flops
+    >>> from orthokit.lab.networks.resnet import ResNet
+    >>> with torch.device("meta"):
+    ...     flops(ResNet(20), (3, 32, 32))
+    40813184
+
+    Args:
+        model: on any device.
+        input_shape: of one input, without the batch dimension: ``(channels, height, width)``.
+    """
+    like = next(model.parameters(), torch.empty(0))
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(like.new_zeros((1, *input_shape)))
+    return int(counter.get_total_flops()) // 2
+
+
+KEPT = (
+    *("filters", "pairs", "mean_length_error", "max_length_error", "sigma_min", "sigma_max"),
+    *("mean_cos", "max_cos", "copies", "residual", "tightness"),
+)
+"""What records of runs hold of the totals of a report."""
+
+
+def orthogonality(model: nn.Module, *, spectrum: bool = True) -> dict[str, Row]:
+    """Totals of :func:`orthokit.report` over wide layers (``under``), tall ones (``over``), and ``all`` if there are both.
+
+    Of the convolutions; of every layer with a kernel where there are none; empty where there is none either.
+    """
+    modules = list(model.named_modules())
+    where = next((where for where in (convs, layers) if any(where(*module) for module in modules)), None)
+    totals = {} if where is None else report(model, where=where, spectrum=spectrum).totals
+    named = {"wide": "under", "tall": "over", "all": "all"}  # in the records of runs
+    return {
+        named[part]: {key: value for key, value in total.items() if key in KEPT}
+        for part, total in totals.items()
+        if part in named
+    }

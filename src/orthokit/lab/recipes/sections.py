@@ -1,0 +1,124 @@
+"""The tables ``[data]`` and ``[network]`` of a recipe: what is trained on what."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from torch import nn
+
+from orthokit.checks import did_you_mean
+from orthokit.lab.data import images as image_sets
+from orthokit.lab.data.augment import Augment
+from orthokit.lab.data.images import SETS, ImageSet
+from orthokit.lab.data.own import FOLDER, of_folder, of_function, place
+from orthokit.lab.networks import registry as models
+from orthokit.lab.own import Code, function, is_own
+
+
+class Section(BaseModel):
+    """A table of a recipe; unknown keys and values of the wrong type are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    FILES: ClassVar[tuple[str, ...]] = ()
+    """Keys that name files, relative to the one they stand in."""
+
+
+class DataSection(Section):
+    """``[data]``: the images."""
+
+    kind: str | None = None
+    """``"module:function"`` of your own, which returns an ``ImageSet`` or tensors."""
+    name: str
+    """One of ``orthokit.lab.data.images.SETS``; ``"folder"`` for files; with ``kind`` any name, by default the
+    function's."""
+    options: dict[str, Any] | None = None
+    """Arguments of ``kind``."""
+    path: str | None = None
+    """Of ``name = "folder"``: where ``train/CLASS/*.png`` or ``.jpg`` is, relative to the recipe's file or to ``--root``."""
+    train: int | None = Field(None, ge=1)
+    """Training images used, of every class alike; all that the validation part leaves by default."""
+    validation: int = Field(5000, ge=0)
+    """Training images held out, of every class alike, the same for every seed; 0 for none, where all are to be trained on."""
+    size: int | None = Field(None, ge=1)
+    """Side in pixels, by averaging areas; the images' own by default."""
+    noise: float = Field(0.0, ge=0, le=1)
+    """Share of the training images whose label is replaced by a random class, the same for every seed; 1 for random labels."""
+    pad: int = Field(4, ge=0)
+    """Black pixels around an image, from which a window is cut at random; 0 for no random crop."""
+    flip: bool = True
+    """Mirror every other image."""
+    cutout: int = Field(0, ge=0)
+    """Side of a square set to the mean colour; 0 for none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _called(cls, raw: Any) -> Any:
+        kind = raw.get("kind") if isinstance(raw, dict) else None
+        return {"name": kind} | raw if isinstance(kind, str) else raw
+
+    @field_validator("kind")
+    @classmethod
+    def _own(cls, kind: str | None) -> str | None:
+        if kind is not None and not is_own(kind):
+            raise ValueError(f"a data set of your own is module:function, as in my_package.mine:images; got {kind!r}")
+        return kind
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str, info: Any) -> str:
+        if info.data.get("kind") is None and name not in (known := (*SETS, FOLDER)):
+            raise ValueError(f"no data set {name!r}{did_you_mean(name, known)}")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataSection":
+        if self.kind is None and self.options is not None:
+            raise ValueError('options are those of kind = "module:function"')
+        if (self.name == FOLDER and self.kind is None) != (self.path is not None):
+            raise ValueError(f'name = "{FOLDER}" and path = "..." go together')
+        return self
+
+    def images(self, root: Path, *, download: bool = False, code: Code | None = None) -> ImageSet:
+        """The set, split, resized and relabelled; see :func:`orthokit.lab.data.images.load`. ``code`` is the recipe's."""
+        options: dict[str, Any] = {"train": self.train, "validation": self.validation, "noise": self.noise}
+        if self.kind is None and self.path is None:
+            return image_sets.load(self.name, root=root, download=download, size=self.size, **options)
+        if self.kind is not None:
+            source = of_function(self.kind, function(self.kind, code, "data set"), root, self.options or {})
+            return image_sets.arranged(self.name, source, size=self.size, **options)
+        assert self.path is not None
+        return image_sets.arranged(self.name, of_folder(place(self.path, root, code), self.size), **options)
+
+    @property
+    def augment(self) -> Augment:
+        """The augmentation."""
+        return Augment(self.pad, self.flip, self.cutout)
+
+
+class NetworkSection(Section):
+    """``[network]``: ``kind``, one of ``orthokit.lab.networks.registry.NETWORKS`` or ``"module:function"``,
+    and that network's options.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str
+    """The network; every other key but ``arguments`` is an option of it."""
+    arguments: dict[str, str] | None = None
+    """What a function of your own calls its arguments ``channels`` and ``classes``, if not so; what is left out is not passed."""
+
+    @field_validator("arguments")
+    @classmethod
+    def _of_images(cls, arguments: dict[str, str] | None) -> dict[str, str] | None:
+        if unknown := [key for key in arguments or {} if key not in models.ARGUMENTS]:
+            raise ValueError(f'arguments rename channels and classes, as in {{ classes = "num_classes" }}; got {unknown[0]!r}')
+        return arguments
+
+    def build(self, channels: int, classes: int, code: Code | None = None) -> nn.Module:
+        """The network, freshly initialised from the global generator; ``code`` is the recipe's."""
+        own = function(self.kind, code) if is_own(self.kind) else None
+        try:
+            return models.build(self.kind, own, self.arguments, channels=channels, classes=classes, **(self.model_extra or {}))
+        except TypeError as error:
+            raise ValueError(f"network: {error}") from error

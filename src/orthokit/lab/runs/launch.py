@@ -1,0 +1,305 @@
+"""Many runs: joblib tasks, each the command ``orthokit train`` in a process of its own.
+
+A process of its own has its own threads and device, and may die (of memory, say) without taking the others along. What a run has
+to tell is in its folder, so a task on another machine is followed the same way, as long as it shares the folder.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import joblib
+import torch
+from rich.markup import escape
+
+from orthokit.lab.atomic import IDLE, part_of, remove_parts, write
+from orthokit.lab.runs.logs import Kind
+from orthokit.lab.runs.progress import Display
+from orthokit.lab.runs.run import LATER, SERVES, Run
+from orthokit.lab.runs.summary import DamagedError
+
+Backend = Literal["local", "ray"]
+INTERRUPTED = 130
+QUEUED = "queued.toml"
+"""The recipe for the process that does the run. Each command writes a part of its own, as two commands may do the same runs."""
+LOOK_EVERY = 0.5
+Ended = tuple[int, str]
+"""Exit status of a run, and why it failed if it did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Where many runs compute.
+
+    Args:
+        jobs: runs at a time; by default one a core on the CPU, ``per_device`` on each GPU. With ``backend="ray"`` the cluster's
+            cores by default.
+        per_device: runs at a time on each GPU.
+        backend: this machine, or a Ray cluster through Ray's joblib backend.
+        address: of the Ray cluster, such as ``"auto"`` or ``"ray://host:10001"``; by default one is started on this machine.
+        root: where the images are.
+        device: as of ``orthokit.lab.training.hardware.Hardware``.
+        threads: of each run on the CPU.
+        log: as of :class:`orthokit.lab.runs.logs.Log`.
+    """
+
+    jobs: int | None = None
+    per_device: int = 1
+    backend: Backend = "local"
+    address: str | None = None
+    root: Path = Path("data")
+    device: str = "auto"
+    threads: int = 1
+    log: Kind | None = None
+
+    @property
+    def devices(self) -> list[str]:
+        """The GPUs of this machine that are to be used, each as often as it takes runs; none for the CPU."""
+        if self.device not in ("auto", "cuda") or not torch.cuda.is_available():
+            return []
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+        return names * self.per_device
+
+    def command(self, run: Run, recipe: Path) -> list[str]:
+        """The command line of a run whose recipe is in that file."""
+        folder = run.folder.absolute()  # a link stays one
+        options = {
+            "--name": folder.parent.name,
+            "--out": folder.parent.parent,
+            "--seeds": run.seed,
+            "--root": self.root.resolve(),
+            "--device": self.device,
+            "--threads": self.threads,
+            **({} if self.log is None else {"--log": self.log}),
+        }
+        code = run.recipe.code
+        # -P: a run in a folder of somebody else's does not import what lies there.
+        command = [sys.executable, "-P", "-m", "orthokit.cli", "train", str(recipe)]
+        command += [str(part) for item in options.items() for part in item]
+        return [*command, "--code", *map(str, code.folders)] if code and code.folders and run.recipe.local else command
+
+
+@dataclass
+class _Local:
+    """Starts commands on this machine, hands out its GPUs, and passes an interruption on."""
+
+    devices: "queue.Queue[str] | None"
+    processes: set["subprocess.Popen[bytes]"] = field(default_factory=set)
+    stopping: bool = False
+
+    def __call__(self, run: Run, pool: Pool) -> Ended:
+        if self.stopping:
+            return INTERRUPTED, ""
+        device = self.devices.get() if self.devices else None
+        try:
+            return _execute(run, pool, device, self)
+        finally:
+            if self.devices and device is not None:
+                self.devices.put(device)
+
+    def stop(self) -> None:
+        """Pass it on."""
+        self.stopping = True
+        for process in list(self.processes):
+            process.terminate()  # SIGINT is ignored by what a script starts in the background
+
+
+def _execute(run: Run, pool: Pool, device: str | None = None, local: _Local | None = None) -> Ended:
+    """Do a run in a process of its own, its output at the end of ``log.txt``, and why it failed, if it did, in ``failed.txt``.
+
+    The status is ``LATER`` where another command has the run.
+    """
+    folder = run.folder.absolute()
+    recipe, log, failed = part_of(folder / QUEUED), folder / "log.txt", folder / "failed.txt"
+    environment = os.environ | {"OMP_NUM_THREADS": str(pool.threads), SERVES: str(os.getpid())}
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device
+    try:
+        if run.taken():
+            return LATER, ""
+        if run.summary() is not None:  # by another command, meanwhile
+            return 0, ""
+        folder.mkdir(parents=True, exist_ok=True)
+        failed.unlink(missing_ok=True)
+        remove_parts(folder / QUEUED, idle=IDLE)
+        recipe.write_text(run.recipe.to_toml(), "utf-8")
+        with log.open("ab") as output:
+            start = output.tell()
+            # A session of its own: a Ctrl-C of the terminal is passed on by us, once.
+            options: dict[str, Any] = {"env": environment, "stdout": output, "stderr": output, "start_new_session": True}
+            status = _wait(subprocess.Popen(pool.command(run, recipe), **options), local)
+        if status in (0, LATER):
+            return status, ""
+        if local is not None and local.stopping:
+            return INTERRUPTED, ""  # while still starting it may have died of it in any way
+        why = _why(status, log.read_bytes()[start:].decode("utf-8", "replace"))
+        write(failed, why)
+        return status, why
+    except (OSError, ValueError) as error:  # such as a full disk, or a folder of another recipe by now
+        return 2, str(error)
+    finally:
+        with contextlib.suppress(OSError):
+            recipe.unlink(missing_ok=True)
+
+
+def _wait(process: "subprocess.Popen[bytes]", local: _Local | None) -> int:
+    """The exit status of a process, which ``local`` may stop before."""
+    if local is not None:
+        local.processes.add(process)
+        if local.stopping:
+            process.terminate()
+    try:
+        return process.wait()
+    finally:
+        if local is not None:
+            local.processes.discard(process)
+
+
+def _why(status: int, output: str) -> str:
+    """Why a process failed: the signal that killed it, or the last line that it wrote."""
+    if status < 0:
+        return f"killed by signal {-status}{' (out of memory?)' if status == -signal.SIGKILL else ''}"
+    return next(reversed(output.strip().splitlines()), f"exit status {status}")
+
+
+def run_all(runs: Sequence[Run], pool: Pool, display: Display) -> list[int]:
+    """Do what is left of ``runs``; the exit status of each, 0 for those that were finished before.
+
+    A run that another command trains is left to that command, and taken up where the other one lets go of it unfinished.
+
+    Raises:
+        KeyboardInterrupt: interrupted, after every running one has saved a checkpoint.
+        ModuleNotFoundError: ``backend="ray"`` without Ray.
+        ValueError: a folder holds a run of another recipe.
+    """
+    left = []
+    for run in runs:
+        if (summary := run.summary()) is not None:
+            display.done(run, summary, before=True)
+        else:
+            left.append(run)
+    if not left:
+        return [0] * len(runs)
+    ended: dict[Path, Ended] = {}
+    execute = _remote(pool) if pool.backend == "ray" else _local(pool, len(left))
+    with _followed(left, display), execute as (task, jobs):
+        later, busy = left, set[Path]()
+        while later:
+            for run in later:
+                if run.folder not in busy and run.taken():
+                    display.say(f"{escape(run.name)} is being trained by another command; waiting for it")
+                    busy.add(run.folder)
+            while all(run.taken() for run in later) and not getattr(task, "stopping", False):
+                time.sleep(LOOK_EVERY)
+            found = joblib.Parallel(n_jobs=jobs)(joblib.delayed(task)(run, pool) for run in later)
+            ended |= {run.folder: each for run, each in zip(later, found, strict=True)}
+            later = [run for run in later if ended[run.folder][0] == LATER]
+    if getattr(task, "stopping", False):
+        raise KeyboardInterrupt
+    for run in left:
+        status, why = ended[run.folder]
+        finished = run.summary() is not None
+        if status and not finished and not (run.folder / "failed.txt").is_file():
+            display.fail(run, why)
+        ended[run.folder] = 0 if finished else status or 1, why
+    return [ended[run.folder][0] if run.folder in ended else 0 for run in runs]
+
+
+@contextlib.contextmanager
+def _local(pool: Pool, most: int) -> Iterator[tuple[Any, int]]:
+    devices = pool.devices
+    slots: queue.Queue[str] = queue.Queue()
+    for device in devices:
+        slots.put(device)
+    jobs = pool.jobs or len(devices) or max(1, (os.cpu_count() or 1) // pool.threads)
+    task = _Local(slots if devices else None)
+    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = [signal.signal(number, lambda *_: task.stop()) for number in signals]
+    try:
+        with joblib.parallel_config("threading"):
+            yield task, min(jobs, most)
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _remote(pool: Pool) -> Iterator[tuple[Any, int]]:
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("--backend ray needs Ray: pip install 'orthokit[ray]'", name="ray") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's, on its own defaults
+        ray.init(address=pool.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        register_ray()
+        gpus = ray.cluster_resources().get("GPU", 0)
+        options = {"num_gpus": 1 / pool.per_device} if gpus and pool.device in ("auto", "cuda") else {"num_cpus": pool.threads}
+        jobs = pool.jobs or max(1, int(gpus * pool.per_device if gpus else ray.cluster_resources()["CPU"] // pool.threads))
+        try:
+            with joblib.parallel_config("ray", ray_remote_args=options):
+                yield _execute, jobs
+        finally:
+            ray.shutdown()
+
+
+def _rows(run: Run) -> list[dict[str, Any]]:
+    """Epochs to show; none of a damaged file, which the run itself writes anew."""
+    try:
+        return run.metrics()
+    except DamagedError:
+        return []
+
+
+@contextlib.contextmanager
+def _followed(runs: Sequence[Run], display: Display) -> Iterator[None]:
+    """Show what appears in the folders of ``runs``."""
+    seen, ended, done = {id(run): len(_rows(run)) for run in runs}, set[int](), threading.Event()
+
+    def look() -> None:
+        for run in runs:
+            if id(run) in ended:
+                continue
+            rows = _rows(run)
+            for row in rows[seen[id(run)] :]:
+                display.row(run, row)
+            seen[id(run)] = max(len(rows), seen[id(run)])
+            failed = run.folder / "failed.txt"
+            if (why := run.damage()) is not None:
+                display.fail(run, why)
+            elif (summary := run.summary()) is not None:
+                display.done(run, summary)
+            elif failed.is_file():
+                display.fail(run, failed.read_text("utf-8"))
+            else:
+                continue
+            ended.add(id(run))
+
+    def follow() -> None:
+        while not done.wait(LOOK_EVERY):
+            with contextlib.suppress(OSError, ValueError):  # of a folder that somebody is changing; the last look tells
+                look()
+
+    for run in runs:
+        (run.folder / "failed.txt").unlink(missing_ok=True)
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        done.set()
+        follower.join()
+        look()

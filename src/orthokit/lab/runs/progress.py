@@ -1,0 +1,108 @@
+"""What a person sees of runs: bars on a terminal, a line an epoch elsewhere."""
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from orthokit.lab.runs.run import Run
+
+
+class Watch:
+    """What is told of a run as it goes; this one listens to nothing."""
+
+    def step(self, run: Run, epochs: float, loss: float, speed: float) -> None:
+        """``epochs`` are done, with this loss at this speed (images per second)."""
+
+    def row(self, run: Run, row: dict[str, Any]) -> None:
+        """An epoch is done: its line of ``metrics.jsonl``."""
+
+    def say(self, text: str) -> None:
+        """Something a person should know."""
+
+
+class Display(Watch):
+    """Shows runs on a console; without ``test`` nothing of the test set. When the reader has gone it goes quiet.
+
+    A method may be called from any thread.
+    """
+
+    def __init__(self, console: Console, *, test: bool = True) -> None:
+        self.console, self.test = console, test
+        columns = (
+            TextColumn("{task.description}", table_column=Column(overflow="ellipsis", no_wrap=True, max_width=48)),
+            BarColumn(bar_width=12),
+            TextColumn("{task.completed:.1f}/{task.total:.0f}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[last]}", style="dim", table_column=Column(overflow="ellipsis", no_wrap=True)),
+        )
+        self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "Display":
+        self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bars.stop()
+
+    def say(self, text: str) -> None:
+        """A line, above the bars."""
+        try:
+            self.bars.console.print(text, highlight=False, soft_wrap=True)
+        except BrokenPipeError:
+            self.console.quiet = True
+
+    def step(self, run: Run, epochs: float, loss: float, speed: float) -> None:
+        """Move the run's bar."""
+        self._move(run, epochs, f"loss {loss:.2f}  {speed:,.0f} images/s")
+
+    def row(self, run: Run, row: dict[str, Any]) -> None:
+        """Move the run's bar, or print a line."""
+        held = row["validation"]
+        accuracy = f"train {row['train']['accuracy']:.1%}" if held is None else f"validation {held['accuracy']:.1%}"
+        self._move(run, row["epoch"], f"loss {row['train']['loss']:.2f}  {accuracy}")
+        if not self.console.is_terminal:
+            self.say(escape(f"{run.name}  epoch {row['epoch']}/{run.recipe.train.epochs}  {shown(row)}"))
+
+    def done(self, run: Run, summary: dict[str, Any], *, before: bool = False) -> None:
+        """The run has finished, perhaps before this command."""
+        self._close(run, result(run, summary, test=self.test) + ("  [dim]finished before[/]" if before else ""))
+
+    def _close(self, run: Run, text: str) -> None:
+        """The run's bar gives way to a line."""
+        if (task := self.tasks.pop(run.name, None)) is not None:
+            self.bars.remove_task(task)
+        self.say(text)
+
+    def fail(self, run: Run, why: str) -> None:
+        """The run has failed."""
+        self._close(run, f"[bold red]{escape(run.name)}[/]  failed: {escape(why)}")
+
+    def _move(self, run: Run, epochs: float, text: str) -> None:
+        if run.name not in self.tasks:
+            self.tasks[run.name] = self.bars.add_task(escape(run.name), total=run.recipe.train.epochs, last="")
+        self.bars.update(self.tasks[run.name], completed=epochs, last=text)
+
+
+def shown(row: dict[str, Any]) -> str:
+    """A line of ``metrics.jsonl`` in words."""
+    parts = [f"loss {row['train']['loss']:.3f}", f"train {row['train']['accuracy']:.1%}"]
+    if row["validation"] is not None:
+        parts.append(f"validation {row['validation']['accuracy']:.1%}")
+    for name, part in row["orthogonality"].items():
+        if "mean_cos" in part and name != "all":
+            parts.append(f"{name} mean|c| {part['mean_cos']:.1e}")
+    return "  ".join([*parts, f"{row['images_per_second']:,.0f} images/s"])
+
+
+def result(run: Run, summary: dict[str, Any], *, test: bool = True) -> str:
+    """A summary in a line."""
+    parts = {"validation": summary["validation"], "test": summary["test"] if test else None}
+    found = ", ".join(f"{name} {part['accuracy']:.2%}" for name, part in parts.items() if part is not None)
+    minutes = f"{summary['seconds'] / 60:.1f} min at {summary['images_per_second']:,.0f} images/s"
+    share = f", penalty {summary['penalty_share']:.1%} of a step" if summary["recipe"].get("regularizer") else ""
+    return f"[bold]{escape(run.name)}[/]  {found}  ({minutes}{share})"

@@ -1,0 +1,208 @@
+"""What finished runs left: their results, read from folders."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from orthokit.lab.recipes.recipe import Recipe, flattened
+from orthokit.lab.runs.run import SUMMARY
+from orthokit.lab.runs.summary import DamagedError, Epoch, Evaluation, Summary, read_lines
+from orthokit.lab.runs.summary import read as read_record
+
+RECORD = "evaluation.json"
+"""In a run's folder: what ``orthokit evaluate`` has measured."""
+TUNING = "tuning"
+"""In the folder of a study: the runs by which strengths were chosen, ``tuning/<name>/<seed>``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A finished run as a comparison reads it: ``summary.json``, ``evaluation.json`` and a few columns of ``metrics.jsonl``."""
+
+    source: Path
+    summary: dict[str, Any]
+    recipe: Recipe
+    parts: dict[str, Any]
+    history: tuple[dict[str, Any], ...]
+
+    @cached_property
+    def flat(self) -> dict[str, str]:
+        """The recipe as dotted keys and JSON."""
+        return flattened(self.recipe.to_dict())
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+        return int(self.summary["seed"])
+
+    def numbers(self, path: str) -> list[float]:
+        """What a metric's path leads to: one number, all of a curve's, or none."""
+        return numbers_at(self.summary | {"evaluation": self.parts}, path)
+
+    def small(self) -> dict[str, Any]:
+        """All of it as one dictionary of a few kilobytes, as ``summary.json`` of which :func:`read` makes the same again."""
+        return self.summary | {"evaluation": self.parts, "history": list(self.history)}
+
+
+@dataclass(frozen=True, eq=False)
+class Row(Result):
+    """A run of which only seed and numbers are known: a line of somebody's CSV file, by column. It has no recipe."""
+
+    recipe: None  # type: ignore[assignment]
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: Path, seed: int, values: Mapping[str, float]) -> "Row":
+        """The run of a line."""
+        return cls(source, {"seed": seed}, None, {}, (), values)
+
+    def numbers(self, path: str) -> list[float]:
+        """What stands in the column of this name."""
+        return [self.values[path]] if path in self.values else []
+
+
+def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
+    """The finished runs in and below folders, and what to say of those that are not finished, or damaged.
+
+    Runs by which a study chose strengths are no part of what it compares; they count where their own folder is named.
+
+    Raises:
+        FileNotFoundError: nothing is there, or no finished run.
+        ValueError: no run, or none of the runs can be read.
+    """
+    found: dict[Path, Result] = {}
+    unfinished: dict[Path, str] = {}
+    damaged: dict[Path, str] = {}
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is not there; give folders of runs, such as runs/nano_cifar10_strict")
+        if path.is_file() and path.name != SUMMARY:
+            raise ValueError(f"{path} is no run; give folders of runs, such as runs/nano_cifar10_strict")
+        top = path.parent if path.is_file() else path
+        for file in _below(top, SUMMARY):
+            try:
+                found.setdefault(_real(file), read_one(file))
+            except DamagedError as error:
+                damaged[_real(file)] = str(error)
+        for file in _below(top, "recipe.toml"):
+            if not (file.parent / SUMMARY).is_file():
+                unfinished[_real(file.parent)] = "failed" if (file.parent / "failed.txt").is_file() else "not finished"
+    if damaged and not found:
+        more = f"; so {'is' if len(damaged) == 2 else 'are'} {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise DamagedError(next(iter(damaged.values())) + more)
+    if not found:
+        raise FileNotFoundError(f"no finished run (summary.json) in {', '.join(map(str, paths))}")
+    said = [f"left out, as what remains of its arm may be a lucky choice: {why}" for why in damaged.values()]
+    for kind in ("failed", "not finished"):
+        if names := [f"{folder.parent.name}/{folder.name}" for folder, why in unfinished.items() if why == kind]:
+            bias = "; what remains of its arm may be a lucky choice" if kind == "failed" else ""
+            said.append(f"{kind}, hence left out: {', '.join(names)}{bias}")
+    for path in filter(Path.is_dir, paths):
+        for _ in _walked(path, lambda error: said.append(f"cannot be read, hence left out with all runs in it: {error}")):
+            pass
+    return list(found.values()), said
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve fails on links that lead to themselves
+
+
+def _below(top: Path, name: str) -> list[Path]:
+    """The files of that name in and below a folder, through links too, without the runs that chose strengths."""
+    files = [Path(folder, name) for folder, inside in _walked(top) if name in inside]
+    return [file for file in sorted(files) if file.relative_to(top).parts[-4:-3] != (TUNING,)]
+
+
+def _walked(top: Path, unread: Callable[[OSError], object] = lambda _: None) -> Iterator[tuple[str, list[str]]]:
+    """Each folder in and below ``top`` once, and the names in it; ``unread`` is told of those that cannot be listed."""
+    seen = set[str]()
+    for folder, folders, files in os.walk(top, onerror=unread, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # links may lead in a circle
+            folders.clear()
+        else:
+            seen.add(real)
+            yield folder, [*folders, *files]
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A ``summary.json``.
+
+    Raises:
+        ValueError: it is damaged or not what a run writes.
+    """
+    summary = read_record(Summary, path)
+    return summary | {key: summary.get(key) or {} for key in ("study", "environment")}
+
+
+def read_one(path: Path) -> Result:
+    """The run whose ``summary.json`` this is. An evaluation of other weights than are there now does not count.
+
+    Raises:
+        ValueError: a file is damaged or not what a run writes.
+    """
+    summary = read_summary(path)
+    parts, history = summary.pop("evaluation", None), summary.pop("history", None)
+    if parts is None:
+        parts = _present(path.with_name(RECORD), path.with_name("last.safetensors"))
+    if history is None:
+        history = thinned(path.with_name("metrics.jsonl"))
+    try:
+        recipe = Recipe.of(summary["recipe"], str(path))
+    except ValueError as error:
+        raise DamagedError(str(error)) from None
+    return Result(path, summary, recipe, parts, tuple(history))
+
+
+def _present(file: Path, weights: Path) -> dict[str, Any]:
+    """The parts in ``evaluation.json``, if they are of these weights."""
+    try:
+        found = read_record(Evaluation, file)
+    except FileNotFoundError:
+        return {}
+    parts: dict[str, Any] = found["parts"]
+    return {} if weights.is_file() and found["weights"] != digest(weights) else parts
+
+
+def digest(weights: Path) -> str:
+    """SHA-256 of a file."""
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def thinned(path: Path, rows: int = 25) -> list[dict[str, Any]]:
+    """Near-orthogonality and validation accuracy of at most ``rows`` epochs of ``metrics.jsonl``, the last included."""
+    try:
+        lines = read_lines(Epoch, path)
+    except FileNotFoundError:
+        return []
+    step = max(1, -(-len(lines) // rows))
+    return [_thin(line) for line in lines[::-1][::step][::-1]]
+
+
+def _thin(row: dict[str, Any]) -> dict[str, Any]:
+    found = {part: row["orthogonality"].get(part, {}).get("mean_cos") for part in ("under", "over")}
+    return {
+        "epoch": row["epoch"],
+        "validation": row["validation"] and round(row["validation"]["accuracy"], 4),
+        **{part: float(f"{value:.3g}") for part, value in found.items() if value is not None},
+    }
+
+
+def numbers_at(record: Mapping[str, Any], path: str) -> list[float]:
+    """The numbers in a nested dictionary below dotted keys."""
+    value: Any = record
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return list(_numbers(value))
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield float(value)

@@ -1,0 +1,1 @@
+"""One run, from its first image to its summary."""
