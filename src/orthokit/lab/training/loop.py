@@ -1,8 +1,8 @@
 """Training: one loop on Lightning Fabric, which brings devices, precision, processes and checkpoint files.
 
-A run is a function of its recipe and seed. Order and augmentation are keyed by them (:mod:`~orthokit.lab.data.augment`), the global
-generator is seeded anew for every step, and a checkpoint holds all the rest: interrupted anywhere and started again, a run ends
-with the same weights, on the CPU to the last bit.
+A run is a function of its recipe and seed. Order and augmentation are keyed by them (:mod:`orthokit.lab.data.augment`). The
+global generator is seeded anew for every step, and a checkpoint holds all the rest: interrupted anywhere and started again, a
+run ends with the same weights, on the CPU to the last bit.
 """
 
 import contextlib
