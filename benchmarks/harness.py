@@ -20,7 +20,7 @@ import torch
 
 from orthokit.lab.data.augment import Augment, Batches
 from orthokit.lab.data.images import load as load_images
-from orthokit.lab.recipes.recipe import load
+from orthokit.lab.recipes.compose import load
 from orthokit.lab.runs.control import Watch
 from orthokit.lab.runs.run import Run
 from orthokit.lab.training.hardware import Hardware

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import orthokit as ok
-from orthokit.lab.recipes.recipe import parsed
+from orthokit.lab.recipes.compose import parsed
 from orthokit.spec import POLICIES, SCHEDULES, penalty_of, schedule_of
 
 REQUIRED = {

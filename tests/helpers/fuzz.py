@@ -268,7 +268,7 @@ def try_recipe(seed: int, folder: Path) -> tuple[str, str]:
     """Resolve a hostile recipe and build its network and penalty, as training does first."""
     import torch
 
-    from orthokit.lab.recipes.recipe import load
+    from orthokit.lab.recipes.compose import load
 
     chance, path = random.Random(seed), folder / "r.toml"
     path.write_bytes(recipe_text(chance))

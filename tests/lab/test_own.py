@@ -16,7 +16,8 @@ from orthokit.cli import main
 from orthokit.cli.lab import Machine
 from orthokit.lab.data.images import load as load_set
 from orthokit.lab.networks.init import orthogonal_
-from orthokit.lab.recipes.recipe import Recipe, check_all, load
+from orthokit.lab.recipes.compose import load
+from orthokit.lab.recipes.recipe import Recipe, check_all
 from orthokit.lab.recipes.sections import NetworkSection
 from orthokit.lab.runs.control import Stop
 from orthokit.lab.runs.progress import Watch

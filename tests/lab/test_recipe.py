@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orthokit.lab.recipes.recipe import Recipe, differences, label, load, merged, read_toml
+from orthokit.lab.recipes.compose import label, load, merged, read_toml
+from orthokit.lab.recipes.recipe import Recipe, differences
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NETWORKS = ("resnet20", "resnet56", "resnet110", "resnet18", "resnet34", "wrn16-8", "wrn28-10")

@@ -12,7 +12,8 @@ import orthokit as ok
 from orthokit.cli import main
 from orthokit.lab.evaluation.evaluate import subjects
 from orthokit.lab.own import Code, function
-from orthokit.lab.recipes.recipe import Recipe, load
+from orthokit.lab.recipes.compose import load
+from orthokit.lab.recipes.recipe import Recipe
 from orthokit.lab.runs.run import Run
 from orthokit.lab.training.hardware import Hardware
 from orthokit.lab.training.loop import train

@@ -14,7 +14,7 @@ import pytest
 
 from orthokit.cli import main
 from orthokit.lab import sweep
-from orthokit.lab.recipes.recipe import load
+from orthokit.lab.recipes.compose import load
 from orthokit.lab.runs.launch import Pool
 from orthokit.lab.runs.run import Run
 from orthokit.lab.training.hardware import Hardware

@@ -66,9 +66,9 @@ class Evaluate:
         check_positive(self, "images", "jobs", "threads")
         with needing("evaluating needs"):
             from orthokit.lab.evaluation import evaluate
-            from orthokit.lab.recipes import recipe
+            from orthokit.lab.recipes import compose
             from orthokit.lab.reporting import tables as formats
-        given = None if self.recipe is None else recipe.load(self.recipe)
+        given = None if self.recipe is None else compose.load(self.recipe)
         damaged: list[str] = []
         wanted = [
             subject for path in self.paths for subject in evaluate.subjects(path, given, self.model, self.key, damaged.append)

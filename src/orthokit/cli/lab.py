@@ -158,7 +158,7 @@ class Train:
         check_positive(self, "devices")
         seeds = [seed for given in self.seeds for seed in given] if self.seeds else [0]
         with needing("training needs"):
-            from orthokit.lab.recipes.recipe import label, load
+            from orthokit.lab.recipes.compose import label, load
             from orthokit.lab.runs.logs import Log
             from orthokit.lab.runs.progress import Display
             from orthokit.lab.runs.run import SEEDS, Run

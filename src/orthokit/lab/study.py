@@ -58,18 +58,8 @@ from orthokit.lab.comparison.metrics import METRICS, metric_of
 from orthokit.lab.comparison.panels import pair_of
 from orthokit.lab.comparison.tuning import Choice, Trial, Tune, cautions, distinct
 from orthokit.lab.evaluation.evaluate import PARTS, check_parts, settings
-from orthokit.lab.recipes.recipe import (
-    NAMED,
-    Recipe,
-    differences,
-    flattened,
-    inline,
-    joined,
-    label,
-    merged,
-    parsed,
-    read_section,
-)
+from orthokit.lab.recipes.compose import NAMED, inline, joined, label, merged, parsed, read_section
+from orthokit.lab.recipes.recipe import Recipe, differences, flattened
 from orthokit.lab.recipes.sections import Section
 from orthokit.lab.reporting import figures, page
 from orthokit.lab.reporting import tables as formats

@@ -37,7 +37,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orthokit.lab.atomic import to_json, write
-from orthokit.lab.recipes.recipe import inline, label, load, read_section
+from orthokit.lab.recipes.compose import inline, label, load, read_section
 from orthokit.lab.recipes.sections import Section
 from orthokit.lab.runs.run import Run, Seeds
 

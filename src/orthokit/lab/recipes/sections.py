@@ -1,9 +1,11 @@
 """The tables ``[data]`` and ``[network]`` of a recipe: what is trained on what."""
 
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
 from orthokit.checks import did_you_mean
@@ -14,6 +16,11 @@ from orthokit.lab.data.own import FOLDER, of_folder, of_function, place
 from orthokit.lab.networks import registry as models
 from orthokit.lab.own import Code, function, is_own
 
+Keys = tuple[str, ...]
+"""From the top of a file to a value in it."""
+_UNION = re.compile(r"(float|int|str|bool|dict|list|Interval)(\[.*)?")
+"""Members of a union, which pydantic names among the keys that lead to an error."""
+
 
 class Section(BaseModel):
     """A table of a recipe; unknown keys and values of the wrong type are errors."""
@@ -22,6 +29,9 @@ class Section(BaseModel):
 
     FILES: ClassVar[tuple[str, ...]] = ()
     """Keys that name files, relative to the one they stand in."""
+
+
+S = TypeVar("S", bound=Section)
 
 
 class DataSection(Section):
@@ -122,3 +132,42 @@ class NetworkSection(Section):
             return models.build(self.kind, own, self.arguments, channels=channels, classes=classes, **(self.model_extra or {}))
         except TypeError as error:
             raise ValueError(f"network: {error}") from error
+
+
+def valid(cls: type[S], raw: Mapping[str, Any], source: str, giver: Callable[[Keys], Path | None] = lambda _: None) -> S:
+    """The section that data of a source are; ``giver`` tells which other file gave what is wrong."""
+    try:
+        return cls.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {problems_of(cls, error.errors(), giver)}") from None
+
+
+def problems_of(cls: type[BaseModel], problems: Sequence[Any], giver: Callable[[Keys], Path | None]) -> str:
+    told = []
+    for problem in problems:
+        place = tuple(part for part in map(str, problem["loc"]) if not _UNION.fullmatch(part))
+        file = None if problem["type"] == "missing" else giver(place)
+        told.append((f"in {file}, " if file else "") + _problem(cls, problem, place))
+    return "; ".join(dict.fromkeys(told))
+
+
+def _problem(cls: type[BaseModel], problem: Any, place: Keys) -> str:
+    *sections, last = place or ("",)
+    key = ".".join(place)
+    match problem["type"]:
+        case "extra_forbidden":
+            for section in sections:
+                cls = next(iter(_sections(cls.model_fields[section].annotation)), cls) if section in cls.model_fields else cls
+            return f"unknown key {key}{did_you_mean(last, cls.model_fields)}"
+        case "missing":
+            return f"{key} is missing"
+        case "value_error":
+            return f"{key}: {problem['ctx']['error']}".removeprefix(": ")
+    wanted = problem["msg"].removeprefix("Input ").partition(" or instance of")[0]
+    return f"{key}: {wanted[0].lower()}{wanted[1:]}; got {problem['input']!r}"
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections among the members of a field's type."""
+    members = getattr(annotation, "__args__", (annotation,))
+    return [member for member in members if isinstance(member, type) and issubclass(member, Section)]

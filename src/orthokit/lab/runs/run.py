@@ -27,7 +27,8 @@ from filelock import FileLock, Timeout
 from pydantic import Field
 
 from orthokit.lab.atomic import remove_parts, to_json, write
-from orthokit.lab.recipes.recipe import Recipe, differences, read_toml
+from orthokit.lab.recipes.compose import read_toml
+from orthokit.lab.recipes.recipe import Recipe, differences
 from orthokit.lab.runs.summary import Begun, DamagedError, Divergence, Epoch, Summary, read, read_lines
 
 SEEDS = 2**32
