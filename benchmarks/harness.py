@@ -21,12 +21,11 @@ import torch
 from orthokit.lab.data.augment import Augment, Batches
 from orthokit.lab.data.images import load as load_images
 from orthokit.lab.recipes.compose import load
-from orthokit.lab.runs.control import Watch
+from orthokit.lab.runs.progress import Watch
 from orthokit.lab.runs.run import Run
 from orthokit.lab.training.hardware import Hardware
 from orthokit.lab.training.loop import train
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 ARMS = ("none", "so", "strict", "relaxed")
 PARTS = ("network", "penalty", "data", "record")
 
@@ -76,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = images(Path(folder))
         for arm in ARMS:
-            recipe = load(RECIPES / f"quick_cifar10_{arm}.toml", ["data.train=12800", f"train.epochs={epochs}"])
+            recipe = load(f"quick+cifar10+{arm}", ["data.train=12800", f"train.epochs={epochs}"])
             watch = Epochs()
             train(Run(recipe, 0, root / arm / "0"), root=root, hardware=Hardware(device="cpu", threads=1), watch=watch)
             shares = [[row["seconds"].get(part, 0.0) / wall for part in PARTS] for wall, row in watch.found[1:]]

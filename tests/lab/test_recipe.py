@@ -1,18 +1,40 @@
-"""Recipes: the files of the repository, merging, strictness, identity."""
+"""Recipes: parts and files, merging, strictness, identity."""
 
+import hashlib
 import itertools
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from orthokit.lab.recipes.compose import label, load, merged, read_toml
+from orthokit.lab.recipes.compose import KINDS, label, load, merged, name_of, overview, parts, read_toml
 from orthokit.lab.recipes.recipe import Recipe, differences
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+BUDGETS = ("nano", "quick", "standard-200", "standard-30")
 NETWORKS = ("resnet20", "resnet56", "resnet110", "resnet18", "resnet34", "wrn16-8", "wrn28-10")
 ARMS = ("none", "so", "srip", "ocnn", "eadk", "strict", "relaxed")
 SETS = ("cifar10", "cifar100")
+DIGESTS = {
+    ("nano", "cifar10"): "0bde2750473ce8e3",
+    ("nano", "cifar100"): "758425b336159890",
+    ("quick", "cifar10"): "2dcf8b96ff027b9f",
+    ("quick", "cifar100"): "1104b42a8cf4e0f8",
+    ("resnet20", "cifar10"): "db978c7d2cc1f737",
+    ("resnet20", "cifar100"): "cbe3b5cd98bb755f",
+    ("resnet56", "cifar10"): "f451b69216d98e23",
+    ("resnet56", "cifar100"): "7db907ec4402e448",
+    ("resnet110", "cifar10"): "fcaf7b97f73557a3",
+    ("resnet110", "cifar100"): "eb30a06ef277c168",
+    ("resnet18", "cifar10"): "e89ffad31ba0ca05",
+    ("resnet18", "cifar100"): "1bc3ac5d958ee6de",
+    ("resnet34", "cifar10"): "4b1158bac7cf12ca",
+    ("resnet34", "cifar100"): "07779ecafebee549",
+    ("wrn16-8", "cifar10"): "85e349ef4a0e6663",
+    ("wrn16-8", "cifar100"): "70cf46b9d8898277",
+    ("wrn28-10", "cifar10"): "d09e66550ed2deda",
+    ("wrn28-10", "cifar100"): "a432515afca5c506",
+}
+"""By network and set, of the recipes with all ARMS: runs are kept by what their recipe says, so that it must not change."""
 SMALL = {"data": {"name": "synthetic"}, "network": {"kind": "resnet", "depth": 8}, "train": {"epochs": 2}}
 
 
@@ -20,45 +42,121 @@ def small(**sections):
     return Recipe.of({**SMALL, **sections})
 
 
-def test_every_network_set_and_arm_has_a_recipe():
-    wanted = {f"{n}_{s}_{a}.toml" for n, s, a in itertools.product((*NETWORKS, "nano", "quick"), SETS, ARMS)}
-    assert {path.name for path in RECIPES.glob("*.toml")} == wanted
+def composed(base, name, arm):
+    """The pieces of a recipe: networks go with the papers' budget, and SRIP with the schedule for it."""
+    short = base in BUDGETS
+    return [*([base] if short else ["standard-200", base]), name, "srip-short" if short and arm == "srip" else arm]
 
 
-@pytest.mark.parametrize("base", [*NETWORKS, "nano", "quick"])
-def test_recipes_of_a_network_differ_in_data_and_penalty_alone(base):
-    recipes = {(s, a): load(RECIPES / f"{base}_{s}_{a}.toml") for s in SETS for a in ARMS}
-    none = recipes["cifar10", "none"]
-    assert none.regularizer is None
-    for (name, arm), recipe in recipes.items():
-        assert recipe.data.name == name
-        assert (recipe.regularizer is None) == (arm == "none")
-        assert recipe.network == none.network
-        assert recipe.train == none.train
-        assert recipe.data.model_copy(update={"name": "cifar10"}) == none.data
-    penalties = [str(recipes["cifar10", arm].regularizer.penalty) for arm in ARMS[1:]]
-    assert len(set(penalties)) == 6
+@pytest.mark.parametrize(("base", "name"), DIGESTS)
+def test_recipes_are_what_they_were(base, name):
+    said = "".join(load("+".join(composed(base, name, arm))).to_toml() for arm in ARMS)
+    assert hashlib.sha256(said.encode()).hexdigest()[:16] == DIGESTS[base, name]
+
+
+def test_order_does_not_matter_between_kinds():
+    for base, name, arm in [("nano", "cifar10", "strict"), ("resnet20", "cifar100", "srip"), ("wrn16-8", "digits", "so")]:
+        pieces = composed(base, name, arm)
+        assert len({load("+".join(order)).to_toml() for order in itertools.permutations(pieces)}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:form='pairs'")
+def test_every_part_is_listed_and_fits_the_others():
+    known = parts()
+    by_kind = {kind: [name for name, part in known.items() if part.kind == kind] for kind in KINDS}
+    assert set(by_kind["budget"]) == set(BUDGETS)
+    assert set(by_kind["network"]) == set(NETWORKS)
+    assert set(by_kind["data"]) == {*SETS, "digits"}
+    for name, part in known.items():
+        assert 10 < len(part.summary) < 110, name
+        assert f"  {name} " in overview()
+    for budget, network, data in itertools.product(by_kind["budget"], by_kind["network"], by_kind["data"]):
+        recipe = load(f"{budget}+{network}+{data}")
+        assert (recipe.data.name, recipe.regularizer) == (data, None)
+        assert recipe.network == load(f"{network}+nano+cifar10").network
+        assert recipe.train.epochs == load(f"{budget}+resnet20+cifar10").train.epochs
+    for penalty in by_kind["penalty"]:
+        recipe = load(f"nano+digits+{penalty}")
+        model = recipe.network.build(1, 10)
+        assert penalty == "none" or recipe.regularizer.build(model)().item() > 0
+        assert recipe.model_copy(update={"regularizer": None}) == load("nano+digits")
+    assert load("nano+cifar10").network.depth == 8
+    assert load("quick+cifar100+relaxed").network.depth == 20
+
+
+def test_digits_fit_every_budget():
+    for budget in BUDGETS:
+        recipe = load(f"{budget}+resnet20+digits")
+        images = recipe.images(Path())
+        assert (len(images.train), len(images.validation), images.train.pixels.shape[-1]) == (240, 60, 8)
+        assert len(images.train) // recipe.train.batch == 10
 
 
 def test_the_protocol():
-    recipe = load(RECIPES / "resnet20_cifar10_strict.toml")
+    recipe = load("resnet20+standard-200+cifar10+strict")
     assert (recipe.train.lr, recipe.train.batch, recipe.train.epochs, recipe.train.weight_decay) == (0.1, 128, 200, 1e-4)
     assert [round(part * 200) for part in recipe.train.milestones] == [60, 120, 160]
-    assert load(RECIPES / "wrn28-10_cifar100_none.toml").train.weight_decay == 5e-4
+    assert load("standard-200+wrn28-10+cifar100").train.weight_decay == 5e-4
     assert recipe.network.build(3, 10).blocks[3].shortcut[0].weight.shape == (32, 16, 1, 1)  # projection shortcuts
     model = recipe.network.build(3, 10)
     assert len(recipe.regularizer.build(model).layers) == 21
 
 
-@pytest.mark.parametrize("arm", ARMS[1:])
-def test_recipes_build_their_regularizer(arm):
-    recipe = load(RECIPES / f"nano_cifar10_{arm}.toml")
-    ortho = recipe.regularizer.build(recipe.network.build(3, 10))
-    assert ortho().item() > 0
+def test_files_among_parts(tmp_path, monkeypatch):
+    """Files come last, wherever they stand; their names may have a +, and what they extend is relative to them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a+b").mkdir()
+    (tmp_path / "a+b/mine.toml").write_text('extends = "so"\n[train]\nepochs = 3\n[regularizer]\nstrength = 0.5\n')
+    (tmp_path / "a+b/over.toml").write_text('extends = ["nano+digits", "strict", "mine.toml"]\n')
+    (tmp_path / "strict").mkdir()
+    for reference in ("nano+cifar10+strict+a+b/mine.toml", "a+b/mine.toml+cifar10+./a+b/mine.toml+nano"):
+        recipe = load(reference)
+        assert (recipe.data.name, recipe.train.epochs) == ("cifar10", 3)
+        assert (recipe.regularizer.penalty, recipe.regularizer.strength) == ({"name": "so", "squared": False}, 0.5)
+    recipe = load("a+b/over.toml", ["train.batch=20"])
+    assert (recipe.data.name, recipe.regularizer.strength, recipe.train.batch) == ("digits", 0.5, 20)
+    assert recipe.code.folders == (tmp_path / "a+b",)  # parts name no modules
+    assert load("nano+digits").code.folders == ()
+    assert name_of("nano+cifar10+strict+a+b/mine.toml") == "nano+cifar10+strict+mine"
+    assert name_of("cifar10+nano") == "cifar10+nano"
+    (tmp_path / "...toml").write_text("")
+    with pytest.raises(ValueError, match="rename the file"):
+        name_of("...toml")
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("nano+cifar10+stict", r"no part of a recipe is called 'stict'; did you mean 'strict'\?"),
+        ("nano+cifar10+", r"no part of a recipe is called ''; there are 'nano'"),
+        ("nano+resnet20+resnet56+cifar10", r"two parts of one kind \(network\), resnet20 and resnet56; leave one"),
+        ("nano+cifar10+cifar10", r"two parts of one kind \(data\)"),
+        ("resnet20+cifar10+strict", r"names no budget \(nano, quick, standard-30, standard-200\); add one"),
+        ("standard-200+cifar10", r"names no network \(resnet18, resnet20, "),
+        ("nano+strict", r"names no data \(cifar10, "),
+        ("strict", r"names no budget \(.*\) and no network \(.*\) and no data \("),
+        ("+".join(["nano"] * 17), r"at most 16"),
+        ("nano+nowhere.toml", r"no recipe nowhere\.toml, which nano\+nowhere\.toml extends, is there"),
+        ("nowhere/nano", r"no recipe nowhere/nano is there"),
+    ],
+)
+def test_bad_references(tmp_path, monkeypatch, reference, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load(reference)
+
+
+def test_bad_references_in_files_name_the_file(tmp_path):
+    (tmp_path / "a.toml").write_text('extends = "nano+strct"')
+    with pytest.raises(ValueError, match=r"a\.toml: no part of a recipe is called 'strct'; did you mean 'strict'"):
+        load(tmp_path / "a.toml")
+    (tmp_path / "a.toml").write_text('extends = "nano+cifar10"\n[train]\nepoch = 3\n[regularizer]\nextends = "strict"\n')
+    with pytest.raises(ValueError, match=r"unknown key train\.epoch; did you mean 'epochs'"):
+        load(tmp_path / "a.toml")
 
 
 def test_round_trip():
-    recipe = load(RECIPES / "resnet56_cifar100_relaxed.toml", ["regularizer.where=convs & ~stem", "train.ema=0.99"])
+    recipe = load("standard-200+resnet56+cifar100+relaxed", ["regularizer.where=convs & ~stem", "train.ema=0.99"])
     assert Recipe.of(tomllib.loads(recipe.to_toml())) == recipe
     assert Recipe.of(recipe.to_dict()) == recipe
     assert "train = " not in recipe.to_toml().split("[network]")[0]  # absent, not null
@@ -204,7 +302,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*c.toml, which .*b.toml extends, is there"):
         load(tmp_path / "a.toml")
     (tmp_path / "b.toml").write_text("extends = 3")
-    with pytest.raises(ValueError, match="extends must be a file or a list"):
+    with pytest.raises(ValueError, match="extends must be a file or parts"):
         load(tmp_path / "b.toml")
 
 

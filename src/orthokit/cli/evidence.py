@@ -39,7 +39,7 @@ class Evaluate:
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT...")]
     """Runs, folders of runs, or weights (.safetensors, .pt, .pth; nothing in them is executed)."""
-    recipe: Path | None = None
+    recipe: str | None = None
     """Of checkpoints that orthokit did not save, and of runs of your own code: the recipe with their [network] and [data]."""
     model: str | None = None
     """The module:function of runs of your own network, here or on Python's path; it is imported."""
@@ -62,7 +62,7 @@ class Evaluate:
 
     def run(self, console: Console) -> int:
         if not self.paths:
-            raise UsageError("name a run's folder or a checkpoint, such as runs/nano_cifar10_strict")
+            raise UsageError("name a run's folder or a checkpoint, such as runs/nano+cifar10+strict")
         check_positive(self, "images", "jobs", "threads")
         with needing("evaluating needs"):
             from orthokit.lab.evaluation import evaluate

@@ -132,14 +132,14 @@ class Train:
     after Ctrl-C.
     """
 
-    recipes: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE...")]
-    """TOML files, such as recipes/nano_cifar10_strict.toml."""
+    recipes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE...")]
+    """Parts joined by +, such as nano+cifar10+strict (orthokit list recipes shows them), or TOML files of your own."""
     seeds: Annotated[tuple[tuple[int, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="SEED...")] = ()
     """A run for each; 0 by default."""
     set: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE...")] = ()
     """Keys of the recipe to set, such as train.epochs=10 regularizer.strength=0.03."""
     name: str | None = None
-    """Folder of the runs below --out, for a single recipe; by default the file's name and what --set says."""
+    """Folder of the runs below --out, for a single recipe; by default what RECIPE and --set say."""
     code: tuple[Path, ...] = ()
     """Folders of the modules that recipes call module:function; by default those of the recipes."""
     devices: int = 1
@@ -150,7 +150,7 @@ class Train:
 
     def run(self, console: Console) -> int:
         if not self.recipes:
-            raise UsageError("name a recipe, such as recipes/nano_cifar10_strict.toml")
+            raise UsageError("name a recipe, such as nano+digits+strict; orthokit list recipes shows what they are made of")
         if self.name is not None and len(self.recipes) > 1:
             raise UsageError("--name is for a single recipe")
         if self.name is not None and (self.name != Path(self.name).name or self.name in ("", ".", "..") or "\0" in self.name):
@@ -158,7 +158,7 @@ class Train:
         check_positive(self, "devices")
         seeds = [seed for given in self.seeds for seed in given] if self.seeds else [0]
         with needing("training needs"):
-            from orthokit.lab.recipes.compose import label, load
+            from orthokit.lab.recipes.compose import label, load, name_of
             from orthokit.lab.runs.logs import Log
             from orthokit.lab.runs.progress import Display
             from orthokit.lab.runs.run import SEEDS, Run
@@ -167,7 +167,7 @@ class Train:
         if not seeds or not all(0 <= seed < SEEDS for seed in seeds) or len({*seeds}) < len(seeds):
             raise UsageError(f"--seeds must be different numbers from 0 to 2^32; got {' '.join(map(str, seeds)) or 'none'}")
         machine, settings = self.machine, [setting for given in self.set for setting in given]
-        loaded = {self.name or path.stem + label(settings): load(path, settings, self.code) for path in self.recipes}
+        loaded = {self.name or name_of(each) + label(settings): load(each, settings, self.code) for each in self.recipes}
         if len(loaded) < len(self.recipes):
             raise UsageError("two recipes of one name would share a folder; train them apart, with --name")
         runs = [Run(recipe, seed, machine.out / name / str(seed)) for name, recipe in loaded.items() for seed in seeds]

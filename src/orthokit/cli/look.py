@@ -35,12 +35,17 @@ from orthokit.tables import Table
 
 @dataclass(frozen=True)
 class List:
-    """List the penalties: what each measures, and its paper. With a NAME, all about that one."""
+    """List the penalties: what each measures, and its paper. With a NAME, all about that one; with recipes, their parts."""
 
     name: tyro.conf.Positional[str | None] = None
-    """A penalty, in any case: so, srip, disentangled, ..."""
+    """A penalty, in any case: so, srip, disentangled, ...; or recipes."""
 
     def run(self, console: Console) -> None:
+        if self.name == "recipes":
+            with needing("recipes need"):
+                from orthokit.lab.recipes.compose import overview
+            say(console, overview())
+            return
         known = {penalty.__name__.lower(): penalty for penalty in ok.PENALTIES}
         if self.name is not None:
             if (penalty := known.get(self.name.lower())) is None:

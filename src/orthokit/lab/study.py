@@ -3,13 +3,13 @@
 .. code-block:: toml
 
     title = "Four penalties on a small budget"
-    recipe = "../recipes/nano_cifar10_none.toml"     # or several, merged in order
+    recipe = "nano+cifar10"                          # parts of recipes, a file, or several, merged in order
     seeds = [0, 1, 2]
     reuse = ["depth.toml"]                           # what this study keeps of the same runs need not be trained again
 
     [arms]                                           # parts of recipes, laid over it; the first one is the baseline
     none = {}
-    strict = { extends = "../recipes/parts/strict.toml" }
+    strict = "strict"                                # short for { extends = "strict" }
 
     [networks]                                       # the panels, if there are several
     "ResNet-8" = { network.depth = 8 }
@@ -94,9 +94,10 @@ class Study(Section):
     """What a study's file says."""
 
     FILES = ("recipe", "reuse")
+    PARTIAL = ("arms", "networks")
     title: str
     recipe: str | Annotated[list[str], Field(min_length=1)]
-    """Files, merged in order."""
+    """Parts of recipes, or files; several are merged in order."""
     seeds: Seeds
     arms: Annotated[dict[str, Partial], Field(min_length=2)]
     """Parts of a recipe, by name."""

@@ -2,7 +2,7 @@
 
 .. code-block:: toml
 
-    recipes = ["../recipes/nano_cifar10_so.toml", "../recipes/nano_cifar10_strict.toml"]
+    recipes = ["nano+cifar10+so", "nano+cifar10+strict"]
     seeds = [100, 101, 102]          # other seeds than those of the comparison that follows
 
     [grid]
@@ -37,7 +37,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orthokit.lab.atomic import to_json, write
-from orthokit.lab.recipes.compose import inline, label, load, read_section
+from orthokit.lab.recipes.compose import inline, label, load, name_of, read_section
 from orthokit.lab.recipes.sections import Section
 from orthokit.lab.runs.run import Run, Seeds
 
@@ -76,7 +76,7 @@ class Sweep(Section):
 
     FILES = ("recipes",)
     recipes: Annotated[list[str], Field(min_length=1)]
-    """Files; each gets its own best setting."""
+    """Parts joined by ``+``, or files; each gets its own best setting."""
     seeds: Seeds
     grid: Annotated[dict[str, list[Any]], Field(min_length=1)] | None = None
     search: Search | None = None
@@ -87,7 +87,7 @@ class Sweep(Section):
     def _one(self) -> "Sweep":
         if (self.grid is None) == (self.search is None):
             raise ValueError("needs either [grid] or [search]")
-        for key, values in (("recipes", [Path(file).stem for file in self.recipes]), ("seeds", self.seeds)):
+        for key, values in (("recipes", list(map(name_of, self.recipes))), ("seeds", self.seeds)):
             if len({*values}) < len(values):
                 raise ValueError(f"{key} must differ; got {values}")
         if empty := [key for key, values in (self.grid or {}).items() if not values]:
@@ -148,12 +148,12 @@ def run(path: Path, out: Path, execute: Callable[[Sequence[Run]], int]) -> tuple
             except StopIteration:
                 return list(points.values()), status
             todo = {(file, _settings(sweep, values)): None for file, values in asked}
-            runs = {key: _runs(sweep, Path(key[0]), key[1], out / path.stem) for key in todo}
+            runs = {key: _runs(sweep, *key, out / path.stem) for key in todo}
             # Two ways to write one recipe are one point.
             unique = {run.folder: run for each in runs.values() for run in each}
             status = max(status, execute(list(unique.values())))
             for key, each in runs.items():
-                points[key] = _point(Path(key[0]), key[1], each)
+                points[key] = _point(*key, each)
             told = [points[file, _settings(sweep, values)] for file, values in asked]
 
 
@@ -213,16 +213,16 @@ def _settings(sweep: Sweep, values: Mapping[str, Any]) -> tuple[str, ...]:
     return (*sweep.set, *(f"{key}={inline(value)}" for key, value in values.items()))
 
 
-def _runs(sweep: Sweep, file: Path, settings: tuple[str, ...], out: Path) -> list[Run]:
+def _runs(sweep: Sweep, file: str, settings: tuple[str, ...], out: Path) -> list[Run]:
     recipe = load(file, settings)
     if recipe.data.validation == 0:
         raise ValueError(f"{file}: a sweep is judged on validation accuracy; set data.validation above 0")
-    return [Run(recipe, seed, out / f"{file.stem}{label(settings)}" / str(seed)) for seed in sweep.seeds]
+    return [Run(recipe, seed, out / f"{name_of(file)}{label(settings)}" / str(seed)) for seed in sweep.seeds]
 
 
-def _point(file: Path, settings: tuple[str, ...], runs: Sequence[Run]) -> Point:
+def _point(file: str, settings: tuple[str, ...], runs: Sequence[Run]) -> Point:
     found = [summary["validation"]["accuracy"] for run in runs if not run.damage() and (summary := run.summary())]
-    return Point(str(file), settings, tuple(found), len(runs))
+    return Point(file, settings, tuple(found), len(runs))
 
 
 def best(points: Sequence[Point]) -> dict[str, Point]:
@@ -261,7 +261,7 @@ def table(points: Sequence[Point]) -> Table:
         sd = f"{100 * statistics.stdev(point.accuracies):.2f}" if len(point.accuracies) > 1 else "–"
         n = str(point.seeds) if point.complete else f"{len(point.accuracies)} of {point.seeds}"
         style = "bold" if id(point) in chosen else "" if point.complete else "red"
-        drawn.add_row(escape(Path(point.recipe).stem), escape("\n".join(point.settings)), mean, sd, n, style=style)
+        drawn.add_row(escape(name_of(point.recipe)), escape("\n".join(point.settings)), mean, sd, n, style=style)
     return drawn
 
 

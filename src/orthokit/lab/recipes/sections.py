@@ -28,7 +28,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     FILES: ClassVar[tuple[str, ...]] = ()
-    """Keys that name files, relative to the one they stand in."""
+    """Keys that name parts of recipes, or files relative to the one they stand in."""
+    PARTIAL: ClassVar[tuple[str, ...]] = ()
+    """Tables of parts of recipes by name: ``strict = "strict"`` is short for ``strict = { extends = "strict" }``."""
 
 
 S = TypeVar("S", bound=Section)

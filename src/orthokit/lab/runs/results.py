@@ -79,9 +79,9 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
     damaged: dict[Path, str] = {}
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"{path} is not there; give folders of runs, such as runs/nano_cifar10_strict")
+            raise FileNotFoundError(f"{path} is not there; give folders of runs, such as runs/nano+cifar10+strict")
         if path.is_file() and path.name != SUMMARY:
-            raise ValueError(f"{path} is no run; give folders of runs, such as runs/nano_cifar10_strict")
+            raise ValueError(f"{path} is no run; give folders of runs, such as runs/nano+cifar10+strict")
         top = path.parent if path.is_file() else path
         for file in _below(top, SUMMARY):
             try:
