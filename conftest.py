@@ -10,7 +10,8 @@ import orthokit
 
 def setup(namespace):
     torch.manual_seed(0)
-    namespace.update(vars(orthokit), orthokit=orthokit, ok=orthokit, torch=torch, nn=torch.nn)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.Conv2d(16, 32, 3))  # what a card regularizes
+    namespace.update(vars(orthokit), orthokit=orthokit, ok=orthokit, torch=torch, nn=torch.nn, model=model)
 
 
 def in_module(namespace):

@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from xml.etree import ElementTree
@@ -20,7 +19,7 @@ from rich.table import Table as RichTable
 from torch import nn
 
 import orthokit as ok
-from orthokit import checkpoint
+from orthokit import cards, checkpoint
 from orthokit.architecture import build, opened
 from orthokit.checks import printable
 from orthokit.cli.base import Format, UsageError, check_positive, demo_images, needing, say, show, write_text
@@ -51,9 +50,7 @@ class List:
             if (penalty := known.get(self.name.lower())) is None:
                 raise UsageError(f"no penalty {self.name!r}; there are {', '.join(p.__name__ for p in ok.PENALTIES)}")
             console.print(f"[bold]orthokit.{penalty.__name__}[/]{escape(_options(penalty))}")
-            console.print(
-                Markdown(resources.files("orthokit.cards").joinpath(f"{penalty.__name__.lower()}.md").read_text("utf-8"))
-            )
+            console.print(Markdown(cards.read(penalty.__name__)))
             console.print(f"\n{_plain(_module_doc(penalty))}", markup=False)
             return
         table = RichTable(box=box.SIMPLE_HEAD)

@@ -1,0 +1,123 @@
+"""Fill in the numbers of the README and of the cards: each is read where it was measured, none is typed.
+
+A mark such as ``<!--=cost: SO-->1.3 to 14%<!--/-->`` says where its text comes from; readers see the text only. Marks are::
+
+    cost: SO                                         share of a training step, the range over the networks of benchmarks/cost.json
+    cost: SO; 8                                      the same at every eighth step
+    gain: depth; strict; mean                        difference from the baseline with its interval: study; arm; panel; metric
+    value: near; strict; ResNet-20; under_cos        mean of an arm; the panel may be left out where there is one
+    tried: near; ocnn; 0.1                           validation accuracy at a strength
+    cards                                            the overview table of the cards
+
+    python docs/fill.py            # fill in; prints the files that changed
+    python docs/fill.py --check    # change nothing; exit status 1 if something would
+"""
+
+import json
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import orthokit as ok
+from orthokit.lab import study
+from orthokit.lab.comparison.comparison import Comparison
+from orthokit.lab.comparison.metrics import metric_of
+
+ROOT = Path(__file__).parents[1]
+CARDS = ROOT / "src/orthokit/cards"
+COSTS = {"Disentangled": "strict"}
+"""Names of penalties in benchmarks/cost.json, where they are others."""
+MARK = re.compile(r"<!--=(?P<source>.*?)-->.*?<!--/-->", re.DOTALL)
+
+
+def fill(text: str) -> str:
+    """``text`` with all its marks filled in anew.
+
+    Raises:
+        ValueError: a mark names nothing that was measured.
+    """
+    return MARK.sub(lambda mark: f"<!--={mark['source']}-->{_read(mark['source'])}<!--/-->", text)
+
+
+def _read(source: str) -> str:
+    verb, _, rest = source.partition(":")
+    try:
+        return VERBS[verb](*(" ".join(each.split()) for each in rest.split(";") if rest))
+    except (AttributeError, LookupError, OSError, StopIteration, TypeError, ValueError) as error:
+        raise ValueError(f"cannot fill in <!--={source}-->: {error!r}") from error
+
+
+def cost(penalty: str, every: str = "1") -> str:
+    """Share of a training step of ``add_grad_()``, from the cheapest to the dearest network."""
+    networks = json.loads((ROOT / "benchmarks/cost.json").read_text("utf-8"))["networks"]["cpu"].values()
+    steps = [network["step"]["share"] for network in networks if penalty in network.get("step", {}).get("share", {})]
+    shares = [f"{share:.2g}" for share in sorted(100 * step[penalty][every]["median"] for step in steps)]
+    return f"{shares[0]} to {shares[-1]}%" if len(shares) > 1 else f"{shares[0]}%"
+
+
+def gain(name: str, arm: str, panel: str = "", metric: str = "accuracy") -> str:
+    """Difference from the baseline, with its interval: of a panel, or their ``mean``."""
+    if panel == "mean":
+        found: Any = _comparison(name).contrasts[0].found[arm]
+    else:
+        found = _cell(name, arm, panel, metric).difference
+    digits = 3 if metric.endswith("loss") else 2
+    low, high = found.interval
+    return f"{found.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def value(name: str, arm: str, panel: str = "", metric: str = "accuracy") -> str:
+    """Mean of an arm over its seeds."""
+    mean = _cell(name, arm, panel, metric).sample.mean
+    return f"{mean:.1f}" if mean >= 1 else f"{mean:.2g}".replace("e-0", "e-")
+
+
+def tried(name: str, arm: str, strength: str) -> str:
+    """Validation accuracy, in percent, at a strength that was tried."""
+    trials = [trial for choice in _comparison(name).choices if choice.arm == arm for trial in choice.trials]
+    return f"{next(trial.sample.mean for trial in trials if trial.strength == float(strength)):.1f}"
+
+
+def _cell(name: str, arm: str, panel: str, metric: str) -> Any:
+    panels = _comparison(name).cells(metric_of(metric))
+    if not panel and len(panels) == 1:
+        (panel,) = panels
+    return panels[panel][arm]
+
+
+@cache
+def _comparison(name: str) -> Comparison:
+    return study.plan(ROOT / "studies" / f"{name}.toml", out=ROOT / "runs", results=ROOT / "results").comparison()
+
+
+def cards() -> str:
+    """A line for each card: its title, its first sentence, its cost."""
+    lines = ["", "| penalty | what it does | cost |", "|---|---|---|"]
+    for penalty in ok.PENALTIES:
+        title, _, benefit, *_ = (CARDS / (name := f"{penalty.__name__.lower()}.md")).read_text("utf-8").split("\n")
+        share = cost(COSTS.get(penalty.__name__, penalty.__name__))
+        lines.append(f"| [{title.removeprefix('# ')}]({name}) | {benefit} | {share} |")
+    return "\n".join([*lines, ""])
+
+
+VERBS = {"cost": cost, "gain": gain, "value": value, "tried": tried, "cards": cards}
+
+
+def files() -> list[Path]:
+    """What is filled in."""
+    return [ROOT / "README.md", *sorted(CARDS.glob("*.md"))]
+
+
+def main() -> int:
+    changed = {path: text for path in files() if (text := fill(path.read_text("utf-8"))) != path.read_text("utf-8")}
+    for path, text in changed.items():
+        print(path.relative_to(ROOT))
+        if "--check" not in sys.argv:
+            path.write_text(text, encoding="utf-8")
+    return "--check" in sys.argv and bool(changed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

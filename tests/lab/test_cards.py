@@ -1,0 +1,74 @@
+"""The README and the cards say what was measured, and their code and recipes are of the penalty they describe."""
+
+import importlib.util
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import orthokit as ok
+from orthokit.cards import read
+from orthokit.spec import penalty_of
+
+ROOT = Path(__file__).parents[2]
+PARTS = ["Use it", "Strength and schedule", "Use it when", "Do not use it when", "Cost", "Interactions", "Value", "Prefers"]
+PARTS += ["What the paper claims", "Reproduced here", "Not reproduced"]
+
+
+@pytest.fixture(scope="module")
+def fill():
+    spec = importlib.util.spec_from_file_location("fill", ROOT / "docs/fill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_number_is_the_one_that_was_measured(fill):
+    for path in fill.files():
+        text = path.read_text("utf-8")
+        assert fill.fill(text) == text, f"{path.name}: python docs/fill.py"
+
+
+def test_a_number_follows_its_source(fill, tmp_path, monkeypatch):
+    costs = json.loads((ROOT / "benchmarks/cost.json").read_text("utf-8"))
+    network = {"step": {"share": {"SO": {"1": {"median": 0.025}, "8": {"median": 0.003}}}}}
+    costs["networks"]["cpu"] = {"a": network, "b": {}}
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/cost.json").write_text(json.dumps(costs))
+    monkeypatch.setattr(fill, "ROOT", tmp_path)
+    assert fill.fill("<!--=cost: SO-->1%<!--/-->, <!--=cost:\nSO; 8-->?<!--/-->") == (
+        "<!--=cost: SO-->2.5%<!--/-->, <!--=cost:\nSO; 8-->0.3%<!--/-->"
+    )
+
+
+@pytest.mark.parametrize("source", ["cost: XO", "gains: depth; so", "gain: depth; so", "tried: near; so; 7", "gain"])
+def test_a_mark_without_a_source_is_an_error(fill, source):
+    with pytest.raises(ValueError, match="cannot fill in"):
+        fill.fill(f"<!--={source}--><!--/-->")
+
+
+@pytest.mark.parametrize("penalty", ok.PENALTIES)
+def test_a_card_has_all_its_parts(penalty):
+    text = read(penalty.__name__)
+    assert text.startswith("# ")
+    assert "<!--" not in text
+    assert "![" not in text
+    words = " ".join(text.split())
+    assert [part for part in PARTS if f"**{part}" not in words] == []
+    recipe = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
+    section = tomllib.loads(recipe[1])["regularizer"]
+    assert type(penalty_of(section["penalty"])) is penalty
+    assert section["strength"] > 0
+    assert f"ok.{penalty.__name__}(" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src/orthokit/cards").glob("*.md")), ids=lambda p: p.name)
+def test_links_and_cells(path):
+    text = path.read_text("utf-8")
+    assert not re.findall(r"\b[Nn]o (?:measure|CSV)\b", text)
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+        assert (path.parent / target).exists(), target
+    cells = [cell for line in re.sub(r"<!--.*?-->", "", text).splitlines() if line.startswith("|") for cell in line.split("|")]
+    assert [cell for cell in cells if len(cell.split()) > 40] == []
