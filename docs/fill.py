@@ -8,6 +8,7 @@ A mark such as ``<!--=cost: SO-->1.3 to 14%<!--/-->`` says where its text comes 
     value: near; strict; ResNet-20; under_cos        mean of an arm; the panel may be left out where there is one
     tried: near; ocnn; 0.1                           validation accuracy at a strength
     cards                                            the overview table of the cards
+    penalties                                        the table of the README
 
     python docs/fill.py            # fill in; prints the files that changed
     python docs/fill.py --check    # change nothing; exit status 1 if something would
@@ -80,6 +81,17 @@ def tried(name: str, arm: str, strength: str) -> str:
     return f"{next(trial.sample.mean for trial in trials if trial.strength == float(strength)):.1f}"
 
 
+def penalties() -> str:
+    """A line for each penalty: when to use it, and where it is from."""
+    lines = ["", "| penalty | use it when | from |", "|---|---|---|"]
+    for penalty in ok.PENALTIES:
+        text = " ".join((CARDS / f"{penalty.__name__.lower()}.md").read_text("utf-8").split())
+        use = re.search(r"\*\*Use it when\*\* (.*?)\. \*\*Do not", text)
+        source = re.search(r"\[[^]]*\]\(https://[^)]*\)", text[text.index("What the paper claims") :])
+        lines.append(f"| `{penalty.__name__}` | {use[1]} | {source[0]} |")
+    return "\n".join([*lines, ""])
+
+
 def _cell(name: str, arm: str, panel: str, metric: str) -> Any:
     panels = _comparison(name).cells(metric_of(metric))
     if not panel and len(panels) == 1:
@@ -102,7 +114,7 @@ def cards() -> str:
     return "\n".join([*lines, ""])
 
 
-VERBS = {"cost": cost, "gain": gain, "value": value, "tried": tried, "cards": cards}
+VERBS = {"cost": cost, "gain": gain, "value": value, "tried": tried, "cards": cards, "penalties": penalties}
 
 
 def files() -> list[Path]:

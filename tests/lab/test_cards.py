@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import orthokit as ok
 from orthokit.cards import read
@@ -64,7 +65,7 @@ def test_a_card_has_all_its_parts(penalty):
     assert f"ok.{penalty.__name__}(" in text
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "src/orthokit/cards").glob("*.md")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "src/orthokit/cards").glob("*.md"))], ids=lambda p: p.name)
 def test_links_and_cells(path):
     text = path.read_text("utf-8")
     assert not re.findall(r"\b[Nn]o (?:measure|CSV)\b", text)
@@ -72,3 +73,14 @@ def test_links_and_cells(path):
         assert (path.parent / target).exists(), target
     cells = [cell for line in re.sub(r"<!--.*?-->", "", text).splitlines() if line.startswith("|") for cell in line.split("|")]
     assert [cell for cell in cells if len(cell.split()) > 40] == []
+
+
+def test_the_first_screen(capsys):
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.encode()) < 9000
+    namespace: dict = {}
+    torch.manual_seed(0)
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], namespace)
+    before, after = map(float, re.fullmatch(r"residual ([\d.]+) -> ([\d.]+)\n", capsys.readouterr().out).groups())
+    assert before > 0.6
+    assert after < 0.02
