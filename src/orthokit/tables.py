@@ -82,7 +82,7 @@ class Table:
         every = [*self.rows, *self.totals.values()]
         columns = [c for c in self.columns if c.shown and any(row.get(c.key) is not None for row in every)]
         drawn, left_out = self._drawn(columns), list[str]()
-        while Measurement.get(console, options.update(width=1000), drawn).maximum > options.max_width and len(columns) > 2:
+        while Measurement.get(console, options.update(width=1000), drawn).minimum > options.max_width and len(columns) > 2:
             left_out.insert(0, columns.pop().header)
             drawn = self._drawn(columns)
         yield drawn

@@ -14,6 +14,8 @@ import pytest
 
 from orthokit.cli import main
 from orthokit.lab import sweep
+from orthokit.lab.comparison.inference import Sample
+from orthokit.lab.comparison.tuning import RULE, Choice, Trial
 from orthokit.lab.recipes.compose import load
 from orthokit.lab.runs.launch import Pool
 from orthokit.lab.runs.run import Run
@@ -193,6 +195,29 @@ def test_the_best_is_complete_and_the_edge_is_told(tmp_path):
     read = sweep.read(tmp_path / "s.toml")
     assert sweep.edges(read, points[2]) == ["a.b"]
     assert sweep.edges(read, points[1]) == []
+
+
+def test_a_strength_is_chosen_as_studies_do():
+    """The strongest within a standard error of the best mean, among those that differ in nothing else."""
+
+    def tried(strength, accuracies, *others, recipe="r.toml"):
+        return made([*others, f"regularizer.strength={strength}"], [a / 100 for a in accuracies], recipe=recipe)
+
+    values = {0.01: (90.0, 90.4), 0.1: (90.3, 90.7), 1.0: (90.1, 90.5), 10.0: (80.0, 80.4)}
+    points = [tried(strength, accuracies, "train.lr=0.1") for strength, accuracies in values.items()]
+    points += [tried(3.0, (90.3, 90.6), "train.lr=1.0"), tried(2.0, (99.0,), "train.lr=0.1")]
+    choice = Choice("", "", tuple(Trial(strength, Sample(accuracies)) for strength, accuracies in values.items()))
+    assert choice.best.strength == 0.1
+    for order in (points, points[::-1]):
+        assert sweep.best(order)["r.toml"].strength == choice.chosen.strength == 1.0
+    table = sweep.table(points)
+    assert [row["chosen"] for row in table.rows].count("*") == 1
+    assert table.notes == (RULE,)
+    assert "train.lr=0.1 regularizer.strength=10.0" in table.rows[4]["name"]
+    assert (table.rows[-1]["n"], table.rows[-1]["sd"]) == ("1 of 2", None)
+    other = [made(["train.lr=1"], [0.5, 0.5]), made(["train.lr=2"], [0.6, 0.5]), tried(9.0, (50, 50))]
+    assert sweep.best(other)["r.toml"] is other[1]  # no strengths were tried beside it
+    assert sweep.table(other).notes == ()
 
 
 def test_a_search_finds_the_better_and_repeats_itself(recipe, tmp_path, monkeypatch):

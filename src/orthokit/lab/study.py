@@ -56,7 +56,7 @@ from orthokit.lab.comparison.comparability import undeclared, under
 from orthokit.lab.comparison.comparison import FACTOR, Blocks, Comparison, compare
 from orthokit.lab.comparison.metrics import METRICS, metric_of
 from orthokit.lab.comparison.panels import pair_of
-from orthokit.lab.comparison.tuning import Choice, Trial, Tune, cautions, distinct
+from orthokit.lab.comparison.tuning import STRENGTH, Choice, Trial, Tune, cautions, distinct
 from orthokit.lab.evaluation.evaluate import PARTS, check_parts, settings
 from orthokit.lab.recipes.compose import NAMED, inline, joined, label, merged, parsed, read_section
 from orthokit.lab.recipes.recipe import Recipe, differences, flattened
@@ -72,7 +72,6 @@ Lent = dict[tuple[str, int], list[Path]]
 """Folders with what is kept of runs, by their recipe and seed."""
 RUNS = "runs"
 """In the folder of a study: the runs that are compared, ``runs/<name>/<seed>``."""
-STRENGTH = "regularizer.strength"
 
 
 class Evaluation(Section):

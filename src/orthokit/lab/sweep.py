@@ -18,8 +18,9 @@ or, in place of the grid:
     "regularizer.strength" = { low = 1e-3, high = 1.0, log = true }
     "network.norm" = ["batch", "group"]
 
-The best setting of each recipe is the one with the highest mean validation accuracy after the last epoch. There is no state but
-the runs themselves: started again, a sweep repeats nothing and goes on.
+The best setting of each recipe is the one with the highest mean validation accuracy after the last epoch. Among settings that
+differ from it in ``regularizer.strength`` alone, the rule of :mod:`orthokit.lab.comparison.tuning` decides, as in studies. There
+is no state but the runs themselves: started again, a sweep repeats nothing and goes on.
 """
 
 import itertools
@@ -32,14 +33,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from orthokit.lab.atomic import to_json, write
-from orthokit.lab.recipes.compose import inline, label, load, name_of, read_section
+from orthokit.lab.comparison.inference import Sample
+from orthokit.lab.comparison.tuning import RULE, STRENGTH, Choice, Trial
+from orthokit.lab.recipes.compose import inline, label, load, name_of, parsed, read_section
 from orthokit.lab.recipes.sections import Section
 from orthokit.lab.runs.run import Run, Seeds
+from orthokit.tables import Column, Table
 
 Settings = dict[str, Any]
 
@@ -115,9 +116,30 @@ class Point:
         return statistics.fmean(self.accuracies)
 
     @property
+    def strength(self) -> float | None:
+        """What its settings say of ``regularizer.strength``, if a number."""
+        given = [parsed(setting)["regularizer"]["strength"] for setting in self.settings if _is_strength(setting)]
+        return given[-1] if given and isinstance(given[-1], int | float) else None
+
+    @property
+    def others(self) -> list[str]:
+        """Its settings but for the strength."""
+        return [setting for setting in self.settings if not _is_strength(setting)]
+
+    @property
+    def trial(self) -> Trial:
+        """It as the trial of a strength."""
+        sample = Sample(tuple(100 * accuracy for accuracy in self.accuracies))
+        return Trial(self.strength or 0.0, sample, diverged=self.seeds - sample.n)
+
+    @property
     def command(self) -> str:
         """What trains it."""
         return shlex.join(["orthokit", "train", self.recipe, "--set", *self.settings])
+
+
+def _is_strength(setting: str) -> bool:
+    return setting.partition("=")[0].strip() == STRENGTH
 
 
 def read(path: Path) -> Sweep:
@@ -226,12 +248,24 @@ def _point(file: str, settings: tuple[str, ...], runs: Sequence[Run]) -> Point:
 
 
 def best(points: Sequence[Point]) -> dict[str, Point]:
-    """Of each recipe the complete point of highest mean validation accuracy; the first of equals."""
-    found: dict[str, Point] = {}
-    for point in points:
-        if point.complete and (point.recipe not in found or point.mean > found[point.recipe].mean):
-            found[point.recipe] = point
-    return found
+    """Of each recipe the complete point of highest mean validation accuracy, or what the rule for strengths makes of it.
+
+    The first of equals; recipes without a complete point are left out.
+    """
+    chosen: dict[str, Point] = {}
+    for recipe in dict.fromkeys(point.recipe for point in points if point.complete):
+        complete = [point for point in points if point.recipe == recipe and point.complete]
+        highest = max(complete, key=lambda point: point.mean)
+        if (strengths := _strengths(complete, highest)) is not None:
+            highest = strengths[Choice(recipe, "", tuple(point.trial for point in strengths.values())).chosen.strength]
+        chosen[recipe] = highest
+    return chosen
+
+
+def _strengths(points: Sequence[Point], point: Point) -> dict[float, Point] | None:
+    """Those that differ from ``point`` in their strength alone, the weakest first; None where strengths were not tried."""
+    found = {each.strength: each for each in points if each.strength is not None and each.others == point.others}
+    return {strength: found[strength] for strength in sorted(found)} if len(found) > 1 else None
 
 
 def edges(sweep: Sweep, point: Point) -> list[str]:
@@ -245,24 +279,34 @@ def edges(sweep: Sweep, point: Point) -> list[str]:
     return found
 
 
+COLUMNS = (
+    Column("name", "recipe and settings", ""),
+    Column("chosen", "best", ""),
+    Column("mean", "mean", ".2f"),
+    Column("sd", "sd", ".2f"),
+    Column("n", "n", ""),
+)
+
+
 def table(points: Sequence[Point]) -> Table:
     """The points, best first within each recipe."""
-    drawn = Table(
-        title="validation accuracy (%) after the last epoch", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-    )
-    drawn.add_column("recipe", overflow="fold")
-    drawn.add_column("settings", overflow="fold")
-    for header in ("mean", "sd", "n"):
-        drawn.add_column(header, justify="right", no_wrap=True)
-    chosen = set(map(id, best(points).values()))
-    order = {recipe: place for place, recipe in enumerate(dict.fromkeys(point.recipe for point in points))}
-    for point in sorted(points, key=lambda p: (order[p.recipe], not p.complete, -p.mean if p.accuracies else 0.0)):
-        mean = f"{100 * point.mean:.2f}" if point.accuracies else "–"
-        sd = f"{100 * statistics.stdev(point.accuracies):.2f}" if len(point.accuracies) > 1 else "–"
-        n = str(point.seeds) if point.complete else f"{len(point.accuracies)} of {point.seeds}"
-        style = "bold" if id(point) in chosen else "" if point.complete else "red"
-        drawn.add_row(escape(name_of(point.recipe)), escape("\n".join(point.settings)), mean, sd, n, style=style)
-    return drawn
+    chosen = best(points)
+    order = {recipe: k for k, recipe in enumerate(dict.fromkeys(point.recipe for point in points))}
+    ordered = sorted(points, key=lambda p: (order[p.recipe], not p.complete, -p.mean if p.accuracies else 0.0))
+    rows = []
+    for point in ordered:
+        sample = point.trial.sample
+        rows.append(
+            {
+                "name": " ".join([name_of(point.recipe), *point.settings]),
+                "chosen": "*" if chosen.get(point.recipe) is point else "",
+                "mean": sample.mean if sample.n else None,
+                "sd": sample.sd if sample.n else None,
+                "n": str(sample.n) if point.complete else f"{sample.n} of {point.seeds}",
+            }
+        )
+    ruled = any(_strengths(points, point) for point in chosen.values())
+    return Table("validation accuracy (%) after the last epoch", COLUMNS, tuple(rows), {}, (RULE,) if ruled else ())
 
 
 def save(points: Sequence[Point], path: Path) -> None:

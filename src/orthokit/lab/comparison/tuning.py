@@ -1,4 +1,6 @@
-"""The strengths of a study's arms, chosen on validation images and seeds of their own.
+"""The rule by which a strength is chosen, on validation images and seeds of their own: in studies, and in sweeps.
+
+In a study:
 
 .. code-block:: toml
 
@@ -37,6 +39,8 @@ RULE = (
     "standard error (the sd of the tuning seeds, pooled over the arm's values, by the root of their number) of the best mean; "
     "a value of which a run diverged is out, and neither test images nor the seeds of the comparison have a part in it."
 )
+STRENGTH = "regularizer.strength"
+"""The key that is chosen."""
 VALIDATION = Metric("validation", "validation accuracy", "result", 1, "validation.accuracy", unit="%")
 Values = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
 
