@@ -67,6 +67,12 @@ def say(console: Console, text: str, style: str | None = None) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def suggest(console: Console, command: str) -> None:
+    """Say in one line what to do next, where somebody reads it: not into a pipe or a file."""
+    if console.is_terminal:
+        say(console, f"next: {command}", "dim")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that a command was told to write."""
     path.write_text(text, encoding="utf-8")

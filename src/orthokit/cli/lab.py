@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from orthokit.cli.base import UsageError, check_positive, demo_images, needing
+from orthokit.cli.base import UsageError, check_positive, demo_images, needing, say
 
 if TYPE_CHECKING:
     from orthokit.lab.runs.run import Run
@@ -90,6 +90,18 @@ class Machine:
         if self.address is not None and self.backend == "local":
             raise UsageError("--address does nothing without --backend ray")
 
+    def foretell(self, runs: "Sequence[Run]", console: Console, *, jobs: int = 1, threads: int | None = None) -> None:
+        """Say about how long ``runs`` will take, and what they leave on the disk; nothing where they compute elsewhere."""
+        from orthokit.lab.runs.run import SERVES
+        from orthokit.lab.training.estimate import estimate
+
+        left = [run.recipe for run in runs if run.summary() is None]
+        if not left or self.backend != "local" or SERVES in os.environ:
+            return
+        found = estimate(left, self.root, device=self.device, threads=threads)
+        if found is not None:
+            say(console, found.text(len(left), jobs, self.out), "dim")
+
     def run_all(self, runs: "Sequence[Run]", console: Console, *, test: bool = True) -> int:
         """Do what is left of ``runs``, each in a process of its own; exit status 4 if any failed. ``test``: show test results."""
         from orthokit.lab.recipes.recipe import check_all
@@ -100,6 +112,7 @@ class Machine:
         damaged = {run.folder: why for run in runs if (why := run.damage()) is not None}
         every, runs = runs, [run for run in runs if run.folder not in damaged]
         check_all([run.recipe for run in runs if run.summary() is None], self.root, download=self.download)
+        self.foretell(runs, console, jobs=self.jobs or os.cpu_count() or 1, threads=self.threads or 1)
         with Log(self.log, Watch()) as log:  # those that are not finished do it in their own processes
             for run in runs:
                 if run.summary() is not None:
@@ -176,6 +189,8 @@ class Train:
                 raise UsageError("--devices shares one run among processes; several runs in turn on all of them: use torchrun")
             return machine.run_all(runs, console)
         hardware = Hardware(device=machine.device, devices=self.devices, strategy=self.strategy, threads=machine.threads)
+        if self.devices == 1 and "WORLD_SIZE" not in os.environ:
+            machine.foretell(runs, console, threads=machine.threads)
         with Display(console) as display, Log(machine.log, display) as log:
             for run in runs:
                 before = run.summary() is not None
