@@ -20,6 +20,8 @@ from rich.text import Text
 from orthokit.checks import printable
 
 Row = dict[str, Any]
+FOLDED = 32
+"""Width from which the first column is folded before another column is left out."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +83,22 @@ class Table:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable | Text]:
         every = [*self.rows, *self.totals.values()]
         columns = [c for c in self.columns if c.shown and any(row.get(c.key) is not None for row in every)]
-        drawn, left_out = self._drawn(columns), list[str]()
-        while Measurement.get(console, options.update(width=1000), drawn).minimum > options.max_width and len(columns) > 2:
+        left_out, wide = list[str](), options.update(width=1000)
+        while len(columns) > 2 and Measurement.get(console, wide, self._drawn(columns, FOLDED)).maximum > options.max_width:
             left_out.insert(0, columns.pop().header)
-            drawn = self._drawn(columns)
-        yield drawn
+        yield self._drawn(columns)
         yield from (Text(printable(note)) for note in self.notes)
         if left_out:
             yield Text(f"not shown at this width: {', '.join(left_out)}; a wider terminal, to_dict() or --format json has them")
 
-    def _drawn(self, columns: list[Column]) -> RichTable:
+    def _drawn(self, columns: list[Column], first: int | None = None) -> RichTable:
+        """As drawn by rich; ``first`` limits the width of the first column, which is folded where it is longer."""
         drawn = RichTable(title=Text(printable(self.title)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for place, column in enumerate(columns):
-            drawn.add_column(column.header, justify="right" if place else "left", no_wrap=bool(place), overflow="fold")
+            most = None if place else first
+            drawn.add_column(
+                column.header, justify="right" if place else "left", no_wrap=bool(place), overflow="fold", max_width=most
+            )
         for place, row in enumerate(self.rows, 1):
             drawn.add_row(*(Text(c.show(row.get(c.key))) for c in columns), end_section=place == len(self.rows))
         for name, row in self.totals.items():

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -280,3 +281,12 @@ def test_a_strategy_whose_package_is_missing_is_one_line():
 
     with pytest.raises(ValueError, match="--strategy deepspeed cannot be used here"):
         Hardware(device="cpu", strategy="deepspeed").fabric("32-true")
+
+
+@pytest.mark.parametrize("width", ["60", "80", "120"])
+def test_a_narrow_terminal_leaves_columns_out_and_names_in(checkpoint, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", width)
+    assert main(["report", str(checkpoint)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^ *layer +o +n ", out, re.MULTILINE)
+    assert re.search(r"^ *1 +16 +8 ", out, re.MULTILINE)
