@@ -1,7 +1,6 @@
 """Commands that tell what training did: ``evaluate``, ``compare``, ``power``, ``study``."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -202,7 +201,7 @@ class Compare:
             from orthokit.lab.comparison.comparison import PANELS, compare
             from orthokit.lab.reporting import page
             from orthokit.lab.reporting import tables as formats
-            from orthokit.lab.runs import results
+            from orthokit.lab.runs import collect
         files = [path for path in (self.markdown, self.latex, self.csv, self.html) if path is not None]
         if len({path.resolve() for path in files}) < len(files):
             raise UsageError("--html, --markdown, --latex and --csv need different files")
@@ -213,7 +212,7 @@ class Compare:
         elif self.higher or self.lower:
             raise UsageError("--higher and --lower are of columns in CSV files")
         else:
-            found, flagged = results.read(self.runs)
+            found, flagged = collect.read(self.runs)
             options |= {"factor": self.factor, "by": self.by or PANELS, "metric": self.metric or "accuracy"}
             comparison = compare(found, anyway=self.anyway, flagged=flagged, **options)
         tables = (self.markdown, formats.markdown), (self.latex, formats.latex), (self.csv, formats.to_csv)
@@ -356,9 +355,6 @@ class Study:
             return status
         plan.draw(comparison)
         console.print(formats.Shown(comparison, secondary=False))
-        if strangers := plan.strangers():
-            shown = ", ".join(os.fspath(path.parent) for path in strangers[:3])
-            say(f"of no part in this study any more: {len(strangers)} results, such as {shown}", "yellow")
         for what, name in (("page", "report.html"), ("tables", "README.md")):
             say(f"{what}: {plan.folder / name}")
         return status

@@ -174,7 +174,8 @@ class Train:
             from orthokit.lab.recipes.compose import label, load, name_of
             from orthokit.lab.runs.logs import Log
             from orthokit.lab.runs.progress import Display
-            from orthokit.lab.runs.run import SEEDS, Run
+            from orthokit.lab.runs.run import Run
+            from orthokit.lab.runs.summary import SEEDS
             from orthokit.lab.training.hardware import Hardware
             from orthokit.lab.training.loop import train
         if not seeds or not all(0 <= seed < SEEDS for seed in seeds) or len({*seeds}) < len(seeds):

@@ -5,7 +5,6 @@
     title = "Four penalties on a small budget"
     recipe = "nano+cifar10"                          # parts of recipes, a file, or several, merged in order
     seeds = [0, 1, 2]
-    reuse = ["depth.toml"]                           # what this study keeps of the same runs need not be trained again
 
     [arms]                                           # parts of recipes, laid over it; the first one is the baseline
     none = {}
@@ -25,8 +24,8 @@
     [evaluate]
     images = 1000
 
-A study may itself extend another, and say in what it differs; with ``reuse`` and another ``baseline`` or ``metric`` that is a
-second question to the same runs. The primary question is written down before the runs:
+A study may itself extend another, and say in what it differs; with another ``baseline`` or ``metric`` that is a second
+question to the same runs. The primary question is written down before the runs:
 
 .. code-block:: toml
 
@@ -35,14 +34,13 @@ second question to the same runs. The primary question is written down before th
 
 File names are relative to the file that gives them.
 
-``<results>/<study>/runs/<network>-<arm><factors>/<seed>/summary.json`` is all that is kept of a run: where it is, of this recipe
-and evaluated, nothing is left to do for that run, whether or not its weights are there. So it is with the runs by which strengths
-are chosen, below ``tuning`` and with their strength in the name; of one that diverged that is kept, in ``diverged.json``.
+All that is kept of a run is a line of the ledger, ``<results>/ledger`` (:mod:`orthokit.lab.runs.ledger`). A study is a query:
+each run is kept by its recipe and seed, whichever study trained it. If it holds the evaluation that is asked for, nothing is left
+to do for it, even if its weights are gone. So it is with the runs by which strengths are chosen, and with those that diverged.
 """
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,27 +49,28 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from orthokit.checks import did_you_mean
-from orthokit.lab.atomic import to_json, write
+from orthokit.lab.atomic import write
 from orthokit.lab.comparison.comparability import undeclared, under
 from orthokit.lab.comparison.comparison import FACTOR, Blocks, Comparison, compare
 from orthokit.lab.comparison.metrics import METRICS, metric_of
 from orthokit.lab.comparison.panels import pair_of
-from orthokit.lab.comparison.tuning import STRENGTH, Choice, Trial, Tune, cautions, distinct
+from orthokit.lab.comparison.tuning import Choice, Trial, Tune, cautions, distinct
 from orthokit.lab.evaluation.evaluate import PARTS, check_parts, settings
 from orthokit.lab.recipes.compose import NAMED, inline, joined, label, merged, parsed, read_section
 from orthokit.lab.recipes.recipe import Recipe, differences, flattened
 from orthokit.lab.recipes.sections import Section
 from orthokit.lab.reporting import figures, page
 from orthokit.lab.reporting import tables as formats
-from orthokit.lab.runs.results import TUNING, Result, read_one
-from orthokit.lab.runs.run import DIVERGED, SUMMARY, Run, Seeds
-from orthokit.lab.runs.summary import DamagedError, Divergence, Summary, read, read_text
+from orthokit.lab.runs.collect import TUNING
+from orthokit.lab.runs.ledger import Ledger
+from orthokit.lab.runs.results import Result, read_one
+from orthokit.lab.runs.run import SUMMARY, Run, Seeds
+from orthokit.lab.runs.summary import DamagedError, Divergence, read
 
 Partial = dict[str, Any]
-Lent = dict[tuple[str, int], list[Path]]
-"""Folders with what is kept of runs, by their recipe and seed."""
-RUNS = "runs"
-"""In the folder of a study: the runs that are compared, ``runs/<name>/<seed>``."""
+LEDGER = "ledger"
+"""In the folder of results: what is kept of all runs."""
+STRENGTH = "regularizer.strength"
 
 
 class Evaluation(Section):
@@ -92,7 +91,7 @@ class Evaluation(Section):
 class Study(Section):
     """What a study's file says."""
 
-    FILES = ("recipe", "reuse")
+    FILES = ("recipe",)
     PARTIAL = ("arms", "networks")
     title: str
     recipe: str | Annotated[list[str], Field(min_length=1)]
@@ -114,8 +113,6 @@ class Study(Section):
     """The primary question: ``"<arm> - <arm>"``, differences averaged over the panels and adjusted over these alone."""
     blocks: Blocks | None = None
     """``"seed"``: verdicts go by tests with seeds as blocks."""
-    reuse: Annotated[list[str], Field(default_factory=list)]
-    """Files of other studies: what they keep, or reuse themselves, serves where recipe, seed and evaluation are the same."""
     tune: Tune | None = None
     evaluate: Annotated[Evaluation, Field(default_factory=lambda: Evaluation.model_validate({}))]
 
@@ -138,46 +135,53 @@ class Study(Section):
 
 @dataclass(frozen=True)
 class Task:
-    """A run of a study: where it belongs, where it is trained, and where what is small of it is kept."""
+    """A run of a study: where it belongs, where it is trained, and the ledger that keeps it."""
 
     arm: str
     panel: str
     run: Run
-    kept: Run
-    """The same, as if it had been trained where it is kept."""
+    ledger: Ledger
     parts: Mapping[str, Partial] = field(default_factory=dict)
     """Of the evaluation: their settings."""
-    lent: Sequence[Path] = ()
-    """Where other studies keep the same run."""
-
-    def kept_in(self, folder: Path) -> Result | None:
-        """What is kept of it there."""
-        if not (file := folder / SUMMARY).is_file() or (found := read_one(file)).recipe != self.run.recipe:
-            return None
-        return replace(found, summary=found.summary | {"study": self.place})
 
     def result(self) -> Result | None:
-        """What is kept of it, the most evaluated where it is kept twice."""
-        found = [result for folder in (self.kept.folder, *self.lent) if (result := self.kept_in(folder)) is not None]
-        return max(found, key=self.evaluated, default=None)
+        """What is kept of it, in this study's arm and panel."""
+        if (kept := self.ledger.get(self.run.recipe, self.run.seed)) is None:
+            return None
+        return replace(
+            kept,
+            summary=kept.summary | {"study": {"arm": self.arm, "panel": self.panel}},
+            parts=kept.parts | {part: value for part in self.parts if (value := self._part(kept, part)) is not None},
+        )
 
-    def evaluated(self, result: Result) -> int:
-        """How many parts were evaluated as wanted."""
-        return sum(result.parts.get(part, {}).get("settings") == wanted for part, wanted in self.parts.items())
+    def _part(self, kept: Result, part: str) -> Partial | None:
+        """The evaluation of a part with this study's settings."""
+        values = [kept.parts.get(part), *(kept.summary.get("otherwise") or {}).get(part, ())]
+        return next((value for value in values if value is not None and value["settings"] == self.parts[part]), None)
+
+    def evaluated(self, result: Result) -> bool:
+        """Whether every part was evaluated as this study asks."""
+        return all(result.parts.get(part, {}).get("settings") == settings for part, settings in self.parts.items())
 
     def diverged(self) -> bool:
-        """Whether that is what is kept of it."""
-        return any(run.diverged() for run in (self.kept, *(replace(self.kept, folder=folder) for folder in self.lent)))
-
-    @property
-    def place(self) -> dict[str, str]:
-        """Arm and panel, as a result names them."""
-        return {"arm": self.arm, "panel": self.panel}
+        """Whether training could not go on."""
+        return self.ledger.divergence(self.run.recipe, self.run.seed) is not None
 
     def done(self) -> bool:
         """Whether its result is kept, evaluated as wanted, or that it diverged."""
         result = self.result()
-        return self.diverged() if result is None else self.evaluated(result) == len(self.parts)
+        return self.diverged() if result is None else self.evaluated(result)
+
+    def keep(self) -> None:
+        """Put what the run came to into the ledger.
+
+        Raises:
+            DamagedError: a file of the run is damaged.
+        """
+        if self.run.summary() is not None:
+            self.ledger.put(read_one(self.run.folder / SUMMARY).small())
+        elif self.run.diverged():
+            self.ledger.put_divergence(self.run.recipe, self.run.seed, read(Divergence, self.run.divergence)["why"])
 
 
 @dataclass(frozen=True)
@@ -207,32 +211,19 @@ class Plan:
         return _left(self.tuning) or _left(self.tasks)
 
     def keep(self, tasks: Iterable[Task]) -> list[str]:
-        """Keep what is small of those that are finished, and which ones diverged; what to say of those that are damaged."""
+        """Put those that are finished, or diverged, into the ledger; what to say of those that are damaged."""
         damaged = []
         for task in tasks:
             try:
-                self._keep(task)
+                task.keep()
             except DamagedError as error:
                 damaged.append(str(error))
         return damaged
 
-    def _keep(self, task: Task) -> None:
-        if task.run.summary() is None:
-            if task.run.diverged():
-                write(task.kept.divergence, read_text(task.run.divergence))
-            return
-        new, old = read_one(task.run.folder / SUMMARY), task.kept_in(task.kept.folder)
-        if old is not None and task.evaluated(old) > task.evaluated(new):
-            return
-        small = new.small()
-        small["environment"] = {key: value for key, value in small["environment"].items() if key != "platform"}
-        write(task.kept.folder / SUMMARY, to_json(small | {"study": task.place}))
-
-    def strangers(self) -> list[Path]:
-        """What is kept of runs that are no longer part of it."""
-        known = {task.kept.folder for task in (*self.tuning, *self.tasks)}
-        kept = [path for part in (RUNS, TUNING) for path in sorted((self.folder / part).rglob("*.json"))]
-        return [path for path in kept if path.parent not in known]
+    def damage(self) -> list[str]:
+        """What the ledger holds of this study's runs and cannot be read."""
+        tasks = (*self.tuning, *self.tasks)
+        return tasks[0].ledger.damage(task.run.recipe for task in tasks) if tasks else []
 
     def comparison(self) -> Comparison:
         """Of what is kept.
@@ -243,7 +234,6 @@ class Plan:
         results, diverged = _found(self.tasks)
         if not results:
             raise ValueError(f"none of the {len(self.tasks)} runs has a result" + f"; {diverged} diverged" * bool(diverged))
-        lent = Counter(lender.name for each in results if (lender := each.source.parents[3]) != self.folder)
         missing, said = len(self.tasks) - len(results), self.said
         which = f", {diverged} of which diverged" if diverged else ""
         flagged = (
@@ -260,7 +250,6 @@ class Plan:
             contrasts=said.contrasts,
             flagged=[
                 *flagged,
-                *([f"{lent.total()} of {len(results)} runs are those of other studies ({_counted(lent)})"] if lent else []),
                 *cautions(self.choices),
             ],
         )
@@ -283,10 +272,6 @@ class Plan:
             if f"figures/{old.name}" not in files:
                 old.unlink()
         return [self.folder / name for name in files]
-
-
-def _counted(names: Counter[str]) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in names.items())
 
 
 def _left(tasks: Sequence[Task]) -> list[Task]:
@@ -334,7 +319,7 @@ class _Place:
 
 
 def plan(file: Path, *, out: Path, results: Path) -> Plan:
-    """The study of a TOML file: trained in ``out/<study>``, kept in ``results/<study>``.
+    """The study of a TOML file: trained in ``out/<study>``, kept in ``results/ledger``, shown in ``results/<study>``.
 
     Raises:
         FileNotFoundError: no such file, or one that it extends.
@@ -342,14 +327,14 @@ def plan(file: Path, *, out: Path, results: Path) -> Plan:
             share a folder; every strength of an arm diverged.
     """
     said = read_section(Study, file)
-    tune, trained, kept = said.tune, out / file.stem, results / file.stem
-    places, lent = _places(said, file), _lent(said, file, results)
+    tune, trained, ledger = said.tune, out / file.stem, Ledger(results / LEDGER)
+    places = _places(said, file)
     tuning, choices = list[Task](), dict[tuple[str, str, tuple[str, ...]], Choice]()
     if tune is not None:
         _check_tuning(file, tune, places)
         for place in places:
             if place.tunable and tune.network in (None, place.network):
-                tried = {strength: _trial(place, strength, tune.seeds, trained, kept, lent) for strength in tune.of(place.arm)}
+                tried = {strength: _trial(place, strength, tune.seeds, trained, ledger) for strength in tune.of(place.arm)}
                 tuning += itertools.chain(*tried.values())
                 if not any(map(_left, tried.values())):
                     choices[place.arm, place.network, place.settings] = _choice(
@@ -361,49 +346,15 @@ def plan(file: Path, *, out: Path, results: Path) -> Plan:
         final = place
         if tune is not None and place.tunable:
             final = place.of(choices[place.arm, tune.network or place.network, place.settings].chosen.strength)
-        tasks += _tasks(final, said.seeds, trained / final.folder, kept / RUNS / place.folder, parts, lent[RUNS])
-    return Plan(file, said, kept, tuple(tuning), tuple(choices.values()) if complete else (), tuple(tasks))
+        tasks += _tasks(final, said.seeds, trained / final.folder, ledger, parts)
+    return Plan(file, said, results / file.stem, tuple(tuning), tuple(choices.values()) if complete else (), tuple(tasks))
 
 
-def _lent(said: Study, file: Path, results: Path) -> dict[str, Lent]:
-    """What other studies keep of the runs of either stage."""
-    found: dict[str, Lent] = {RUNS: {}, TUNING: {}}
-    for lender, (stage, runs), name in itertools.product(_lenders(said, file), found.items(), (SUMMARY, DIVERGED)):
-        for path in sorted((results / lender.stem / stage).glob(f"*/*/{name}")):
-            try:
-                kept = read(Summary if name == SUMMARY else Divergence, path)
-                key = Recipe.of(kept["recipe"], str(path)).to_toml(), kept["seed"]
-            except ValueError as error:
-                raise ValueError(f"{file} reuses {lender}: {error}") from None
-            runs.setdefault(key, []).append(path.parent)
-    return found
-
-
-def _lenders(said: Study, file: Path) -> list[Path]:
-    """The studies that one reuses, and those that they reuse."""
-    found = {file.stem: file}
-
-    def add(reuse: Sequence[str], by: Path) -> None:
-        for other in map(Path, reuse):
-            if not other.is_file():
-                raise FileNotFoundError(f"{by}: no study {other} to reuse runs of")
-            if (known := found.get(other.stem)) is None:
-                found[other.stem] = other
-                add(read_section(Study, other).reuse, other)
-            elif known.resolve() != other.resolve():
-                raise ValueError(f"{by} reuses {other}, whose results are where those of {known} are; rename one of them")
-
-    add(said.reuse, file)
-    return [other for other in found.values() if other is not file]
-
-
-def _trial(
-    place: _Place, strength: float, seeds: Sequence[int], trained: Path, kept: Path, lent: Mapping[str, Lent]
-) -> list[Task]:
+def _trial(place: _Place, strength: float, seeds: Sequence[int], trained: Path, ledger: Ledger) -> list[Task]:
     """The runs that try a strength; by its name they are an arm of its own."""
     each = place.of(strength)
-    each, folder = replace(each, arm=f"{place.arm}, {each.settings[-1]}"), Path(TUNING, each.folder)
-    return _tasks(each, seeds, trained / folder, kept / folder, {}, lent[TUNING])
+    each = replace(each, arm=f"{place.arm}, {each.settings[-1]}")
+    return _tasks(each, seeds, trained / TUNING / each.folder, ledger, {})
 
 
 def _choice(file: Path, place: _Place, tried: Mapping[float, Sequence[Task]], *, shared: bool) -> Choice:
@@ -417,16 +368,9 @@ def _choice(file: Path, place: _Place, tried: Mapping[float, Sequence[Task]], *,
     return choice
 
 
-def _tasks(
-    place: _Place, seeds: Sequence[int], trained: Path, kept: Path, parts: Mapping[str, Partial], lent: Lent
-) -> list[Task]:
-    toml = place.recipe.to_toml()
-
-    def task(seed: int) -> Task:
-        run, small = (Run(place.recipe, seed, folder / str(seed)) for folder in (trained, kept))
-        return Task(place.arm, place.panel, run, small, parts, lent.get((toml, seed), ()))
-
-    return [task(seed) for seed in seeds]
+def _tasks(place: _Place, seeds: Sequence[int], folder: Path, ledger: Ledger, parts: Mapping[str, Partial]) -> list[Task]:
+    runs = [Run(place.recipe, seed, folder / str(seed)) for seed in seeds]
+    return [Task(place.arm, place.panel, run, ledger, parts) for run in runs]
 
 
 def _places(said: Study, file: Path) -> list[_Place]:

@@ -1,15 +1,14 @@
 """How much results vary from seed to seed: what a plan for new runs can take from runs that are there."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from orthokit.lab.comparison.inference import Sample, pooled_sd
 from orthokit.lab.comparison.metrics import Metric, metric_of
 from orthokit.lab.comparison.sheet import lines_of
-from orthokit.lab.runs.results import TUNING, read_summary
-from orthokit.lab.runs.run import SUMMARY
+from orthokit.lab.runs import collect
 
 
 @dataclass(frozen=True)
@@ -65,20 +64,13 @@ def _of_sheets(paths: Sequence[Path], metric: str | None) -> tuple[str, Values]:
 
 def _of_runs(paths: Sequence[Path], metric: Metric) -> tuple[str, Values]:
     values: Values = {}
-    for file in _files(paths):
-        summary = read_summary(file)
-        network = " ".join(map(str, summary["recipe"].get("network", {}).values()))
-        ofs = (file.parents[3].name, summary["study"].get("panel")) if summary["study"] else (file.parents[2].name, network)
-        if (value := metric.of(summary)) is not None:
-            values.setdefault((", ".join(filter(None, ofs)), str(file.parents[1])), []).append(value)
+    for run in collect.read(paths)[0]:
+        data, train = run.recipe.data, run.recipe.train
+        network = " ".join(map(str, run.recipe.to_dict()["network"].values()))
+        panel = f"{run.source.parents[2].name}, {network}, {train.epochs} epochs of {data.train or 'all'} images of {data.name}"
+        if (value := metric.read(run)) is not None:
+            values.setdefault((panel, str(run.source.parents[1])), []).append(value)
     return metric.heading, values
-
-
-def _files(paths: Sequence[Path]) -> Iterable[Path]:
-    for path in paths:
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path} is no folder of runs, and no CSV file")
-        yield from (file for file in sorted(path.rglob(SUMMARY)) if TUNING not in file.relative_to(path).parts)
 
 
 def typical(found: Sequence[Spread]) -> float:

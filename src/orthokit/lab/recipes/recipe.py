@@ -18,6 +18,7 @@
 Keys are checked strictly. Where data and runs lie, devices and processes are no part of it: they belong to the command line.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -160,6 +161,11 @@ class Recipe(Section):
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with every default written out."""
         return self.model_dump(mode="json", exclude_none=True)
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that two recipes share if they are equal, however they were composed."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_toml(self) -> str:
         """As a TOML file that extends no other."""

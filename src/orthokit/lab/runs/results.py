@@ -1,22 +1,18 @@
 """What finished runs left: their results, read from folders."""
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from orthokit.lab.recipes.recipe import Recipe, flattened
-from orthokit.lab.runs.run import SUMMARY
 from orthokit.lab.runs.summary import DamagedError, Epoch, Evaluation, Summary, read_lines
 from orthokit.lab.runs.summary import read as read_record
 
 RECORD = "evaluation.json"
 """In a run's folder: what ``orthokit evaluate`` has measured."""
-TUNING = "tuning"
-"""In the folder of a study: the runs by which strengths were chosen, ``tuning/<name>/<seed>``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,69 +61,6 @@ class Row(Result):
         return [self.values[path]] if path in self.values else []
 
 
-def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
-    """The finished runs in and below folders, and what to say of those that are not finished, or damaged.
-
-    Runs by which a study chose strengths are no part of what it compares; they count where their own folder is named.
-
-    Raises:
-        FileNotFoundError: nothing is there, or no finished run.
-        ValueError: no run, or none of the runs can be read.
-    """
-    found: dict[Path, Result] = {}
-    unfinished: dict[Path, str] = {}
-    damaged: dict[Path, str] = {}
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is not there; give folders of runs, such as runs/nano+cifar10+strict")
-        if path.is_file() and path.name != SUMMARY:
-            raise ValueError(f"{path} is no run; give folders of runs, such as runs/nano+cifar10+strict")
-        top = path.parent if path.is_file() else path
-        for file in _below(top, SUMMARY):
-            try:
-                found.setdefault(_real(file), read_one(file))
-            except DamagedError as error:
-                damaged[_real(file)] = str(error)
-        for file in _below(top, "recipe.toml"):
-            if not (file.parent / SUMMARY).is_file():
-                unfinished[_real(file.parent)] = "failed" if (file.parent / "failed.txt").is_file() else "not finished"
-    if damaged and not found:
-        more = f"; so {'is' if len(damaged) == 2 else 'are'} {len(damaged) - 1} more" if len(damaged) > 1 else ""
-        raise DamagedError(next(iter(damaged.values())) + more)
-    if not found:
-        raise FileNotFoundError(f"no finished run (summary.json) in {', '.join(map(str, paths))}")
-    said = [f"left out, as what remains of its arm may be a lucky choice: {why}" for why in damaged.values()]
-    for kind in ("failed", "not finished"):
-        if names := [f"{folder.parent.name}/{folder.name}" for folder, why in unfinished.items() if why == kind]:
-            bias = "; what remains of its arm may be a lucky choice" if kind == "failed" else ""
-            said.append(f"{kind}, hence left out: {', '.join(names)}{bias}")
-    for path in filter(Path.is_dir, paths):
-        for _ in _walked(path, lambda error: said.append(f"cannot be read, hence left out with all runs in it: {error}")):
-            pass
-    return list(found.values()), said
-
-
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve fails on links that lead to themselves
-
-
-def _below(top: Path, name: str) -> list[Path]:
-    """The files of that name in and below a folder, through links too, without the runs that chose strengths."""
-    files = [Path(folder, name) for folder, inside in _walked(top) if name in inside]
-    return [file for file in sorted(files) if file.relative_to(top).parts[-4:-3] != (TUNING,)]
-
-
-def _walked(top: Path, unread: Callable[[OSError], object] = lambda _: None) -> Iterator[tuple[str, list[str]]]:
-    """Each folder in and below ``top`` once, and the names in it; ``unread`` is told of those that cannot be listed."""
-    seen = set[str]()
-    for folder, folders, files in os.walk(top, onerror=unread, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # links may lead in a circle
-            folders.clear()
-        else:
-            seen.add(real)
-            yield folder, [*folders, *files]
-
-
 def read_summary(path: Path) -> dict[str, Any]:
     """A ``summary.json``.
 
@@ -150,11 +83,22 @@ def read_one(path: Path) -> Result:
         parts = _present(path.with_name(RECORD), path.with_name("last.safetensors"))
     if history is None:
         history = thinned(path.with_name("metrics.jsonl"))
+    return result_of(summary | {"evaluation": parts, "history": history}, path)
+
+
+def result_of(summary: dict[str, Any], source: Path) -> Result:
+    """The result that a summary with its evaluation and history holds.
+
+    Raises:
+        DamagedError: its recipe is none.
+    """
+    parts, history = summary.pop("evaluation", None) or {}, summary.pop("history", None) or ()
     try:
-        recipe = Recipe.of(summary["recipe"], str(path))
+        recipe = Recipe.of(summary["recipe"], str(source))
     except ValueError as error:
         raise DamagedError(str(error)) from None
-    return Result(path, summary, recipe, parts, tuple(history))
+    summary |= {key: summary.get(key) or {} for key in ("study", "environment")}
+    return Result(source, summary, recipe, parts, tuple(history))
 
 
 def _present(file: Path, weights: Path) -> dict[str, Any]:

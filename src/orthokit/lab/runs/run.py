@@ -29,11 +29,9 @@ from pydantic import Field
 from orthokit.lab.atomic import remove_parts, to_json, write
 from orthokit.lab.recipes.compose import read_toml
 from orthokit.lab.recipes.recipe import Recipe, differences
-from orthokit.lab.runs.summary import Begun, DamagedError, Divergence, Epoch, Summary, read, read_lines
+from orthokit.lab.runs.summary import Begun, DamagedError, Divergence, Epoch, Seed, Summary, read, read_lines
 
-SEEDS = 2**32
-"""Seeds are below this, as numpy wants them."""
-Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=SEEDS)]], Field(min_length=1)]
+Seeds = Annotated[list[Seed], Field(min_length=1)]
 """In files of sweeps and studies."""
 SUMMARY, DIVERGED = "summary.json", "diverged.json"
 """In a run's folder: what it came to, or that it could not go on."""

@@ -32,6 +32,9 @@ Number = int | float
 """What is NaN, infinite or larger than :data:`HUGE` among them, which readers leave out."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+SEEDS = 2**32
+"""Seeds are below this, as numpy wants them."""
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 Strength = Annotated[float, Field(gt=0, lt=1e6)]
 Totals = dict[str, dict[str, Number | None]]
 """Near-orthogonality by part of the network."""
@@ -175,7 +178,7 @@ class Divergence(Record):
     """``diverged.json``."""
 
     version: Literal[1] = 1
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    seed: Seed
     why: str
     recipe: dict[str, Any]
 
@@ -185,7 +188,7 @@ class Summary(Record):
 
     version: Literal[1] = 1
     recipe: dict[str, Any]
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    seed: Seed
     test: Scores
     validation: Scores | None
     train: Scores | None = None
