@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from orthokit.cli.base import Format, Terminal, UsageError, check_positive, needing
+from orthokit.cli.base import Format, Terminal, UsageError, check_positive, needing, say, write_text
 from orthokit.cli.lab import Machine
 from orthokit.tables import Column, Table
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from orthokit.lab.comparison.comparison import Comparison
     from orthokit.lab.evaluation.evaluate import Subject
     from orthokit.lab.runs.results import Result
-    from orthokit.lab.study import Plan, Task
 
 Part = Literal["attacks", "corruptions", "noise", "features", "accuracy", "orthogonality"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -312,17 +311,23 @@ class Power:
 
 @dataclass(frozen=True)
 class Study:
-    """Train what is missing of a study, evaluate it, compare, and draw tables, figures and a page.
+    """Train what is missing of a study, evaluate it, compare, and draw tables and figures.
 
-    Where its file has [tune], strengths are chosen by validation accuracy first. Everything small goes to RESULTS/STUDY; started
-    again it goes on, and with nothing left to do it only draws. Exit status 4 where a run or an evaluation failed or is missing;
-    the others are done and compared all the same.
+    Where its file has [tune], strengths are chosen by validation accuracy first. What is kept of runs goes to RESULTS/ledger,
+    tables and figures to RESULTS/STUDY. Started again it goes on; with nothing left to do it only draws. Exit status 4 where a
+    run or an evaluation failed or is missing; the others are done and compared all the same.
     """
 
     file: tyro.conf.Positional[Path]
     """A TOML file: arms, networks, seeds and what to evaluate (see the guide)."""
     results: Path = Path("results")
     """Folder of the results of studies."""
+    html: Path | None = None
+    """Also write a page with every table and figure."""
+    csv: Path | None = None
+    """Also write the numbers as CSV."""
+    latex: Path | None = None
+    """Also write the tables for LaTeX."""
     no_train: bool = False
     """Only tell what is left to do, keep what another process has finished, and draw what is there."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
@@ -330,61 +335,41 @@ class Study:
     def run(self, console: Console) -> int:
         with needing("studies need"):
             from orthokit.lab import study
+            from orthokit.lab.reporting import page
             from orthokit.lab.reporting import tables as formats
 
-        def say(text: str, style: str | None = None) -> None:
-            console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        machine = self.machine
+        title = study.plan(self.file, out=machine.out, results=self.results).study.title
 
-        where = {"out": self.machine.out, "results": self.results}
-        plan = study.plan(self.file, **where)
-        if not plan.tasks:
-            self._do(plan, console)
-            plan = study.plan(self.file, **where)
-            if not plan.tasks:
-                say(f"nothing is chosen yet: {len(plan.left())} of {len(plan.tuning)} tuning runs are missing")
-                return 4
-            for choice in plan.choices:
-                say(f"chosen: {', '.join(filter(None, [choice.panel, choice.arm]))}: strength = {choice.chosen.strength:g}")
-        status = self._do(plan, console)
-        try:
-            comparison = plan.comparison()
-        except ValueError as error:
-            if not status:
-                raise
-            say(f"nothing to compare yet: {error}")
-            return status
-        plan.draw(comparison)
+        def tell(event: "study.Event") -> None:
+            if event.kind == "left":
+                console.print(f"[bold]{escape(title)}[/]: {event.text}", highlight=False, soft_wrap=True)
+            else:
+                say(console, event.text)
+
+        def measure(subjects: "Sequence[Subject]", asked: "study.Study") -> int:
+            options = {"root": machine.root, "device": machine.device, "jobs": machine.jobs, "threads": machine.threads or 1}
+            return measured(subjects, console, parts=asked.evaluate.parts, images=asked.evaluate.images, **options)
+
+        outcome = study.run(
+            self.file,
+            out=machine.out,
+            results=self.results,
+            train=lambda runs, test: machine.run_all(runs, console, test=test),
+            measure=measure,
+            only_keep=self.no_train,
+            on_event=tell,
+        )
+        if (comparison := outcome.comparison) is None:
+            return outcome.status
+        outcome.plan.draw(comparison)
         console.print(formats.Shown(comparison, secondary=False))
-        for what, name in (("page", "report.html"), ("tables", "README.md")):
-            say(f"{what}: {plan.folder / name}")
-        return status
-
-    def _do(self, plan: "Plan", console: Console) -> int:
-        """Train, evaluate and keep what is left of the present stage."""
-        from orthokit.lab.evaluation import evaluate
-
-        machine, asked, left, status = self.machine, plan.said.evaluate, plan.left(), 0
-        damaged = [task for task in left if task.run.damage()]
-        untrained = [task.run for task in left if task in damaged or task.run.summary() is None]
-        of = f"{len(untrained)} of {len(plan.tasks or plan.tuning)}"
-        more = f", {len(left)} to evaluate" if asked.parts else ""
-        said = f"{of} runs to train{more}" if plan.tasks else f"{of} tuning runs to train"
-        console.print(f"[bold]{escape(plan.said.title)}[/]: {said if left else 'all is done'}", highlight=False, soft_wrap=True)
-        if self.no_train:
-            self._keep(plan, left, console)
-            return 4 * any(not task.done() for task in left)
-        try:
-            if untrained:
-                status = machine.run_all(untrained, console, test=bool(plan.tasks))
-            if plan.tasks and (trained := [task for task in left if task not in damaged and task.run.summary() is not None]):
-                wanted = [subject for task in trained for subject in evaluate.subjects(task.run.folder, task.run.recipe)]
-                options = {"root": machine.root, "device": machine.device, "jobs": machine.jobs, "threads": machine.threads or 1}
-                failed = measured(wanted, console, parts=asked.parts, images=asked.images, **options)
-                status = 4 if failed else status
-        finally:  # when interrupted, too: the next sitting need not have the runs' own folder
-            self._keep(plan, left, console)
-        return status
-
-    def _keep(self, plan: "Plan", tasks: "Sequence[Task]", console: Console) -> None:
-        for why in plan.keep(tasks):
-            console.print(f"left out: {why}", markup=False, highlight=False, soft_wrap=True)
+        for path, content in ((self.csv, formats.to_csv), (self.latex, formats.latex)):
+            if path is not None:
+                write_text(path, content(comparison))
+        if self.html is not None:
+            write_text(self.html, page.page(comparison, command=outcome.plan.command))
+        say(console, f"tables: {outcome.plan.folder / 'README.md'}")
+        if self.html is None:
+            say(console, "next: --html PAGE writes a page with every figure; --csv and --latex the numbers", "dim")
+        return outcome.status
