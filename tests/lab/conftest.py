@@ -1,5 +1,6 @@
 """A small study in a folder of its own, whose runs are trained and evaluated once for all tests."""
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,10 +58,8 @@ class Lab:
         """An exit status: 4 where training diverges."""
         once = self.shared / run.recipe.digest / str(run.seed)
         if not once.exists():
-            try:
+            with contextlib.suppress(DivergenceError):
                 train(Run(run.recipe, run.seed, once), hardware=Hardware(device="cpu", threads=1))
-            except DivergenceError:
-                pass
         shutil.copytree(once, run.folder, dirs_exist_ok=True)
         self.trained.append(run.name)
         return 4 if run.diverged() else 0

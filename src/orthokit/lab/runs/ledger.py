@@ -79,7 +79,8 @@ class Ledger:
         """The run of this recipe and seed, or None if there is none, or if it diverged.
 
         Raises:
-            DamagedError: the file of the recipe is not a ledger's, or one of another recipe. Of a damaged line see :meth:`damage`.
+            DamagedError: the file of the recipe is not a ledger's, or holds another recipe. Of a damaged line see
+                :meth:`damage`.
         """
         file = self.file(recipe)
         run = _read(file).runs.get(seed)
