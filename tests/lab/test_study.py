@@ -316,9 +316,9 @@ def test_the_ledger_is_compared_and_tells_how_much_seeds_vary(lab, capsys):
     lab.run(NOTHING)
     ledger = lab.folder / "results/ledger"
     assert main(["compare", "results/ledger"]) == 0
-    assert "so against none" in words(capsys.readouterr().out)
+    assert "against none is" in words(capsys.readouterr().out)
     assert main(["compare", *map(str, sorted(ledger.glob("*.jsonl")))]) == 0
-    assert "so against none" in words(capsys.readouterr().out)
+    assert "against none is" in words(capsys.readouterr().out)
     assert main(["compare", "tiny.toml"]) == 2
     assert "tiny.toml is not a run" in (said := words(capsys.readouterr().err))
     assert "orthokit study tiny.toml --no-train" in said
