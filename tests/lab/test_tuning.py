@@ -87,8 +87,7 @@ def test_strengths_are_chosen_first(lab, capsys):
     assert f"| so | 2 | {strength:g} | {found.error:.2f} | {cells} |" in written
     assert RULE in written
     assert f"> **Caution.** {cautions([found])[0]}" in written
-    assert "](figures/tuning.svg)" in written
-    assert (kept / "figures/tuning.svg").is_file()
+    assert "tuning" in figures.figures(outcome.comparison)
     assert f"<td>{means[strength]} *</td>" in (lab.folder / "page.html").read_text()
     assert "Strengths: validation accuracy" in (lab.folder / "tables.tex").read_text()
     assert f"validation,,so, strength={strength:g}," in (lab.folder / "numbers.csv").read_text().replace('"', "")
