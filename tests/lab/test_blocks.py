@@ -206,7 +206,7 @@ def test_a_study_states_its_question(tmp_path):
     (tmp_path / "base.toml").write_text(TINY)
     file = tmp_path / "one.toml"
     file.write_text(f'{text}contrasts = ["so - none"]\nblocks = "seed"\n{arms}')
-    said = study.plan(file, out=tmp_path / "runs", results=tmp_path / "results").said
+    said = study.plan(file, out=tmp_path / "runs", results=tmp_path / "results").study
     assert (said.contrasts, said.blocks) == (["so - none"], "seed")
     for wrong, message in (
         ('contrasts = ["so - nothing"]', "a contrast must be"),

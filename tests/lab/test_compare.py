@@ -15,6 +15,7 @@ from scipy import stats
 from made_up import made_up
 from orthokit.cli import main
 from orthokit.lab.atomic import to_json
+from orthokit.lab.comparison import metrics
 from orthokit.lab.comparison.comparison import compare
 from orthokit.lab.comparison.inference import (
     ALPHA,
@@ -32,7 +33,7 @@ from orthokit.lab.comparison.inference import (
 from orthokit.lab.recipes.recipe import Recipe
 from orthokit.lab.reporting import tables as formats
 from orthokit.lab.reporting.page import page
-from orthokit.lab.runs import results
+from orthokit.lab.runs import collect
 
 ARMS = {"none": 0.0, "so": 2.0, "strict": 0.0, "welch": -2.0}
 
@@ -272,10 +273,10 @@ def test_planted_gains_and_what_is_said():
     )
     assert said[4].startswith("ResNet-8: strict against none is not resolved: ")
     assert not comparison.flags
-    nll = comparison.cells(results.metric_of("nll"))["ResNet-20"]
+    nll = comparison.cells(metrics.metric_of("nll"))["ResNet-20"]
     assert nll["so"].verdict == "better"  # a smaller one
     assert nll["so"].difference.mean < 0
-    cosines = comparison.cells(results.metric_of("under_cos"))["ResNet-8"]
+    cosines = comparison.cells(metrics.metric_of("under_cos"))["ResNet-8"]
     assert {cosines[arm].verdict for arm in ("so", "strict", "welch")} == {"lower"}
     assert all("6 seeds an arm" in each and "seeds an arm for less" in each for each in comparison.power())
 
@@ -345,7 +346,7 @@ def test_trends_over_panels_that_grow():
 def test_what_is_not_finite_is_missing():
     runs = made_up({"none": 0, "so": 9}, depths=[8])
     broken = dataclasses.replace(runs[0], parts=runs[0].parts | {"accuracy": runs[0].parts["accuracy"] | {"nll": math.nan}})
-    cells = compare([broken, *runs[1:]]).cells(results.metric_of("nll"))["ResNet-8"]
+    cells = compare([broken, *runs[1:]]).cells(metrics.metric_of("nll"))["ResNet-8"]
     assert list(cells) == ["so"]
     (flag,) = compare([broken, *runs[1:]]).flags
     assert flag == "ResNet-8: no NLL, or no finite one, of none (seed 0); these arms are left out of it"
@@ -469,12 +470,12 @@ def test_selection_on_test_is_flagged(tmp_path):
 def test_unequal_speeds_are_told():
     runs = made_up({"none": 0, "so": 0}, depths=[8], parts=False)
     (note,) = compare(runs).notes
-    assert note == results.COST  # arms may differ as they like
+    assert note == metrics.COST  # arms may differ as they like
     slow = changed(runs[0], images_per_second=runs[1].summary["images_per_second"] / 4)
     (note,) = compare([slow, *runs[1:]]).notes
     assert re.search(r"by up to a factor of (3\.[6-9]|4\.[0-4]) in images/s", note)
     (note,) = compare([changed(runs[0], images_per_second=0.0), *runs[1:]]).notes
-    assert note == results.COST
+    assert note == metrics.COST
 
 
 def test_other_flags():
@@ -503,8 +504,8 @@ def test_other_flags():
     lacking = dataclasses.replace(runs[0], parts={k: v for k, v in runs[0].parts.items() if k != "noise"})
     comparison = compare([lacking, *runs[1:]])
     assert comparison.flags == ("not evaluated in 1 of 12 runs, whose arms are left out there: noise",)
-    assert comparison.cell(results.metric_of("noise"), "ResNet-8", "none") is None
-    assert comparison.cell(results.metric_of("noise"), "ResNet-8", "so").difference is None
+    assert comparison.cell(metrics.metric_of("noise"), "ResNet-8", "none") is None
+    assert comparison.cell(metrics.metric_of("noise"), "ResNet-8", "so").difference is None
 
 
 @pytest.mark.parametrize(
@@ -552,7 +553,7 @@ def saved(runs, folder):
 
 def test_runs_are_read_and_kept_small(tmp_path):
     runs = made_up({"none": 0, "so": 1}, depths=[8])
-    found, said = results.read([saved(runs, tmp_path / "runs")])
+    found, said = collect.read([saved(runs, tmp_path / "runs")])
     assert (len(found), said) == (6, [])
     assert found[0].parts == runs[0].parts
     assert len(found[0].history) <= 25
@@ -562,7 +563,7 @@ def test_runs_are_read_and_kept_small(tmp_path):
         place = tmp_path / "kept" / run.summary["name"] / str(run.seed)
         place.mkdir(parents=True)
         (place / "summary.json").write_text(to_json(run.small()))
-    again, _ = results.read([tmp_path / "kept", tmp_path / "kept/ResNet-8-0/0"])
+    again, _ = collect.read([tmp_path / "kept", tmp_path / "kept/ResNet-8-0/0"])
     assert [(run.summary, run.parts, run.history) for run in again] == [(run.summary, run.parts, run.history) for run in found]
 
 
@@ -573,7 +574,7 @@ def test_unfinished_and_broken_runs_are_told(tmp_path, capsys):
     (folder / "ResNet-8-1/0/failed.txt").touch()
     (folder / "ResNet-8-1/1/summary.json").unlink()
     (folder / "ResNet-8-1/1/recipe.toml").touch()
-    _, said = results.read([folder])
+    _, said = collect.read([folder])
     assert said[0] == "failed, hence left out: ResNet-8-1/0; what remains of its arm may be a lucky choice"
     assert said[1] == "not finished, hence left out: ResNet-8-1/1"
     assert main(["compare", str(folder)]) == 0
@@ -584,10 +585,10 @@ def test_unfinished_and_broken_runs_are_told(tmp_path, capsys):
     ]
     for content in (*odd, "{", "[]", "{}", '{"recipe": {}, "seed": 0, "test": {}, "orthogonality": {}, "fingerprint": ""}'):
         (folder / "ResNet-8-1/2/summary.json").write_text(content)
-        _, said = results.read([folder])
+        _, said = collect.read([folder])
         assert re.match(r"left out, .*: \S*ResNet-8-1/2/summary.json is (damaged|not what a run writes) \(", said[0])
         with pytest.raises(ValueError, match=r"ResNet-8-1/2/summary.json is (damaged|not what a run writes) \("):
-            results.read([folder / "ResNet-8-1/2"])
+            collect.read([folder / "ResNet-8-1/2"])
     assert main(["compare", str(folder)]) == 2
     err = capsys.readouterr().err.replace("\n", "")
     assert "there is only one arm, none" in err
@@ -595,7 +596,7 @@ def test_unfinished_and_broken_runs_are_told(tmp_path, capsys):
     (folder / "ResNet-8-1/2/summary.json").write_text(json.dumps(ok))
     for content in ("{", '{"epoch": 1}', '{"epoch": 1, "validation": null, "orthogonality": {"under": null}}'):
         (folder / "ResNet-8-1/2/metrics.jsonl").write_text(content)
-        _, said = results.read([folder])
+        _, said = collect.read([folder])
         assert re.search(r"ResNet-8-1/2/metrics.jsonl.* is (damaged|not what a run writes) \(", said[0])
     assert main(["compare", str(tmp_path / "nothing")]) == 2
 

@@ -27,7 +27,7 @@ from made_up import made_up
 from orthokit.cli import main
 from orthokit.lab import atomic
 from orthokit.lab.recipes.recipe import Recipe
-from orthokit.lab.runs import control, launch, results
+from orthokit.lab.runs import collect, control, launch
 from orthokit.lab.runs.launch import Pool, run_all
 from orthokit.lab.runs.progress import Display
 from orthokit.lab.runs.run import LATER, Run
@@ -416,7 +416,7 @@ def test_compare_tells_what_it_cannot_read_and_follows_links(tmp_path, monkeypat
     for arm in arms[1:]:
         (runs / arm.name).symlink_to(arm)
     (arms[1] / "back").symlink_to(runs)  # in a circle
-    found, said = results.read([runs])
+    found, said = collect.read([runs])
     assert (len(found), len({run.summary["name"] for run in found}), said) == (9, 3, [])
 
     scandir = os.scandir
@@ -427,7 +427,7 @@ def test_compare_tells_what_it_cannot_read_and_follows_links(tmp_path, monkeypat
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", forbidding)
-    found, said = results.read([runs])
+    found, said = collect.read([runs])
     assert len(found) == 6
     assert said == [f"cannot be read, hence left out with all runs in it: [Errno 13] Permission denied: '{runs / arms[2].name}'"]
     assert main(["compare", str(runs)]) == 0

@@ -14,6 +14,7 @@ from orthokit.lab.evaluation.evaluate import subjects
 from orthokit.lab.own import Code, function
 from orthokit.lab.recipes.compose import load
 from orthokit.lab.recipes.recipe import Recipe
+from orthokit.lab.runs.ledger import Ledger
 from orthokit.lab.runs.run import Run
 from orthokit.lab.training.hardware import Hardware
 from orthokit.lab.training.loop import train
@@ -80,6 +81,7 @@ def runs(trained, canary, tmp_path):
 
 COMMANDS = {
     "compare": ["compare", "runs/base", "runs/relaxed"],
+    "compare a ledger": ["compare", "results/ledger"],
     "evaluate a folder": ["evaluate", "runs", "--jobs", "1"],
     "evaluate a run": ["evaluate", "runs/base/0", "--jobs", "1"],
     "evaluate weights": ["evaluate", "runs/base/0/last.safetensors", "--jobs", "1"],
@@ -103,12 +105,19 @@ def test_no_document_is_executed(runs, canary, tmp_path, capsys, name):
     (tmp_path / "study.toml").write_text(f'title = "t"\nrecipe = "base.toml"\nseeds = [0]\n{arms}')
     resumed = shutil.copytree(runs / "base/0", runs / "resumed/0")
     (resumed / "summary.json").unlink()
-    for folder in ("runs/sweep/base+train.lr=0.1", "runs/study/none", "results/study/runs/none", "results/study/runs/relaxed"):
+    for folder in ("runs/sweep/base+train.lr=0.1", "runs/study/none"):
         shutil.copytree(runs / "base/0", tmp_path / folder / "0")
+    kept = Ledger(tmp_path / "results/ledger")
+    kept.put(json.loads((runs / "base/0/summary.json").read_text()))
+    (hostile_file,) = kept.folder.glob("*.jsonl")
+    for arm in ("base", "relaxed"):
+        shutil.copy(hostile_file, kept.file(load(f"{arm}.toml")))
     status, said = main(COMMANDS[name]), capsys.readouterr()
     assert not canary.exists()
     assert "importing" not in said.err
     assert status in (0, 2)
+    if name == "study":
+        assert "holds runs of another recipe" in said.err
     if name in ("train", "resume", "sweep"):
         assert status == 2
         assert "holds a run of another recipe" in said.err

@@ -192,11 +192,11 @@ def test_a_typical_sd_for_power(sheet, tmp_path, monkeypatch, capsys):
     heading, found = spreads([tmp_path / "results"])
     assert (heading, [(each.where, each.arms, each.runs) for each in found]) == (
         "test accuracy, %",
-        [("mine, ResNet-20", 3, 12), ("mine, ResNet-8", 3, 12)],
+        [(f"runs, resnet {depth}, 20 epochs of 10000 images of cifar10", 3, 12) for depth in (20, 8)],
     )
     comparison = compare(runs)
     for each in found:
-        cells = comparison.cells(comparison.primary)[each.where.removeprefix("mine, ")].values()
+        cells = comparison.cells(comparison.primary)[f"ResNet-{each.where.split()[2].rstrip(',')}"].values()
         assert each.sd**2 == pytest.approx(sum(cell.sample.sd**2 for cell in cells) / 3)
     file = sheet(as_csv(runs))
     assert typical(spreads([file])[1]) == pytest.approx(typical(found))
@@ -207,7 +207,7 @@ def test_a_typical_sd_for_power(sheet, tmp_path, monkeypatch, capsys):
     assert main(["power", "--seeds", "4", "--like", str(file), "--metric", "test_loss"]) == 0
     assert "of test_loss: the median of 2" in words(capsys.readouterr().out)
     for wrong, message in (
-        (["--like", "nowhere"], "nowhere is no folder of runs"),
+        (["--like", "nowhere"], "nowhere is not there; give folders of runs"),
         (["--like", str(file), "--metric", "x"], "no column 'x'"),
         (["--like", str(file), "results"], "not both at once"),
         (["--metric", "x"], "metric must be one of"),

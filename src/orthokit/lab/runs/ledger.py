@@ -18,7 +18,7 @@ from filelock import FileLock
 from pydantic import Field
 
 from orthokit.lab.atomic import write
-from orthokit.lab.recipes.recipe import Recipe
+from orthokit.lab.recipes.recipe import Recipe, differences
 from orthokit.lab.runs.results import Result, result_of
 from orthokit.lab.runs.run import SUMMARY
 from orthokit.lab.runs.summary import DamagedError, Record, Seed, Summary, checked, parsed, read_text
@@ -79,11 +79,17 @@ class Ledger:
         """The run of this recipe and seed, or None if there is none, or if it diverged.
 
         Raises:
-            DamagedError: the file of the recipe is not a ledger's. Of a damaged line see :meth:`damage`.
+            DamagedError: the file of the recipe is not a ledger's, or holds another recipe. Of a damaged line see
+                :meth:`damage`.
         """
         file = self.file(recipe)
         run = _read(file).runs.get(seed)
-        return None if run is None or "diverged" in run else _result(run, file)
+        if run is None or "diverged" in run:
+            return None
+        result = _result(run, file)
+        if result.recipe != recipe:
+            raise DamagedError(f"{file} holds runs of another recipe ({differences(result.recipe, recipe)}); remove it")
+        return result
 
     def divergence(self, recipe: Recipe, seed: int) -> str | None:
         """Why training this recipe with this seed could not go on, if that is so."""
@@ -169,8 +175,10 @@ def is_ledger(path: Path) -> bool:
 
 def _joined(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     """What to keep of two records of one recipe and seed."""
-    if old is None or "diverged" in old or "diverged" in new:
+    if old is None or "diverged" in old:
         return new
+    if "diverged" in new:  # somewhere else it did not
+        return dict(old)
     before, after = old.get("evaluation") or {}, new.get("evaluation") or {}
     if any(old[key] != new[key] for key in ("test", "validation")):  # another training
         return dict(old) if len(before) > len(after) else new
@@ -211,7 +219,7 @@ def _parsed(path: Path, state: tuple[int, ...]) -> _File:
                 heads.append(checked(Head, value, source, path))
                 continue
             seed, run = _run(heads, value, source, path)
-            runs[seed] = run if seed not in runs or "diverged" in run else _joined(runs[seed], dict(run))
+            runs[seed] = _joined(runs.get(seed), dict(run))
         except DamagedError as error:
             if not heads:
                 raise
