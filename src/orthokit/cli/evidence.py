@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from orthokit.cli.base import Format, Terminal, UsageError, check_positive, needing
+from orthokit.cli.base import Format, Terminal, UsageError, check_positive, folders_of_runs, needing
 from orthokit.cli.lab import Machine
 from orthokit.tables import Column, Table
 
@@ -31,7 +31,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure trained networks: calibration, near-orthogonality, robustness, features.
+    """Measure robustness, calibration and features of trained networks.
 
     What is found goes to evaluation.json in a run's folder, or FILE.evaluation.json beside another checkpoint; parts that are
     there are not measured again. Exit status 4 where something could not be measured; the rest is done all the same.
@@ -155,7 +155,7 @@ def _curves(found: "Result") -> RichTable:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare arms with a baseline: means, intervals, tests, and a verdict in words.
+    """Compare arms with a baseline: gain, interval, test, verdict.
 
     Arms are runs that differ in --factor; they are compared among runs of equal --by. What differs besides is refused. Results
     are of the last epoch, never of the best one. Anybody's results are compared alike: a CSV file with a line for each run and
@@ -196,7 +196,7 @@ class Compare:
 
     def run(self, console: Console) -> None:
         if not self.runs:
-            raise UsageError("name folders of runs, such as runs")
+            raise UsageError(f"name folders of runs, such as {' or '.join(folders_of_runs()) or 'runs'}")
         with needing("comparing needs"):
             from orthokit.lab.atomic import write
             from orthokit.lab.comparison.comparison import PANELS, compare
@@ -237,7 +237,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Power:
-    """How many seeds resolve a gain, or which gain some seeds resolve.
+    """Tell how many seeds a gain needs, or which gain some seeds resolve.
 
     Two-sided Welch t-test. With --comparisons N the level is divided by N (Holm's worst case). Without --sd, the standard
     deviation is taken from runs that are there: the median over the networks below --like.
@@ -313,11 +313,12 @@ class Power:
 
 @dataclass(frozen=True)
 class Study:
-    """Train what is missing of a study, evaluate it, compare, and draw tables, figures and a page.
+    """Train, evaluate and compare what one file says.
 
-    Where its file has [tune], strengths are chosen by validation accuracy first. Everything small goes to RESULTS/STUDY; started
-    again it goes on, and with nothing left to do it only draws. Exit status 4 where a run or an evaluation failed or is missing;
-    the others are done and compared all the same.
+    What is missing of the study is trained and evaluated; tables, figures and a page are drawn. Where its file has [tune],
+    strengths are chosen by validation accuracy first. Everything small goes to RESULTS/STUDY; started again it goes on, and with
+    nothing left to do it only draws. Exit status 4 where a run or an evaluation failed or is missing; the others are done and
+    compared all the same.
     """
 
     file: tyro.conf.Positional[Path]

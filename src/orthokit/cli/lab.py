@@ -22,7 +22,7 @@ MOST_THREADS = 1024
 
 @dataclass(frozen=True)
 class Demo:
-    """Train a small residual network without, with strict and with relaxed orthogonality; compare what it learned.
+    """Train a small network with and without penalties, and draw them.
 
     Under two minutes on two cores. Nothing is downloaded: the digits come with scikit-learn.
     """
@@ -138,7 +138,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Train:
-    """Train what recipes say, for each of the seeds.
+    """Train what recipes say, such as nano+digits+strict.
 
     A run that was interrupted goes on where it was; a finished one is not repeated. Under torchrun one run after another, on all
     its processes; else several runs share the machine. Exit status: 3 where a run diverged, 4 where one of several failed, 130
@@ -203,9 +203,9 @@ class Train:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Try settings of recipes, a grid or a search, and tell the best of each recipe by validation accuracy.
+    """Try strengths or other settings; choose by validation accuracy.
 
-    Started again it repeats nothing. Exit status 4 where a run failed; the others are done all the same.
+    A grid or a search. Started again it repeats nothing. Exit status 4 where a run failed; the others are done all the same.
     """
 
     file: tyro.conf.Positional[Path]
