@@ -31,7 +31,6 @@ def test_the_overview_has_a_line_for_each_command(capsys):
         (Report((Path("a.pt"), Path("b.pt"))), "orthokit report a.pt --html"),
         (Report((Path("a.pt"),), html=Path("a.html")), "orthokit plan a.pt"),
         (Plan(Path("a.pt")), "ok.Regularizer("),
-        (Demo(), "orthokit train nano+digits+none"),
         (Train(("a+none", "a+strict"), machine=Machine(out=Path("there"))), "orthokit compare there"),
         (Train(("a+strict",), ((1, 2), (3,))), "orthokit train a+none --seeds 1 2 3, then orthokit compare runs"),
         (Train(("nano+digits+none",)), "orthokit train nano+digits+strict, then orthokit compare runs"),
@@ -47,7 +46,7 @@ def test_what_comes_next(command, text):
     assert after(command).startswith(text)
 
 
-@pytest.mark.parametrize("command", [List(), Report((Path("a.pt"),)), Sweep(Path("s.toml")), Evaluate((Path("a.pt"),))])
+@pytest.mark.parametrize("command", [List(), Demo(), Report((Path("a.pt"),)), Sweep(Path("s.toml")), Evaluate((Path("a.pt"),))])
 def test_nothing_is_said_twice(command):
     assert after(command) == ""
 

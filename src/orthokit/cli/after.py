@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from orthokit.cli.evidence import Compare, Evaluate, Power, Study
-from orthokit.cli.lab import Demo, Train
+from orthokit.cli.lab import Train
 from orthokit.cli.look import List, Plan, Report
 
 __all__ = ["after"]
@@ -32,8 +32,6 @@ def after(command: Any) -> str:
             return f"orthokit plan {first}  (which layers are tall, and what relaxing them would ask)"
         case Plan():
             return "ok.Regularizer(model, ok.Disentangled(relax=ok.feasible()), strength=0.1)  (in your training loop)"
-        case Demo():
-            return f"{BOTH}  (runs to compare with orthokit compare runs)"
         case Train(recipes=recipes, machine=machine) if len(recipes) > 1:
             return f"orthokit compare {machine.out}  (what the arms gained)"
         case Train(recipes=recipes, seeds=seeds, machine=machine):

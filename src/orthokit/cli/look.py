@@ -63,7 +63,9 @@ class List:
             source = re.search(r"Source: (.*)\.", inspect.getdoc(_function(penalty)) or "")
             table.add_row(penalty.__name__, escape(_formula(penalty)), source[1] if source else "")
         console.print(table)
-        console.print("orthokit list NAME tells more. In Python: orthokit.Regularizer(model, orthokit.SO(), strength=1e-2)")
+        console.print(
+            "orthokit list NAME has all about one. To begin: orthokit.Regularizer(model, orthokit.Disentangled(), strength=0.1)"
+        )
 
 
 @dataclass(frozen=True)
