@@ -12,7 +12,7 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from rich.table import Table as RichTable
 
 from orthokit.cli.base import Format, Terminal, UsageError, check_positive, folders_of_runs, needing
@@ -103,20 +103,20 @@ class Evaluate:
 def measured(subjects: "Sequence[Subject]", console: Console, **options: Any) -> int:
     """Evaluate what is left, with a bar; the number of parts that failed. See :mod:`orthokit.lab.evaluation.evaluate`."""
     from orthokit.lab.evaluation.evaluate import evaluate
+    from orthokit.lab.runs.progress import bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with bars(console, "{task.completed:.0f}/{task.total:.0f}") as shown:
         bar: list[TaskID] = []
 
         def start(left: int, total: int) -> None:
-            bar.append(bars.add_task("evaluating", total=left))
+            bar.append(shown.add_task("evaluating", total=left))
             if left < total and left:
-                bars.console.print(f"{total - left} of {total} parts were measured before", style="dim", highlight=False)
+                shown.console.print(f"{total - left} of {total} parts were measured before", style="dim", highlight=False)
 
         def tick(subject: "Subject", part: str, error: str | None) -> None:
-            bars.advance(bar[0])
+            shown.advance(bar[0])
             if error is not None:
-                bars.console.print(
+                shown.console.print(
                     f"[bold red]{escape(subject.name)}[/]  {part}: {escape(error)}", highlight=False, soft_wrap=True
                 )
             elif not console.is_terminal:
