@@ -83,7 +83,7 @@ class TrainSection(Section):
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov = true needs a momentum above 0")
         if self.warmup >= self.epochs:
-            raise ValueError(f"warmup = {self.warmup:g} leaves nothing of {self.epochs} epochs; set train.warmup lower")
+            raise ValueError(f"warmup = {self.warmup:g} leaves nothing of {self.epochs} epochs")
         return self
 
 
