@@ -82,13 +82,17 @@ def tried(name: str, arm: str, strength: str) -> str:
 
 
 def penalties() -> str:
-    """A line for each penalty: when to use it, and where it is from."""
+    """A line for each penalty: its card, when to use it, and where it is from."""
     lines = ["", "| penalty | use it when | from |", "|---|---|---|"]
     for penalty in ok.PENALTIES:
-        text = " ".join((CARDS / f"{penalty.__name__.lower()}.md").read_text("utf-8").split())
+        card = CARDS / f"{penalty.__name__.lower()}.md"
+        title, text = card.read_text("utf-8").split("\n", 1)
+        text = " ".join(text.split())
+        name = title.removeprefix("# ").partition(":")[0]
         use = re.search(r"\*\*Use it when\*\* (.*?)\. \*\*Do not", text)
-        source = re.search(r"\[[^]]*\]\(https://[^)]*\)", text[text.index("What the paper claims") :])
-        lines.append(f"| `{penalty.__name__}` | {use[1]} | {source[0]} |")
+        label, link = re.search(r"\[([^]]*)\]\((https://[^)]*)\)", text[text.index("What the paper claims") :]).groups()
+        source = f"[{'code' if 'github' in link else label.rpartition('/')[-1]}]({link})"
+        lines.append(f"| [{name}]({card.relative_to(ROOT)}) | {use[1]} | {source} |")
     return "\n".join([*lines, ""])
 
 

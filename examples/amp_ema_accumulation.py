@@ -21,7 +21,7 @@ if __name__ == "__main__":
     model = network()
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     fast = torch.compile(model) if "--compile" in sys.argv else model
-    ortho = ok.Regularizer(fast, ok.Disentangled(), strength=ok.linear(0.1, 0.0, steps=5))
+    ortho = ok.Regularizer(fast, ok.Disentangled(), strength=ok.schedules.linear(0.1, 0.0, steps=5))
     optimizer = torch.optim.SGD(ortho.param_groups(model, weight_decay=5e-4), lr=0.05, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu")
     for _ in range(5):

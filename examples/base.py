@@ -32,7 +32,7 @@ def show(model, test):
 if __name__ == "__main__":
     train, test = digits()
     model = network()
-    ortho = ok.Regularizer(model, ok.Disentangled(), strength=ok.linear(0.1, 0.0, steps=5))
+    ortho = ok.Regularizer(model, ok.Disentangled(), strength=ok.schedules.linear(0.1, 0.0, steps=5))
     optimizer = torch.optim.SGD(ortho.param_groups(model, weight_decay=5e-4), lr=0.05, momentum=0.9)
     for _ in range(5):
         for batch in torch.randperm(1500).split(50):

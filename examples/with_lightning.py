@@ -25,7 +25,7 @@ class Digits(LightningModule):
 if __name__ == "__main__":
     train, test = digits()
     module = Digits()
-    callback = OrthoCallback(ok.Disentangled(), strength=ok.linear(0.1, 0.0, steps=5))
+    callback = OrthoCallback(ok.Disentangled(), strength=ok.schedules.linear(0.1, 0.0, steps=5))
     trainer = Trainer(
         max_epochs=5,
         accumulate_grad_batches=2,

@@ -27,7 +27,7 @@ if __name__ == "__main__":
     )
     model = ViTForImageClassification(config)
     blocks = ok.linears & ~ok.matching("classifier")
-    callback = OrthoTrainerCallback(ok.Disentangled(), strength=ok.linear(1e-2, 0.0, steps=5), where=blocks)
+    callback = OrthoTrainerCallback(ok.Disentangled(), strength=ok.schedules.linear(1e-2, 0.0, steps=5), where=blocks)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,

@@ -11,6 +11,7 @@ import torch
 
 import orthokit as ok
 from orthokit.cards import read
+from orthokit.lab.recipes.compose import load
 from orthokit.spec import penalty_of
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,13 @@ def test_links_and_cells(path):
         assert (path.parent / target).exists(), target
     cells = [cell for line in re.sub(r"<!--.*?-->", "", text).splitlines() if line.startswith("|") for cell in line.split("|")]
     assert [cell for cell in cells if len(cell.split()) > 40] == []
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "src/orthokit/cards").glob("*.md"))], ids=lambda p: p.name)
+def test_recipes_that_are_named_are_there(path):
+    for line in re.findall(r"orthokit train ([^`\n]*)", path.read_text("utf-8")):
+        for recipe in re.findall(r"[\w.-]+\+[\w.+-]+", line):
+            assert load(recipe).train.epochs > 0
 
 
 def test_the_first_screen(capsys):

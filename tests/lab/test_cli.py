@@ -9,12 +9,11 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import orthokit as ok
 from orthokit.cli import main
-from orthokit.lab import demo
 
 
 @pytest.fixture
@@ -172,24 +171,6 @@ def test_a_closed_pipe_is_no_error(checkpoint):
     command = f"{sys.executable} -m orthokit.cli report {checkpoint} --format csv | head -c 1"
     run = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, "l", "")
-
-
-def test_demo(tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(["demo", "--seeds", "2", "--epochs", "1", "--out", str(out)]) == 0
-    text = capsys.readouterr().out
-    assert all(arm in text for arm in demo.ARMS)
-    assert "mean ± sd of 2 seeds" in text
-    assert "orthogonality.png" in text.replace("\n", "")
-    assert (out / "orthogonality.png").read_bytes()[:4] == b"\x89PNG"
-    assert {p.name for p in out.glob("*.safetensors")} == {f"{arm.replace(', ', '-')}.safetensors" for arm in demo.ARMS}
-    assert ok.report(load_file(out / "strict.safetensors")).rows
-
-
-def test_the_demo_is_interrupted_cleanly(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(demo, "wait", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert main(["demo", "--seeds", "1", "--epochs", "50", "--out", str(tmp_path)]) == 130
-    assert "interrupted" in capsys.readouterr().err
 
 
 def test_one_odd_entry_does_not_spoil_the_report(tmp_path, capsys):

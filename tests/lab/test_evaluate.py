@@ -170,7 +170,7 @@ def test_formats(runs, capsys):
         assert check(capsys.readouterr().out)
 
 
-OWN = '[data]\nname = "digits"\nvalidation = 0\n[network]\nkind = "test_evidence_evaluate:Plain"\n[train]\nepochs = 1\n'
+OWN = '[data]\nname = "digits"\nvalidation = 0\n[network]\nkind = "test_evaluate:Plain"\n[train]\nepochs = 1\n'
 
 
 class Plain(nn.Module):
@@ -203,7 +203,7 @@ def test_measurements_are_of_a_network_and_its_images(tmp_path, capsys):
     torch.save(Plain(3, 10).state_dict(), tmp_path / "own.pt")
     for size in (8, 16):
         data = f'[data]\nname = "synthetic"\nvalidation = 0\nsize = {size}\n'
-        text = data + '[network]\nkind = "test_evidence_evaluate:Plain"\n[train]\nepochs = 1\n'
+        text = data + '[network]\nkind = "test_evaluate:Plain"\n[train]\nepochs = 1\n'
         (tmp_path / f"{size}.toml").write_text(text)
     found = []
     for size in (8, 16, 8):

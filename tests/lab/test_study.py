@@ -11,7 +11,7 @@ import pytest
 from orthokit.cli import main
 from orthokit.lab import study
 from orthokit.lab.comparison.comparison import Comparison
-from orthokit.lab.reporting import tables
+from orthokit.lab.reporting import markup, tables, words
 from orthokit.lab.runs.collect import read
 from tiny import NOTHING, STUDY, TINY
 
@@ -38,7 +38,7 @@ DIGESTS = {
 """Of the numbers of finished studies, see :func:`digest`."""
 
 
-def words(text):
+def line(text):
     return " ".join(text.split())
 
 
@@ -51,7 +51,7 @@ def test_a_study_from_one_file(lab, capsys):
     outcome = lab.run()
     assert (outcome.status, lab.texts("left")) == (0, ["4 of 4 runs to train, 4 to evaluate"])
     assert lab.trained == ["none/0", "so/0", "none/1", "so/1"]  # every arm before the next seed
-    assert outcome.comparison.verdicts()
+    assert words.verdicts(outcome.comparison)
     ledger, kept = lab.folder / "results/ledger", lab.folder / "results/tiny"
     recipes = dict.fromkeys(task.run.recipe.digest for task in outcome.plan.tasks)
     assert {path.name for path in ledger.glob("*.jsonl")} == {f"{each}.jsonl" for each in recipes}
@@ -66,8 +66,8 @@ def test_a_study_from_one_file(lab, capsys):
     shutil.rmtree(lab.folder / "runs")
     command = ["study", "tiny.toml", "--jobs", "1"]
     assert main(command) == 0
-    said = words(capsys.readouterr().out)
-    for part in ("Tiny: all is done", "so against none is", "power: 2 seeds an arm", "next: --html"):
+    said = line(capsys.readouterr().out)
+    for part in ("Tiny: all is done", "so against none is", "power: 2 seeds an arm"):
         assert part in said
     assert f"orthokit study {lab.folder.name}/tiny.toml" in (kept / "README.md").read_text()
     drawn = contents(kept)
@@ -87,9 +87,8 @@ def test_a_study_from_one_file(lab, capsys):
     files = {"html": "page.html", "csv": "numbers.csv", "latex": "tables.tex"}
     capsys.readouterr()
     assert main([*command, *(word for flag, name in files.items() for word in (f"--{flag}", name))]) == 0
-    assert "next: --html" not in capsys.readouterr().out
-    assert (lab.folder / "numbers.csv").read_text() == tables.to_csv(outcome.comparison)
-    assert (lab.folder / "tables.tex").read_text() == tables.latex(outcome.comparison)
+    assert (lab.folder / "numbers.csv").read_text() == tables.numbers(outcome.comparison).to_csv()
+    assert (lab.folder / "tables.tex").read_text() == markup.latex(outcome.comparison)
     page = (lab.folder / "page.html").read_text()
     assert page.count("<figure>") >= len(pictures)
     assert "so against none is" in page
@@ -111,7 +110,7 @@ def test_the_command_trains_what_is_missing(lab, capsys):
     for task in lab.write(NOTHING) and lab.plan().tasks[:3]:
         lab.train_one(task.run)
     assert main(["study", "tiny.toml", "--jobs", "1", "--device", "cpu"]) == 0
-    assert "Tiny: 1 of 4 runs to train" in words(capsys.readouterr().out)
+    assert "Tiny: 1 of 4 runs to train" in line(capsys.readouterr().out)
     assert lab.kept() == ["none/0", "none/1", "so/0", "so/1"]
     assert (lab.folder / "runs/tiny/so/1/summary.json").is_file()
 
@@ -119,7 +118,7 @@ def test_the_command_trains_what_is_missing(lab, capsys):
 def test_without_training(lab, capsys):
     command = ["study", "tiny.toml", "--jobs", "1"]
     assert main([*command, "--no-train"]) == 4
-    said = words(capsys.readouterr().out)
+    said = line(capsys.readouterr().out)
     assert "Tiny: 4 of 4 runs to train" in said
     assert "nothing to compare yet: none of the 4 runs has a result" in said
     assert not (lab.folder / "results").exists()
@@ -127,7 +126,7 @@ def test_without_training(lab, capsys):
     for task in lab.plan().tasks[:3]:
         lab.train_one(task.run)  # as another process might
     assert main([*command, "--no-train"]) == 4
-    said = words(capsys.readouterr().out)
+    said = line(capsys.readouterr().out)
     assert "Tiny: 1 of 4 runs to train" in said
     assert "! 1 of 4 runs are missing" in said
     assert len(read([lab.folder / "results/ledger"])[0]) == 3
@@ -237,7 +236,7 @@ def test_mistakes_are_told(lab, capsys, old, new, message):
         (lab.folder / "so.toml").write_text('[train]\nepochs = 1\n[regularizer]\nstrength = 0.1\npenalty = "so"\n')
     (lab.folder / "tiny.toml").write_text(STUDY.replace(old, new, 1))
     assert main(["study", "tiny.toml"]) == 2
-    assert message in words(capsys.readouterr().err)
+    assert message in line(capsys.readouterr().err)
     assert not (lab.folder / "runs").exists()
 
 
@@ -252,7 +251,7 @@ def test_mistakes_in_a_recipe_are_told_of_its_file(lab, capsys, wrong, message):
     (lab.folder / "tiny.toml").write_text(STUDY.replace('"base.toml"', '["base.toml", "part.toml"]'))
     (lab.folder / "part.toml").write_text(wrong)
     assert main(["study", "tiny.toml"]) == 2
-    assert f"tiny.toml: {message}" in words(capsys.readouterr().err)
+    assert f"tiny.toml: {message}" in line(capsys.readouterr().err)
 
 
 def test_a_recipe_may_lack_what_arms_and_panels_add(lab):
@@ -280,7 +279,7 @@ def test_a_run_belongs_to_its_recipe_whichever_study_trained_it(lab):
     (lab.folder / "more").mkdir()
     outcome = lab.run('extends = "../tiny.toml"\nbaseline = "so"\ntitle = "2"\n', "more/third")
     assert (outcome.status, lab.texts("left")) == (0, ["all is done"])
-    assert any("none against so is" in verdict for verdict in outcome.comparison.verdicts())
+    assert any("none against so is" in verdict for verdict in words.verdicts(outcome.comparison))
 
 
 def test_a_damaged_line_is_told_and_its_run_trained_again(lab):
@@ -316,18 +315,18 @@ def test_the_ledger_is_compared_and_tells_how_much_seeds_vary(lab, capsys):
     lab.run(NOTHING)
     ledger = lab.folder / "results/ledger"
     assert main(["compare", "results/ledger"]) == 0
-    assert "against none is" in words(capsys.readouterr().out)
+    assert "against none is" in line(capsys.readouterr().out)
     assert main(["compare", *map(str, sorted(ledger.glob("*.jsonl")))]) == 0
-    assert "against none is" in words(capsys.readouterr().out)
+    assert "against none is" in line(capsys.readouterr().out)
     assert main(["compare", "tiny.toml"]) == 2
-    assert "tiny.toml is not a run" in (said := words(capsys.readouterr().err))
+    assert "tiny.toml is not a run" in (said := line(capsys.readouterr().err))
     assert "orthokit study tiny.toml --no-train" in said
     (lab.folder / "other.jsonl").write_text('{"epoch": 1}\n')
     assert main(["compare", "other.jsonl"]) == 2
-    assert "other.jsonl is not a run" in words(capsys.readouterr().err)
+    assert "other.jsonl is not a run" in line(capsys.readouterr().err)
     for paths in ([], ["--like", "results/ledger"], ["--like", *map(str, sorted(ledger.glob("*.jsonl")))]):
         assert main(["power", "--effect", "5", *paths]) == 0
-        assert "seeds an arm resolve a difference of 5" in words(capsys.readouterr().out)
+        assert "seeds an arm resolve a difference of 5" in line(capsys.readouterr().out)
 
 
 def test_a_baseline_that_failed(lab):
@@ -351,7 +350,9 @@ def digest(comparison: Comparison) -> str:
             return cell
         return f"{0.0 if abs(number) < 1e-9 else number:.6g}"
 
-    rows = [row for row in csv.DictReader(io.StringIO(tables.to_csv(comparison))) if row["metric"] not in ("speed", "share")]
+    rows = [
+        row for row in csv.DictReader(io.StringIO(tables.numbers(comparison).to_csv())) if row["metric"] not in ("speed", "share")
+    ]
     assert len(rows) > 10
     return hashlib.sha256(repr([[rounded(cell) for cell in row.values()] for row in rows]).encode()).hexdigest()[:16]
 
@@ -368,7 +369,7 @@ def test_studies_of_the_repository(file, tmp_path):
         return
     written = (plan.folder / "README.md").read_text()
     comparison = plan.comparison()
-    verdicts = comparison.verdicts()
+    verdicts = [words.answer(comparison)]
     assert verdicts
     assert all(verdict in written for verdict in verdicts)
     assert (f"{len(left)} of {len(plan.tasks)} runs are missing" in written) == bool(left)

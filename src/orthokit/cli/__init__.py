@@ -1,4 +1,4 @@
-"""The command line: ``orthokit list | report | plan | demo | train | sweep | evaluate | compare | power | study``."""
+"""The command line: ``orthokit demo | list | report | plan | train | sweep | evaluate | compare | power | study``."""
 
 import contextlib
 import io
@@ -16,17 +16,18 @@ from rich.text import Text
 import orthokit as ok
 from orthokit import starting
 from orthokit.checks import printable
-from orthokit.cli.base import Terminal, UsageError
+from orthokit.cli.after import after
+from orthokit.cli.base import Terminal, UsageError, suggest
 from orthokit.cli.evidence import Compare, Evaluate, Power, Study
 from orthokit.cli.lab import Demo, Sweep, Train
 from orthokit.cli.look import List, Plan, Report
 from orthokit.lab import own
 
 COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": Demo,
     "list": List,
     "report": Report,
     "plan": Plan,
-    "demo": Demo,
     "train": Train,
     "sweep": Sweep,
     "evaluate": Evaluate,
@@ -34,6 +35,14 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "power": Power,
     "study": Study,
 }
+ABOUT = "Orthogonal filters for deep networks: measure them, train for them, see what that did."
+
+
+def _overview() -> str:
+    """All commands, a line each: the first sentence of what each says of itself."""
+    lines = [f"  {name:9} {(command.__doc__ or '').partition(chr(10))[0]}" for name, command in COMMANDS.items()]
+    ends = ["orthokit COMMAND --help has the options; orthokit --version the version."]
+    return "\n".join(["usage: orthokit COMMAND ...", "", ABOUT, "", *lines, "", *ends])
 
 
 @contextlib.contextmanager
@@ -63,6 +72,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if args == ["--version"]:
         print(f"orthokit {ok.__version__}")
         return 0
+    if not args or args in (["--help"], ["-h"]):
+        print(_overview())
+        raise SystemExit(0)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # Greek letters on a terminal without them
@@ -72,11 +84,13 @@ def main(args: Sequence[str] | None = None) -> int:
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="orthokit",
-            description="Orthogonal filters for deep networks: measure them, plan for them, see what they do.",
-            args=args or ["--help"],
+            description=ABOUT,
+            args=args,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-        status: int | None = command.run(Terminal())
+        status: int | None = command.run(console := Terminal())
+        if not status and getattr(command, "format", "table") == "table":
+            suggest(console, after(command))
         with contextlib.suppress(AttributeError):  # of no stdout at all
             sys.stdout.flush()
         return status or 0

@@ -69,8 +69,13 @@ def say(console: Console, text: str, style: str | None = None) -> None:
 
 def suggest(console: Console, command: str) -> None:
     """Say in one line what to do next, where somebody reads it: not into a pipe or a file."""
-    if console.is_terminal:
+    if command and console.is_terminal:
         say(console, f"next: {command}", "dim")
+
+
+def folders_of_runs() -> list[str]:
+    """What there is here to compare: the folder of runs, and what studies keep."""
+    return [str(path) for path in (Path("runs"), *sorted(Path("results").glob("*"))) if path.is_dir()]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -11,10 +11,10 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from rich.table import Table as RichTable
 
-from orthokit.cli.base import Format, Terminal, UsageError, check_positive, needing, say, write_text
+from orthokit.cli.base import Format, Terminal, UsageError, check_positive, folders_of_runs, needing, say, write_text
 from orthokit.cli.lab import Machine
 from orthokit.tables import Column, Table
 
@@ -29,7 +29,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure trained networks: calibration, near-orthogonality, robustness, features.
+    """Measure robustness, calibration and features of trained networks.
 
     What is found goes to evaluation.json in a run's folder, or FILE.evaluation.json beside another checkpoint; parts that are
     there are not measured again. Exit status 4 where something could not be measured; the rest is done all the same.
@@ -65,7 +65,7 @@ class Evaluate:
         with needing("evaluating needs"):
             from orthokit.lab.evaluation import evaluate
             from orthokit.lab.recipes import compose
-            from orthokit.lab.reporting import tables as formats
+            from orthokit.lab.reporting.terminal import Wide
         given = None if self.recipe is None else compose.load(self.recipe)
         damaged: list[str] = []
         wanted = [
@@ -83,38 +83,36 @@ class Evaluate:
                 quiet.print(f"{subject.name}: {note}", markup=False, highlight=False, soft_wrap=True)
         options = {name: getattr(self, name) for name in ("parts", "images", "root", "device", "jobs", "threads")}
         failed = measured(unique, quiet, **options)
-        found = [evaluate.result(subject) for subject in unique]
-        headers, rows = _table(unique, found)
+        results = [evaluate.result(subject) for subject in unique]
+        table = _table(unique, results)
         if self.format == "table":
-            shown = [column for column in headers if any(row[column.key] is not None for row in rows)]
-            title = "evaluation (robustness: accuracy, mean over the strengths)"
-            cells = [[column.show(row[column.key]) for column in shown] for row in rows]
-            console.print(formats.Wide(title, [column.header for column in shown], cells))
+            shown = [column for column in table.columns if any(row[column.key] is not None for row in table.rows)]
+            console.print(Wide(replace(table, columns=tuple(shown))))
             if len(unique) == 1:
-                console.print(_curves(found[0]))
+                console.print(_curves(results[0]))
         else:
-            table = Table("evaluation", headers, tuple(rows), {})
-            print(json.dumps(rows, indent=2) if self.format == "json" else table.to_csv(), end="\n" * (self.format == "json"))
+            as_json = self.format == "json"
+            print(json.dumps(table.rows, indent=2) if as_json else table.to_csv(), end="\n" * as_json)
         return 4 if failed or damaged else 0
 
 
 def measured(subjects: "Sequence[Subject]", console: Console, **options: Any) -> int:
     """Evaluate what is left, with a bar; the number of parts that failed. See :mod:`orthokit.lab.evaluation.evaluate`."""
     from orthokit.lab.evaluation.evaluate import evaluate
+    from orthokit.lab.runs.progress import bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with bars(console, "{task.completed:.0f}/{task.total:.0f}") as shown:
         bar: list[TaskID] = []
 
         def start(left: int, total: int) -> None:
-            bar.append(bars.add_task("evaluating", total=left))
+            bar.append(shown.add_task("evaluating", total=left))
             if left < total and left:
-                bars.console.print(f"{total - left} of {total} parts were measured before", style="dim", highlight=False)
+                shown.console.print(f"{total - left} of {total} parts were measured before", style="dim", highlight=False)
 
         def tick(subject: "Subject", part: str, error: str | None) -> None:
-            bars.advance(bar[0])
+            shown.advance(bar[0])
             if error is not None:
-                bars.console.print(
+                shown.console.print(
                     f"[bold red]{escape(subject.name)}[/]  {part}: {escape(error)}", highlight=False, soft_wrap=True
                 )
             elif not console.is_terminal:
@@ -123,16 +121,18 @@ def measured(subjects: "Sequence[Subject]", console: Console, **options: Any) ->
         return evaluate(subjects, tick=tick, start=start, **options)
 
 
-def _table(subjects: "Sequence[Subject]", results: "Sequence[Result]") -> tuple[tuple[Column, ...], list[dict[str, Any]]]:
+def _table(subjects: "Sequence[Subject]", results: "Sequence[Result]") -> Table:
+    """A row for each network, a column for each metric."""
     from orthokit.lab.comparison.metrics import METRICS
 
     metrics = [metric for metric in METRICS if metric.group != "cost"]
     twice = {name for name, count in Counter(subject.name for subject in subjects).items() if count > 1}
     rows = [
-        {"network": str(subject.weights) if subject.name in twice else subject.name} | {m.key: m.read(found) for m in metrics}
-        for subject, found in zip(subjects, results, strict=True)
+        {"network": str(subject.weights) if subject.name in twice else subject.name} | {m.key: m.read(result) for m in metrics}
+        for subject, result in zip(subjects, results, strict=True)
     ]
-    return (Column("network", "network", "s"), *(Column(m.key, m.heading, m.format) for m in metrics)), rows
+    columns = Column("network", "network", "s"), *(Column(m.key, m.heading, m.format) for m in metrics)
+    return Table("evaluation (robustness: accuracy, mean over the strengths)", columns, tuple(rows), {})
 
 
 def _curves(found: "Result") -> RichTable:
@@ -153,7 +153,7 @@ def _curves(found: "Result") -> RichTable:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare arms with a baseline: means, intervals, tests, and a verdict in words.
+    """Compare arms with a baseline: gain, interval, test, verdict.
 
     Arms are runs that differ in --factor; they are compared among runs of equal --by. What differs besides is refused. Results
     are of the last epoch, never of the best one. Anybody's results are compared alike: a CSV file with a line for each run and
@@ -182,7 +182,9 @@ class Compare:
     anyway: bool = False
     """Compare what is refused, with a flag."""
     title: str = "comparison"
-    """Of tables and the page."""
+    """Title of tables and the page."""
+    question: str = ""
+    """What the comparison is to answer, in one sentence, printed above the answer."""
     html: Path | None = None
     """Also write one self-contained page with figures into this file."""
     markdown: Path | None = None
@@ -194,17 +196,17 @@ class Compare:
 
     def run(self, console: Console) -> None:
         if not self.runs:
-            raise UsageError("name folders of runs, such as runs")
+            raise UsageError(f"name folders of runs, such as {' or '.join(folders_of_runs()) or 'runs'}")
         with needing("comparing needs"):
             from orthokit.lab.atomic import write
             from orthokit.lab.comparison.comparison import PANELS, compare
-            from orthokit.lab.reporting import page
-            from orthokit.lab.reporting import tables as formats
+            from orthokit.lab.reporting import markup, page, tables
+            from orthokit.lab.reporting.terminal import Shown
             from orthokit.lab.runs import collect
         files = [path for path in (self.markdown, self.latex, self.csv, self.html) if path is not None]
         if len({path.resolve() for path in files}) < len(files):
             raise UsageError("--html, --markdown, --latex and --csv need different files")
-        options: dict[str, Any] = {"title": self.title, "baseline": self.baseline}
+        options: dict[str, Any] = {"title": self.title, "question": self.question, "baseline": self.baseline}
         options |= {"blocks": self.blocks, "contrasts": self.contrast}
         if any(path.suffix.lower() == ".csv" for path in self.runs):
             comparison = self._of_sheets(options)
@@ -214,11 +216,16 @@ class Compare:
             found, flagged = collect.read(self.runs)
             options |= {"factor": self.factor, "by": self.by or PANELS, "metric": self.metric or "accuracy"}
             comparison = compare(found, anyway=self.anyway, flagged=flagged, **options)
-        tables = (self.markdown, formats.markdown), (self.latex, formats.latex), (self.csv, formats.to_csv)
-        for path, writer in (*tables, (self.html, page.page)):
+        writers: list[tuple[Path | None, Callable[[Comparison], str]]] = [
+            (self.markdown, markup.markdown),
+            (self.latex, markup.latex),
+            (self.csv, lambda each: tables.numbers(each).to_csv()),
+            (self.html, page.page),
+        ]
+        for path, writer in writers:
             if path is not None:
                 write(path, writer(comparison))
-        console.print(formats.Shown(comparison))
+        console.print(Shown(comparison))
         for path in files:
             console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
 
@@ -235,7 +242,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Power:
-    """How many seeds resolve a gain, or which gain some seeds resolve.
+    """Tell how many seeds a gain needs, or which gain some seeds resolve.
 
     Two-sided Welch t-test. With --comparisons N the level is divided by N (Holm's worst case). Without --sd, the standard
     deviation is taken from runs that are there: the median over the networks below --like.
@@ -311,7 +318,7 @@ class Power:
 
 @dataclass(frozen=True)
 class Study:
-    """Train what is missing of a study, evaluate it, compare, and draw tables and figures.
+    """Train, evaluate and compare what one file says.
 
     Where its file has [tune], strengths are chosen by validation accuracy first. What is kept of runs goes to RESULTS/ledger,
     tables and figures to RESULTS/STUDY. Started again it goes on; with nothing left to do it only draws. Exit status 4 where a
@@ -335,8 +342,8 @@ class Study:
     def run(self, console: Console) -> int:
         with needing("studies need"):
             from orthokit.lab import study
-            from orthokit.lab.reporting import page
-            from orthokit.lab.reporting import tables as formats
+            from orthokit.lab.reporting import markup, page, tables
+            from orthokit.lab.reporting.terminal import Shown
 
         machine = self.machine
         title = study.plan(self.file, out=machine.out, results=self.results).study.title
@@ -363,13 +370,11 @@ class Study:
         if (comparison := outcome.comparison) is None:
             return outcome.status
         outcome.plan.draw(comparison)
-        console.print(formats.Shown(comparison, secondary=False))
-        for path, content in ((self.csv, formats.to_csv), (self.latex, formats.latex)):
+        console.print(Shown(comparison, secondary=False))
+        for path, content in ((self.csv, lambda each: tables.numbers(each).to_csv()), (self.latex, markup.latex)):
             if path is not None:
                 write_text(path, content(comparison))
         if self.html is not None:
             write_text(self.html, page.page(comparison, command=outcome.plan.command))
         say(console, f"tables: {outcome.plan.folder / 'README.md'}")
-        if self.html is None:
-            say(console, "next: --html PAGE writes a page with every figure; --csv and --latex the numbers", "dim")
         return outcome.status

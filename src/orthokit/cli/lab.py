@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from orthokit.cli.base import UsageError, check_positive, demo_images, needing, say
+from orthokit.cli.base import UsageError, check_positive, needing, say
 
 if TYPE_CHECKING:
     from orthokit.lab.runs.run import Run
@@ -22,40 +22,38 @@ MOST_THREADS = 1024
 
 @dataclass(frozen=True)
 class Demo:
-    """Train a small residual network without, with strict and with relaxed orthogonality; compare what it learned.
+    """Train a small network with and without penalties, and draw them.
 
-    Under two minutes on two cores. Nothing is downloaded: the digits come with scikit-learn.
+    Under two minutes on two cores. Nothing is downloaded: the digits come with scikit-learn. Interrupted, it goes on.
     """
 
     data: Literal["digits", "cifar10"] = "digits"
-    """Handwritten digits (300 training images, 8x8), or CIFAR-10 (5,000 training images, 16x16) from --root."""
+    """Handwritten digits (240 training images, 8x8), or CIFAR-10 (5,000 training images, 16x16) from --root."""
     root: Path | None = None
     """The folder cifar-10-batches-py of CIFAR-10's python version, or the one that holds it."""
     seeds: int = 4
     """Runs of each arm."""
     epochs: int | None = None
-    """Passes over the training images; 40 of digits, 8 of cifar10."""
+    """Passes over the training images; 20 of digits, 8 of cifar10."""
     workers: int | None = None
     """Processes, one core each; all cores by default."""
     out: Path = Path("orthokit-demo")
-    """Folder for the picture and the trained weights."""
+    """Folder for the picture and the runs."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Console) -> int:
         check_positive(self, "seeds", "epochs", "workers")
         if (self.data == "cifar10") != (self.root is not None):
             raise UsageError("--data cifar10 and --root DIR go together")
         with needing("the demo needs"):
             from orthokit.lab import demo
 
-            demo.run(
-                demo_images(self.root),
-                seeds=self.seeds,
-                epochs=self.epochs or (40 if self.root is None else 8),
-                batch=50 if self.root is None else 125,
-                workers=min(self.workers or os.cpu_count() or 1, self.seeds),
-                out=self.out,
-                console=console,
-            )
+            arms = demo.runs(self.data, self.seeds, self.epochs, self.out)
+            workers = min(self.workers or os.cpu_count() or 1, len(arms) * self.seeds)
+            failed = sum(status != 0 for status in demo.train_all(arms, self.root or Path("data"), workers, console))
+        if failed:
+            raise UsageError(f"{failed} runs of the demo failed; the same command tries them again")
+        demo.show(arms, self.out, console)
+        return 0
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Train:
-    """Train what recipes say, for each of the seeds.
+    """Train what recipes say, such as nano+digits+strict.
 
     A run that was interrupted goes on where it was; a finished one is not repeated. Under torchrun one run after another, on all
     its processes; else several runs share the machine. Exit status: 3 where a run diverged, 4 where one of several failed, 130
@@ -204,9 +202,9 @@ class Train:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Try settings of recipes, a grid or a search, and tell the best of each recipe by validation accuracy.
+    """Try strengths or other settings; choose by validation accuracy.
 
-    Started again it repeats nothing. Exit status 4 where a run failed; the others are done all the same.
+    A grid or a search. Started again it repeats nothing. Exit status 4 where a run failed; the others are done all the same.
     """
 
     file: tyro.conf.Positional[Path]

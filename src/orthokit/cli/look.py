@@ -34,7 +34,10 @@ from orthokit.tables import Table
 
 @dataclass(frozen=True)
 class List:
-    """List the penalties: what each measures, and its paper. With a NAME, all about that one; with recipes, their parts."""
+    """List the penalties and their papers.
+
+    With a NAME all about that penalty; with ``recipes`` the parts that recipes are made of.
+    """
 
     name: tyro.conf.Positional[str | None] = None
     """A penalty, in any case: so, srip, disentangled, ...; or recipes."""
@@ -60,14 +63,17 @@ class List:
             source = re.search(r"Source: (.*)\.", inspect.getdoc(_function(penalty)) or "")
             table.add_row(penalty.__name__, escape(_formula(penalty)), source[1] if source else "")
         console.print(table)
-        console.print("orthokit list NAME tells more. In Python: orthokit.Regularizer(model, orthokit.SO(), strength=1e-2)")
+        console.print(
+            "orthokit list NAME has all about one. To begin: orthokit.Regularizer(model, orthokit.Disentangled(), strength=0.1)"
+        )
 
 
 @dataclass(frozen=True)
 class Report:
-    """Show how orthogonal each layer of a saved network is, in figures and a word; or of several networks side by side.
+    """Show how orthogonal each layer of a saved network is.
 
-    With --fail-if it is a gate: exit status 1 where a layer meets a condition.
+    In figures and a word; several networks stand side by side. With --fail-if the command is a gate: exit status 1 where a layer
+    meets a condition.
     """
 
     checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT...")]
@@ -238,7 +244,7 @@ class Relaxation:
 
 @dataclass(frozen=True)
 class Plan:
-    """Show what a relaxation would ask of each convolution of a saved network.
+    """Show what a relaxation would ask of each layer of a saved network.
 
     With --data r is measured: the principal components that hold --energy of the variance of each layer's outputs.
     """

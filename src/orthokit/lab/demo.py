@@ -1,202 +1,181 @@
-"""The demo: one small network, five arms, real images, the same seeds and batches for each."""
+"""The demo: one small network, five arms, real images, the same seeds and batches for each; what it shows, in words."""
 
 import contextlib
-import multiprocessing
-import os
-import signal
-import time
+import functools
+import statistics
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
-from copy import deepcopy
-from dataclasses import dataclass
-from multiprocessing.queues import SimpleQueue
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from typing import Any
 
-import torch
-from rich import box
+from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from safetensors.torch import save
-from torch import Tensor
-from torch.nn import functional as F
 
-import orthokit as ok
-from orthokit.checkpoint import ordered
-from orthokit.kernel import KernelMeasure
-from orthokit.lab.atomic import write
-from orthokit.lab.data.images import ImageSet
-from orthokit.lab.networks.resnet import ResNet
-from orthokit.lab.runs.control import follow
-from orthokit.plots import draw
+from orthokit.lab.comparison.inference import Sample, differences, holm
+from orthokit.lab.recipes.compose import load
+from orthokit.lab.recipes.recipe import check_all
+from orthokit.lab.runs.launch import Pool, run_all
+from orthokit.lab.runs.progress import Display
+from orthokit.lab.runs.run import Run
+from orthokit.lab.training.estimate import estimate
+from orthokit.lab.training.hardware import Hardware
+from orthokit.lab.training.loop import train
+from orthokit.plots import COLOURS, new_figure, own_style
+from orthokit.tables import Column, Table
 
-STRENGTH = 0.1
-"""Of every penalty; not tuned for accuracy."""
+__all__ = ["ARMS", "runs", "show", "train_all"]
 
-ARMS: dict[str, KernelMeasure | None] = {
-    "none": None,
-    "SO": ok.SO(),
-    "strict": ok.Disentangled(),
-    "relaxed, pairs": ok.Disentangled(relax=ok.feasible()),
-    "relaxed, welch": ok.Disentangled(relax=ok.feasible(), form="welch"),
-}
-
-
-@dataclass(frozen=True)
-class Result:
-    """One arm of one seed: accuracy in percent, median step time over that of the arm without a penalty, trained weights."""
-
-    arm: str
-    seed: int
-    accuracy: float
-    cost: float
-    weights: dict[str, Tensor]
+ARMS = {"none": "none", "SO": "so", "strict": "strict", "pairs": "pairs", "relaxed": "relaxed"}
+"""What the arms are called, and the part of a recipe that each of them is."""
+COLUMNS = (
+    Column("arm", "arm", ""),
+    Column("accuracy", "accuracy %", ""),
+    Column("wide_mean", "wide: mean", ".1g"),
+    Column("wide_max", "max", ".1g"),
+    Column("tall_mean", "tall: mean", ".2g"),
+    Column("tall_max", "max", ".2g"),
+    Column("copies", "copies", ".3g"),
+    Column("cost", "cost", ".0f"),
+)
+NOTES = (
+    "Wide, tall: |cosine| of two filters of a layer, 0 where they are orthogonal. Wide layers can be orthogonal; tall layers "
+    "cannot, as they have more filters than weights per filter.",
+    "Copies: pairs with |cosine| > .99. Cost: the penalty's part of a training step, in %.",
+)
 
 
-def train_seed(data: ImageSet, seed: int, epochs: int, batch: int, tick: Callable[[], object]) -> list[Result]:
-    """Train every arm from the same weights on the same batches, step by step in turn, so that their times compare."""
-    torch.manual_seed(seed)
-    first = ResNet(depth=8, channels=data.train.pixels.shape[1], classes=data.classes)
-    models = {arm: deepcopy(first) for arm in ARMS}
-    regularizers = {arm: ok.Regularizer(models[arm], penalty, strength=STRENGTH) for arm, penalty in ARMS.items() if penalty}
-    optimizers = {arm: torch.optim.SGD(m.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True) for arm, m in models.items()}
-    images, labels = data.normalise(data.train.pixels), data.train.labels
-    steps = epochs * (len(labels) // batch)
-    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, 0.1, steps, pct_start=0.15) for o in optimizers.values()]
-    order = torch.Generator().manual_seed(seed)
-    costs: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for _ in range(epochs):
-        for rows in torch.randperm(len(labels), generator=order).split(batch):
-            if len(rows) < batch:
-                continue
-            seconds = {}
-            for arm, model in models.items():
-                start = time.perf_counter()
-                loss = F.cross_entropy(model(images[rows]), labels[rows])
-                if arm in regularizers:
-                    loss = loss + regularizers[arm]()
-                optimizers[arm].zero_grad()
-                loss.backward()
-                optimizers[arm].step()
-                seconds[arm] = time.perf_counter() - start
-            for arm in ARMS:
-                costs[arm].append(seconds[arm] / seconds["none"])
-            for schedule in schedules:
-                schedule.step()
-        tick()
-    return [Result(arm, seed, _accuracy(m, data), median(costs[arm]), m.state_dict()) for arm, m in models.items()]
+def runs(images: str, seeds: int, epochs: int | None, out: Path) -> dict[str, list[Run]]:
+    """The runs of each arm: those of ``orthokit train nano+<images>+<arm>``, on fewer images of CIFAR-10 than there."""
+    settings = [] if images == "digits" else ["data.train=5000", "data.validation=0", "train.epochs=8"]
+    if epochs is not None:
+        settings += [f"train.epochs={epochs}", f"train.warmup={min(1.0, epochs / 5)}"]
+    names = {arm: f"nano+{images}+{part}" for arm, part in ARMS.items()}
+    return {
+        arm: [Run(load(name, settings), seed, out / name / str(seed)) for seed in range(seeds)] for arm, name in names.items()
+    }
 
 
-@torch.no_grad()
-def _accuracy(model: ResNet, data: ImageSet) -> float:
-    model.eval()
-    right = sum(
-        int((model(data.normalise(pixels)).argmax(-1) == labels).sum())
-        for pixels, labels in zip(data.test.pixels.split(1000), data.test.labels.split(1000), strict=True)
-    )
-    return 100 * right / len(data.test)
-
-
-_ticks: "SimpleQueue[int] | None" = None
-"""In a worker: where it tells of each epoch of a seed."""
-
-
-def _begin(parent: int, ticks: "SimpleQueue[int]") -> None:
-    """Set up a worker."""
-    global _ticks
-    follow(parent)
-    _ticks = ticks
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", UserWarning)  # the copies that form="pairs" warns of are what the demo shows
-
-
-def _work(load: Callable[[], ImageSet], seed: int, epochs: int, batch: int) -> list[Result]:
-    ticks = _ticks
-    assert ticks is not None
-    return train_seed(load(), seed, epochs, batch, lambda: ticks.put(seed))
+def train_all(arms: Mapping[str, Sequence[Run]], root: Path, workers: int, console: Console) -> list[int]:
+    """Train what is left of the runs, several at a time, one thread each; the exit status of each."""
+    every = [run for each in zip(*arms.values(), strict=True) for run in each]
+    left = [run for run in every if run.summary() is None]
+    with _silent_on_copies():
+        check_all([run.recipe for run in left], root)
+        told = estimate([run.recipe for run in left], root, device="cpu", threads=1, processes=min(workers, len(left)))
+    recipe, seeds = every[0].recipe, len(every) // len(arms)
+    lines = [f"ResNet-8 on {recipe.data.name}, {recipe.train.epochs} epochs: {len(arms)} arms, {seeds} seeds each"]
+    if left and told is not None:
+        lines.append(told.text(len(left), workers, every[0].folder.parents[1]))
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    pool = Pool(jobs=workers, root=root, device="cpu")
+    with Display(console, of=len(every)) as display:
+        return run_all(every, pool, display, functools.partial(_train, root))
 
 
 @contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes that are started here never see a Ctrl-C, not even while they import; ours is kept for the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
-    try:
+def _silent_on_copies() -> Iterator[None]:
+    """The copies of filters that ``form="pairs"`` warns of are what the demo shows."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="form='pairs'")
         yield
-    finally:
-        if before is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def run(load: Callable[[], ImageSet], *, seeds: int, epochs: int, batch: int, workers: int, out: Path, console: Console) -> None:
-    """Train, one seed a single-threaded process; print the table; write the picture and one checkpoint per arm into ``out``."""
-    data = load()  # fails here rather than in a worker
-    out.mkdir(parents=True, exist_ok=True)
-    console.print(
-        f"[bold]orthokit demo[/]: ResNet-8 on {data.name}, {len(data.train):,} training images, {epochs} epochs, "
-        f"{len(ARMS)} arms, {seeds} seeds\n"
-    )
-    results: list[Result] = []
-    context = multiprocessing.get_context("spawn")
-    ticks = context.SimpleQueue()
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(os.getpid(), ticks))
-    with _progress(console) as progress, pool:
-        bars = {seed: progress.add_task(f"seed {seed}", total=epochs) for seed in range(seeds)}
-        try:
-            with _without_interrupts():
-                waiting = {pool.submit(_work, load, seed, epochs, batch) for seed in range(seeds)}
-            while waiting:
-                done, waiting = wait(waiting, timeout=0.2)
-                while not ticks.empty():
-                    progress.advance(bars[ticks.get()])
-                results += [result for future in done for result in future.result()]
-        except BaseException:
-            for process in pool._processes.values():
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    results.sort(key=lambda result: result.seed)
-    by_arm = {arm: [result for result in results if result.arm == arm] for arm in ARMS}
-    console.print(_table(by_arm, data))
-    console.print(
-        "c: cosine of two filters of a convolution. Under-determined layers can be orthogonal; over-determined ones (here the "
-        "1x1 shortcuts, and the first convolution of grey images) have more filters than weights per filter and cannot. "
-        "Copies: pairs with |c| > .99. Cost: time of a training step over that of none, on this small network. Every penalty "
-        f"has strength {STRENGTH}; nothing was tuned for accuracy.\n"
-    )
-    title = f"ResNet-8 on {data.name}: {len(data.train):,} training images, {epochs} epochs, {seeds} seeds pooled"
+def _train(root: Path, run: Run) -> None:
+    with _silent_on_copies():
+        train(run, root=root, hardware=Hardware(device="cpu", threads=1))
+
+
+def show(arms: Mapping[str, Sequence[Run]], out: Path, console: Console) -> None:
+    """Print what finished runs came to, as a table and in words, draw it into ``out``, and say what to do next."""
+    summaries = {arm: [run.summary() or {} for run in each] for arm, each in arms.items()}
+    accuracy = {arm: Sample(tuple(100 * each["test"]["accuracy"] for each in found)) for arm, found in summaries.items()}
+    cosines = {arm: [each["orthogonality"]["under"]["mean_cos"] for each in found] for arm, found in summaries.items()}
+    seeds = len(summaries["none"])
+    title = f"{arms['none'][0].recipe.data.name}: test accuracy, mean ± sd of {seeds} seeds; filters after training"
+    console.print(Table(title, COLUMNS, tuple(_row(arm, accuracy[arm], found) for arm, found in summaries.items()), {}, NOTES))
     picture = out / "orthogonality.png"
-    draw({arm: [result.weights for result in found] for arm, found in by_arm.items()}, picture, title=title, where=ok.convs)
-    for arm, (first, *_) in by_arm.items():
-        write(out / f"{arm.replace(', ', '-')}.safetensors", save(first.weights, ordered(first.weights)))
-    console.print(f"picture: {picture}", f"look closer: orthokit report {out / 'strict.safetensors'}", sep="\n", soft_wrap=True)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"))
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
-
-
-def _table(by_arm: dict[str, list[Result]], data: ImageSet) -> Table:
-    seeds = len(by_arm["none"])
-    table = Table(
-        title=f"{data.name}, {len(data.test):,} test images, mean ± sd of {seeds} seeds",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        pad_edge=False,
+    _draw(accuracy, cosines, picture)
+    strict = arms["strict"][0]
+    lines = (
+        "",
+        *_words(accuracy, cosines),
+        "",
+        f"picture:  {picture}",
+        f"each layer of a network:  orthokit report {strict.folder / 'last.safetensors'}",
+        f"intervals and verdicts:   orthokit compare {out} --html {out / 'report.html'}",
+        f"one of these runs again:  orthokit train {strict.folder.parent.name}",
+        "your own network:         ortho = orthokit.Regularizer(model, orthokit.SO(), strength=0.1); loss = loss + ortho()",
     )
-    table.add_column("\narm", no_wrap=True)
-    for header in ("accuracy\n%", "under:\nmean |c|", "\nmax |c|", "over:\nmean |c|", "\nmax |c|", "\ncopies", "\ncost"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for arm, results in by_arm.items():
-        totals = [ok.report(result.weights, where=ok.convs).totals for result in results]
-        figures = [mean(total[part][key] for total in totals) for part in ("wide", "tall") for key in ("mean_cos", "max_cos")]
-        copies = mean(total["all"]["copies"] for total in totals)
-        accuracy = [result.accuracy for result in results]
-        spread = f" ± {stdev(accuracy):.1f}" if seeds > 1 else ""
-        cost = mean(result.cost for result in results)
-        table.add_row(arm, f"{mean(accuracy):.1f}{spread}", *(f"{f:.2g}" for f in figures), f"{copies:g}", f"{cost:.2f}")
-    return table
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _mean(summaries: Sequence[Mapping[str, Any]], part: str, key: str) -> float:
+    return statistics.fmean(each["orthogonality"][part][key] for each in summaries)
+
+
+def _row(arm: str, accuracy: Sample, summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    spread = "" if accuracy.sd is None else f" ± {accuracy.sd:.1f}"
+    return {
+        "arm": arm,
+        "accuracy": f"{accuracy.mean:.1f}{spread}",
+        **{
+            f"{name}_{key}": _mean(summaries, part, f"{key}_cos")
+            for name, part in (("wide", "under"), ("tall", "over"))
+            for key in ("mean", "max")
+        },
+        "copies": _mean(summaries, "all", "copies"),
+        "cost": None if arm == "none" else 100 * statistics.fmean(each["penalty_share"] for each in summaries),
+    }
+
+
+def _words(accuracy: Mapping[str, Sample], cosines: Mapping[str, Sequence[float]]) -> list[str]:
+    """What the demo shows: of accuracy, whether arms differ by more than seeds do; of orthogonality, by how much they do."""
+    others = [arm for arm in accuracy if arm != "none"]
+    least, most = (pick(accuracy[arm].mean for arm in others) for pick in (min, max))
+    said = f"Accuracy: {accuracy['none'].mean:.1f}% without a penalty, {least:.1f} to {most:.1f}% with one."
+    tested = {arm: each.welch for arm, each in differences(accuracy, "none").items() if each.welch is not None}
+    resolved = [arm for arm, p in zip(tested, holm([*tested.values()]), strict=True) if p < 0.05]
+    if resolved:
+        said += f" Differs from none by more than seeds do (Welch's t, Holm): {', '.join(resolved)}."
+    elif tested:
+        said += " No difference is larger than what another seed does (Welch's t, Holm): the demo does not show a gain."
+    else:
+        said += " Too few seeds to tell whether that is more than another seed does."
+    means = {arm: statistics.fmean(values) for arm, values in cosines.items()}
+    nearest = min(others, key=lambda arm: means[arm])
+    return [
+        said,
+        f"Orthogonality: two filters of a wide layer have a mean |cosine| of {means['none']:.2g} without a penalty, of "
+        f"{means[nearest]:.1g} with {nearest}; that is what a penalty does.",
+    ]
+
+
+@own_style()
+def _draw(accuracy: Mapping[str, Sample], cosines: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Accuracies above cosines, a dot a seed; readable on a screen of 400 pixels."""
+    figure = new_figure(4.4, 4.8)
+    axes = figure.subplots(2, 1)
+    kinds = (
+        (
+            "Accuracy, a dot a seed",
+            "test images classified right (%)",
+            {arm: each.values for arm, each in accuracy.items()},
+        ),
+        ("Orthogonality", "mean |cosine| of two filters, wide layers", cosines),
+    )
+    for axis, (title, label, values) in zip(axes, kinds, strict=True):
+        for row, arm in enumerate(values):
+            colour = COLOURS[row % len(COLOURS)]
+            axis.plot(values[arm], [row] * len(values[arm]), "o", color=colour, markersize=8, alpha=0.6, markeredgewidth=0)
+        axis.set_yticks(range(len(values)), list(values), fontsize=12)
+        axis.set_ylim(len(values) - 0.5, -0.5)
+        axis.set_title(title, fontsize=14, loc="left")
+        axis.set_xlabel(label, fontsize=11)
+        axis.grid(axis="y", color="#dddddd")
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(left=False, labelsize=11)
+    axes[1].set_xscale("log")
+    axes[1].set_xlim(right=1)
+    axes[1].xaxis.set_major_locator(LogLocator(numticks=5))
+    axes[1].xaxis.set_minor_locator(NullLocator())
+    figure.savefig(path, dpi=180)

@@ -188,7 +188,8 @@ def find(published: Published, root: str | Path) -> Source:
     accepted = [f"the folder {layout.folder}" for layout in published.layouts] + [layout.archive for layout in published.layouts]
     raise FileNotFoundError(
         f"no {published.title} in {root}: {''.join(part)}root (--root) must hold {', '.join(accepted[:-1])} or {accepted[-1]}; "
-        f"download=True (orthokit train --download) fetches {published.layouts[0].archive}"
+        f"download=True (orthokit train --download) fetches {published.layouts[0].archive}. "
+        "Without a network, train on data = digits, such as nano+digits+strict"
     )
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from orthokit.lab.networks.resnet import unwrapped
 from orthokit.lab.own import Code, refusal
 from orthokit.lab.recipes.recipe import Recipe, differences
 from orthokit.lab.recipes.sections import DataSection
-from orthokit.lab.runs.control import follow
+from orthokit.lab.runs.launch import workers
 from orthokit.lab.runs.results import RECORD, Result, digest, read_summary
 from orthokit.lab.runs.run import SUMMARY
 from orthokit.lab.runs.summary import DamagedError, Evaluation, read
@@ -353,21 +352,18 @@ def evaluate(
     for subject, why in refused.items():
         tick(subject, "all", why)
     failed = len(gone) + len(refused)
-    with joblib.parallel_config("loky", inner_max_num_threads=threads, initializer=follow, initargs=(os.getpid(),)):
+    with workers(threads):
         pool = joblib.Parallel(min(jobs, max(1, len(left))), return_as="generator_unordered")
         tasks = (
             joblib.delayed(_measured)(index, part, subject, digests[subject], images, root, place, threads)
             for index, (subject, part) in enumerate(left)
         )
-        try:
-            for index, value, error in pool(tasks):
-                subject, part = left[index]
-                if error is None:
-                    _add(subject, digests[subject], part, {"settings": settings(part, images)} | value)
-                failed += error is not None
-                tick(subject, part, error)
-        except BrokenProcessPool:
-            raise OSError("a process was killed (out of memory?); the same command goes on, perhaps with fewer --jobs") from None
+        for index, value, error in pool(tasks):
+            subject, part = left[index]
+            if error is None:
+                _add(subject, digests[subject], part, {"settings": settings(part, images)} | value)
+            failed += error is not None
+            tick(subject, part, error)
     return failed
 
 

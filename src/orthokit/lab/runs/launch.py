@@ -5,6 +5,7 @@ to tell is in its folder, so a task on another machine is followed the same way,
 """
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -14,7 +15,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,7 @@ import torch
 from rich.markup import escape
 
 from orthokit.lab.atomic import IDLE, part_of, remove_parts, write
+from orthokit.lab.runs.control import follow
 from orthokit.lab.runs.logs import Kind
 from orthokit.lab.runs.progress import Display
 from orthokit.lab.runs.run import LATER, SERVES, Run
@@ -71,6 +74,11 @@ class Pool:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
         return names * self.per_device
+
+    @property
+    def side_by_side(self) -> int:
+        """Runs at a time on this machine."""
+        return self.jobs or len(self.devices) or max(1, (os.cpu_count() or 1) // self.threads)
 
     def command(self, run: Run, recipe: Path) -> list[str]:
         """The command line of a run whose recipe is in that file."""
@@ -174,8 +182,28 @@ def _why(status: int, output: str) -> str:
     return next(reversed(output.strip().splitlines()), f"exit status {status}")
 
 
-def run_all(runs: Sequence[Run], pool: Pool, display: Display) -> list[int]:
+def _execute_here(work: Callable[[Run], object], run: Run, pool: Pool) -> Ended:
+    """Do a run in this process; as :func:`_execute`."""
+    torch.set_num_threads(pool.threads)
+    try:
+        work(run)
+    except Exception as error:
+        why = " ".join(f"{error}".split()) or type(error).__name__
+        with contextlib.suppress(OSError):
+            write(run.folder / "failed.txt", why)
+        return getattr(error, "status", 2), why
+    return 0, ""
+
+
+def run_all(runs: Sequence[Run], pool: Pool, display: Display, work: Callable[[Run], object] | None = None) -> list[int]:
     """Do what is left of ``runs``; the exit status of each, 0 for those that were finished before.
+
+    Args:
+        runs: in the order in which they begin.
+        pool: where they compute.
+        display: shows them.
+        work: does a run in whichever process calls it; it can be pickled. Where it is given, runs are so short that a process
+            does many of them. By default each has a process of its own.
 
     A run that another command trains is left to that command, and taken up where the other one lets go of it unfinished.
 
@@ -193,7 +221,7 @@ def run_all(runs: Sequence[Run], pool: Pool, display: Display) -> list[int]:
     if not left:
         return [0] * len(runs)
     ended: dict[Path, Ended] = {}
-    execute = _remote(pool) if pool.backend == "ray" else _local(pool, len(left))
+    execute = _shared(pool, len(left), work) if work else _remote(pool) if pool.backend == "ray" else _local(pool, len(left))
     with _followed(left, display), execute as (task, jobs):
         later, busy = left, set[Path]()
         while later:
@@ -223,16 +251,38 @@ def _local(pool: Pool, most: int) -> Iterator[tuple[Any, int]]:
     slots: queue.Queue[str] = queue.Queue()
     for device in devices:
         slots.put(device)
-    jobs = pool.jobs or len(devices) or max(1, (os.cpu_count() or 1) // pool.threads)
     task = _Local(slots if devices else None)
     signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = [signal.signal(number, lambda *_: task.stop()) for number in signals]
     try:
         with joblib.parallel_config("threading"):
-            yield task, min(jobs, most)
+            yield task, min(pool.side_by_side, most)
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def workers(threads: int) -> Iterator[None]:
+    """Tasks of joblib go to processes of this machine that do many tasks each, and that end when this process ends.
+
+    Args:
+        threads: of each.
+
+    Raises:
+        OSError: one of the processes was killed.
+    """
+    try:
+        with joblib.parallel_config("loky", inner_max_num_threads=threads, initializer=follow, initargs=(os.getpid(),)):
+            yield
+    except BrokenProcessPool:
+        raise OSError("a process was killed (out of memory?); the same command goes on, perhaps with fewer --jobs") from None
+
+
+@contextlib.contextmanager
+def _shared(pool: Pool, most: int, work: Callable[[Run], object]) -> Iterator[tuple[Any, int]]:
+    with workers(pool.threads):
+        yield functools.partial(_execute_here, work), min(pool.side_by_side, most)
 
 
 @contextlib.contextmanager

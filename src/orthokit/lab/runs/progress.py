@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from orthokit.lab.runs.run import Run
@@ -24,23 +24,35 @@ class Watch:
         """Something a person should know."""
 
 
-class Display(Watch):
-    """Shows runs on a console; without ``test`` nothing of the test set. When the reader has gone it goes quiet.
+def bars(console: Console, count: str, *more: ProgressColumn) -> Progress:
+    """Bars on a terminal, nothing elsewhere: a description, a bar, how much is done, and how long the rest takes.
 
-    A method may be called from any thread.
+    Args:
+        console: where.
+        count: how to say how much is done, such as ``"{task.completed:.0f}/{task.total:.0f}"``.
+        more: columns behind these.
+    """
+    name = TextColumn("{task.description}", table_column=Column(overflow="ellipsis", no_wrap=True, max_width=48))
+    columns = (name, BarColumn(bar_width=12), TextColumn(count), TimeRemainingColumn(compact=True), *more)
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+class Display(Watch):
+    """Shows runs on a console; when the reader has gone it goes quiet. A method may be called from any thread.
+
+    Args:
+        console: where.
+        test: whether to show what is of the test set.
+        of: so many short runs get one bar together, and no lines but for failures; by default each has its own.
     """
 
-    def __init__(self, console: Console, *, test: bool = True) -> None:
-        self.console, self.test = console, test
-        columns = (
-            TextColumn("{task.description}", table_column=Column(overflow="ellipsis", no_wrap=True, max_width=48)),
-            BarColumn(bar_width=12),
-            TextColumn("{task.completed:.1f}/{task.total:.0f}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[last]}", style="dim", table_column=Column(overflow="ellipsis", no_wrap=True)),
-        )
-        self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
+    def __init__(self, console: Console, *, test: bool = True, of: int | None = None) -> None:
+        self.console, self.test, self.of = console, test, of
+        last = TextColumn("{task.fields[last]}", style="dim", table_column=Column(overflow="ellipsis", no_wrap=True))
+        self.bars = bars(console, "{task.completed:.1f}/{task.total:.0f}", last)
         self.tasks: dict[str, TaskID] = {}
+        self.shares: dict[str, float] = {}
+        """Of runs that share a bar: how much is done of each."""
 
     def __enter__(self) -> "Display":
         self.bars.start()
@@ -65,11 +77,14 @@ class Display(Watch):
         held = row["validation"]
         accuracy = f"train {row['train']['accuracy']:.1%}" if held is None else f"validation {held['accuracy']:.1%}"
         self._move(run, row["epoch"], f"loss {row['train']['loss']:.2f}  {accuracy}")
-        if not self.console.is_terminal:
+        if not self.console.is_terminal and self.of is None:
             self.say(escape(f"{run.name}  epoch {row['epoch']}/{run.recipe.train.epochs}  {shown(row)}"))
 
     def done(self, run: Run, summary: dict[str, Any], *, before: bool = False) -> None:
         """The run has finished, perhaps before this command."""
+        if self.of is not None:
+            self._move(run, run.recipe.train.epochs, "")
+            return
         self._close(run, result(run, summary, test=self.test) + ("  [dim]finished before[/]" if before else ""))
 
     def _close(self, run: Run, text: str) -> None:
@@ -83,6 +98,12 @@ class Display(Watch):
         self._close(run, f"[bold red]{escape(run.name)}[/]  failed: {escape(why)}")
 
     def _move(self, run: Run, epochs: float, text: str) -> None:
+        if self.of is not None:
+            self.shares[run.name] = epochs / run.recipe.train.epochs
+            if not self.tasks:
+                self.tasks["runs"] = self.bars.add_task("runs", total=self.of, last="")
+            self.bars.update(self.tasks["runs"], completed=sum(self.shares.values()))
+            return
         if run.name not in self.tasks:
             self.tasks[run.name] = self.bars.add_task(escape(run.name), total=run.recipe.train.epochs, last="")
         self.bars.update(self.tasks[run.name], completed=epochs, last=text)

@@ -3,6 +3,7 @@
 .. code-block:: toml
 
     title = "Four penalties on a small budget"
+    question = "Which of four penalties gains on a small budget?"
     recipe = "nano+cifar10"                          # parts of recipes, a file, or several, merged in order
     seeds = [0, 1, 2]
 

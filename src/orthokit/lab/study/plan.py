@@ -14,8 +14,7 @@ from orthokit.lab.comparison.tuning import Choice, Trial, Tune, cautions
 from orthokit.lab.evaluation.evaluate import settings
 from orthokit.lab.recipes.compose import NAMED, inline, joined, label, merged, parsed, read_section
 from orthokit.lab.recipes.recipe import Recipe, differences, flattened
-from orthokit.lab.reporting import figures
-from orthokit.lab.reporting import tables as formats
+from orthokit.lab.reporting import figures, markup
 from orthokit.lab.runs.collect import TUNING
 from orthokit.lab.runs.ledger import Ledger
 from orthokit.lab.runs.results import Result, read_one
@@ -23,8 +22,6 @@ from orthokit.lab.runs.run import SUMMARY, Run
 from orthokit.lab.runs.summary import DamagedError, Divergence, read, read_text
 from orthokit.lab.study.schema import Partial, Study
 
-FIGURES = 4
-"""In a README."""
 SHOWN = re.compile(r"\]\((figures/[^/)]+\.svg)\)")
 """A figure in a README."""
 LEDGER = "ledger"
@@ -140,6 +137,7 @@ class Plan:
         compared = compare(
             results,
             title=study.title,
+            question=study.question,
             factor=study.factor,
             by=["network", "data.name", *(study.factors), *_panel_keys(study)],
             baseline=study.baseline or next(iter(study.arms)),
@@ -160,10 +158,11 @@ class Plan:
         """
         readme = self.folder / "README.md"
         before = set(SHOWN.findall(read_text(readme))) if readme.is_file() else set[str]()
-        drawn = dict(itertools.islice(figures.figures(comparison).items(), FIGURES))
+        every = figures.figures(comparison)
+        drawn = {name: every[name] for name in figures.best(every, comparison)}
         files = {f"figures/{name}.svg": figure.svg for name, figure in drawn.items()}
         shown = [(f"figures/{name}.svg", figure.alt) for name, figure in drawn.items()]
-        files[readme.name] = formats.markdown(comparison, figures=shown, command=self.command)
+        files[readme.name] = markup.markdown(comparison, figures=shown, command=self.command)
         for name, content in files.items():
             write(self.folder / name, content)
         for name in before - set(files):

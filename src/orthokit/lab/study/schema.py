@@ -42,6 +42,8 @@ class Study(Section):
     FILES = ("recipe",)
     PARTIAL = ("arms", "networks")
     title: str
+    question: str = ""
+    """What the study is to answer, in one sentence; printed above the answer."""
     recipe: str | Annotated[list[str], Field(min_length=1)]
     """Parts of recipes, or files; several are merged in order."""
     seeds: Seeds

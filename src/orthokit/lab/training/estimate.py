@@ -39,7 +39,9 @@ class Estimate:
         return f"{runs} run{'s' * (runs > 1)}: about {', and '.join(parts)}"
 
 
-def estimate(recipes: Iterable[Recipe], root: Path, *, device: str = "auto", threads: int | None = None) -> Estimate | None:
+def estimate(
+    recipes: Iterable[Recipe], root: Path, *, device: str = "auto", threads: int | None = None, processes: int | None = None
+) -> Estimate | None:
     """Time a few steps of each network and count what its runs do. The images must be there.
 
     Args:
@@ -47,14 +49,16 @@ def estimate(recipes: Iterable[Recipe], root: Path, *, device: str = "auto", thr
         root: folder of the images.
         device: where it will train; steps are timed on the CPU only.
         threads: of each process.
+        processes: which the runs share; by default each of several runs has its own.
 
     Returns:
         None where something does not fit: the runs themselves say what.
     """
     here = device == "cpu" or (device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available())
     before, timed = torch.get_num_threads(), dict[str, tuple[float, float, int]]()
-    seconds = mebibytes = 0.0
     recipes = sorted(recipes, key=lambda recipe: recipe.regularizer is None)
+    started = processes if processes is not None else len(recipes) * (len(recipes) > 1)
+    seconds, mebibytes = START * started, 0.0
     try:
         torch.set_num_threads(threads or before)
         for recipe in recipes:
@@ -63,7 +67,7 @@ def estimate(recipes: Iterable[Recipe], root: Path, *, device: str = "auto", thr
             if key not in timed:
                 timed[key] = _time(recipe, recipe.images(root), here=here)
             step, size, steps = timed[key]
-            seconds += BESIDE * section.epochs * steps * step + START * (len(recipes) > 1)
+            seconds += BESIDE * section.epochs * steps * step
             mebibytes += size * (2 if recipe.data.validation else 1)  # of the last epoch, and of the best one
     except Exception:  # a network of the user's own may raise anything; its run reports that, and leaves the others alone
         return None

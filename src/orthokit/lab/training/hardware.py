@@ -10,8 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lightning_fabric
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 import orthokit
 
@@ -42,7 +43,11 @@ class Hardware:
             torch.set_num_threads(self.threads)
         if precision == "auto":
             precision = "bf16-mixed" if fast_bfloat16(self.device) else "32-true"
-        for name in ("lightning.fabric", "lightning.pytorch"):  # which of them speaks depends on what was imported first
+        for name in (
+            "lightning_fabric",
+            "lightning.fabric",
+            "lightning.pytorch",
+        ):
             logging.getLogger(name).setLevel(logging.WARNING)
         try:
             fabric = Fabric(
@@ -78,9 +83,9 @@ def _supports(instructions: str) -> bool:
 def environment(fabric: Fabric) -> dict[str, Any]:
     """Versions, hardware, numerics and the commit of this package, for the record of a run."""
     device = fabric.device
-    packages = ("orthokit", "torch", "lightning", "numpy")
+    versions = {name: version(name) for name in ("orthokit", "torch", "numpy")}
     return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": {"python": platform.python_version(), "lightning": lightning_fabric.__version__} | versions,
         "platform": platform.platform(),
         "processor": _processor(),
         "cpu": _cpu(),

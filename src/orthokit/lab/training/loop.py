@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric, seed_everything
+from lightning_fabric import Fabric, seed_everything
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
