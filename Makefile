@@ -4,10 +4,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 WORK   := OMP_NUM_THREADS=1
-SIZE_demo := ? MB
-SIZE_test := ? MB
-SIZE_dev  := ? MB
-SIZE_docs := ? MB
 
 .PHONY: help setup demo test check bench docs clean
 
@@ -28,7 +24,7 @@ $(VENV)/torch.txt:
 
 # .venv/.demo, .test, .dev, .docs: this package with the extra of that name.
 $(VENV)/.%: $(VENV)/torch.txt pyproject.toml
-	@echo "installing what $* needs: $(SIZE_$*)"
+	@echo "installing what $* needs (for the demo 100 MB)"
 	@$(PIP) install --quiet --constraint $(VENV)/torch.txt --editable '.[$*]'
 	@touch $@
 

@@ -27,6 +27,7 @@ def fill():
     return module
 
 
+@pytest.mark.results
 def test_every_number_is_the_one_that_was_measured(fill):
     for path in fill.files():
         text = path.read_text("utf-8")
@@ -66,6 +67,7 @@ def test_a_card_has_all_its_parts(penalty):
     assert f"ok.{penalty.__name__}(" in text
 
 
+@pytest.mark.results
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "src/orthokit/cards").glob("*.md"))], ids=lambda p: p.name)
 def test_links_and_cells(path):
     text = path.read_text("utf-8")

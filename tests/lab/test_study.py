@@ -286,6 +286,7 @@ def test_no_such_study(capsys):
     assert "no study nothing.toml is there" in capsys.readouterr().err
 
 
+@pytest.mark.results
 @pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.stem)
 def test_studies_of_the_repository(file, tmp_path):
     """Their results are kept, whole unless unfinished, and of the recipes as they are now."""
