@@ -13,7 +13,7 @@ from orthokit.lab import study
 from orthokit.lab.comparison.comparison import compare
 from orthokit.lab.comparison.inference import Sample, blocked, contrast, holm, paired
 from orthokit.lab.comparison.metrics import metric_of
-from orthokit.lab.reporting import tables as formats
+from orthokit.lab.reporting import markup, tables, words
 from orthokit.lab.reporting.page import page
 from tiny import TINY
 
@@ -140,15 +140,15 @@ def test_the_p_by_seed_stands_beside_welchs():
     verdicts = [{arm: c.verdict for arm, c in each.cells(each.primary)["ResNet-8"].items()} for each in (plain, by_seed)]
     assert verdicts[0]["tall"] == "not resolved"
     assert verdicts[1]["tall"] == "better"
-    assert "Verdicts go by Welch's t" in plain.explanation
-    assert "Verdicts go by seeds as blocks" in by_seed.explanation
-    assert all("seeds as blocks resolve a difference of" in each for each in by_seed.power())
+    assert "Verdicts go by Welch's t" in words.explanation(plain)
+    assert "Verdicts go by seeds as blocks" in words.explanation(by_seed)
+    assert all("with these seeds as blocks, only gains above" in each for each in words.power(by_seed))
 
 
 def test_the_primary_question_over_all_panels():
     runs = [run for run in sharing(ARMS) if run.seed < 4 or run.summary["study"]["panel"] == "ResNet-8"]
     comparison = compare(runs, blocks="seed", contrasts=["tall - strict", "tall - wide only"])
-    found = comparison.question.found
+    found = comparison.primary_answer.answers
     assert list(found) == ["tall - strict", "tall - wide only"]
     for (arm, other), each in zip(comparison.primary_contrasts, found.values(), strict=True):
         pairs = [values(comparison, panel.name, arm) - values(comparison, panel.name, other) for panel in comparison.panels]
@@ -159,15 +159,20 @@ def test_the_primary_question_over_all_panels():
         samples = [[Sample(tuple(values(comparison, p.name, name))) for p in comparison.panels] for name in (arm, other)]
         assert each.raw == pytest.approx(contrast([0.5, 0.5], *samples).raw)
     assert [each.holm for each in found.values()] == pytest.approx(holm([each.blocked.p for each in found.values()]))
-    said = comparison.told()["primary question: mean difference, both panels"]
-    assert [verdict for verdict, _ in said] == ["better", "better"]
-    assert said[1][1].startswith("tall is better than wide only: +0.")
-    assert "the primary question (2: " in comparison.explanation
-    assert comparison.power()[0].startswith("primary question: tall - strict: a difference of ")
-    for text in (formats.markdown(comparison), page(comparison), formats.latex(comparison)):
+    assert [*map(comparison.primary_answer.verdict, found)] == ["better", "better"]
+    start = "primary question: mean difference, both panels: tall is better than"
+    assert all(each.startswith(start) for each in words.verdicts(comparison)[:2])
+    assert words.answer(comparison).startswith("In points of test accuracy, over both panels: tall less strict is +0.")
+    assert "the primary question (2: " in words.explanation(comparison)
+    assert words.power(comparison)[0].startswith("tall - strict: with these seeds as blocks, only gains above ")
+    for text in (markup.markdown(comparison), page(comparison), markup.latex(comparison)):
         assert "rimary question: mean difference in test accuracy" in text
         assert "tall - wide only" in text
-    rows = [row for row in csv.DictReader(io.StringIO(formats.to_csv(comparison))) if row["panel"].startswith("primary question")]
+    rows = [
+        row
+        for row in csv.DictReader(io.StringIO(tables.numbers(comparison).to_csv()))
+        if row["panel"].startswith("primary question")
+    ]
     assert [(row["arm"], row["n_blocked"], float(row["p_blocked"])) for row in rows] == [
         (name, "6 4", each.blocked.p) for name, each in found.items()
     ]
@@ -176,15 +181,15 @@ def test_the_primary_question_over_all_panels():
 def test_a_question_by_welch_of_one_panel_and_one_that_is_not_answered():
     runs = sharing(ARMS)
     one = compare([run for run in runs if run.summary["study"]["panel"] == "ResNet-8"], contrasts=["tall - strict"])
-    (each,) = one.question.found.values()
+    (each,) = one.primary_answer.answers.values()
     assert each.holm == pytest.approx(
         stats.ttest_ind(values(one, "ResNet-8", "tall"), values(one, "ResNet-8", "strict"), equal_var=False).pvalue
     )
     lacking = [run for run in runs if run.summary["study"] != {"arm": "tall", "panel": "ResNet-20"}]
-    assert compare(lacking, contrasts=["tall - strict"]).question is None
+    assert compare(lacking, contrasts=["tall - strict"]).primary_answer is None
     single = [run for run in runs if run.seed == 0 or run.summary["study"]["arm"] != "strict"]
     comparison = compare(single, contrasts=["tall - strict", "tall - wide only"], blocks="seed")
-    strict, wide = comparison.question.found.values()
+    strict, wide = comparison.primary_answer.answers.values()
     assert strict.holm is None
     assert wide.holm == pytest.approx(min(1, 2 * wide.blocked.p))  # two were asked
 
@@ -220,11 +225,11 @@ def test_a_study_states_its_question(tmp_path):
 
 def test_families_are_named():
     comparison = compare(made_up(ARMS, depths=(8, 14, 20)))
-    said = comparison.explanation
-    for words in ("cells (9: ", "means (3: ", "trends (3: ", "each adjusted by itself"):
-        assert words in said
-    assert "One family of tests: cells (3: " in compare(made_up(ARMS, depths=[8])).explanation
-    assert said.replace("<", "&lt;") in formats.markdown(comparison)
+    said = words.explanation(comparison)
+    for part in ("cells (9: ", "means (3: ", "trends (3: ", "each adjusted by itself"):
+        assert part in said
+    assert "One family of tests: cells (3: " in words.explanation(compare(made_up(ARMS, depths=[8])))
+    assert said in markup.markdown(comparison)
 
 
 def test_how_well_networks_fit():
@@ -234,8 +239,8 @@ def test_how_well_networks_fit():
     loss = comparison.cell(metric_of("test_loss"), "ResNet-8", "tall")
     assert loss.verdict == ("better" if loss.difference.resolved else "not resolved")
     assert loss.difference.mean < 0
-    assert any("Training accuracy and loss are the means over the batches" in note for note in comparison.notes)
-    headers = formats.markdown(compare(sharing(ARMS)))
+    assert any("Training accuracy and loss are means over the batches" in note for note in words.notes(comparison))
+    headers = markup.markdown(compare(sharing(ARMS)))
     assert "| training accuracy, % | training loss | test loss |" in headers
     assert compare(made_up(ARMS)).cells(metric_of("train_loss")) == {}
 

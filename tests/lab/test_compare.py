@@ -29,9 +29,11 @@ from orthokit.lab.comparison.inference import (
     power,
     seeds_needed,
 )
+from orthokit.lab.comparison.metrics import metric_of
 from orthokit.lab.recipes.recipe import Recipe
-from orthokit.lab.reporting import tables as formats
+from orthokit.lab.reporting import markup, tables, words
 from orthokit.lab.reporting.page import page
+from orthokit.lab.reporting.terminal import Shown
 from orthokit.lab.runs import results
 
 ARMS = {"none": 0.0, "so": 2.0, "strict": 0.0, "welch": -2.0}
@@ -51,7 +53,7 @@ def with_recipe(result, section, **keys):
 
 def shown(comparison, width=120):
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(formats.Shown(comparison))
+    console.print(Shown(comparison))
     return console.file.getvalue()
 
 
@@ -263,21 +265,24 @@ def test_planted_gains_and_what_is_said():
             "welch": "worse",
         }
     assert comparison.comparisons(comparison.primary) == 6
-    said = comparison.verdicts()
+    said = words.verdicts(comparison)
     assert len(said) == 9
-    assert said[0].startswith("mean difference, both panels: so is better than none: +1.98 [+1.67, +2.28] points of ")
+    assert said[0].startswith("mean difference, both panels: SO is better than none: +1.98 [+1.67, +2.28] points of ")
     assert re.fullmatch(
-        r"ResNet-8: so is better than none: \+[\d.]+ \[\+[\d.]+, \+[\d.]+\] points of test accuracy, adjusted p = \S+, n = 6",
+        r"ResNet-8: SO is better than none: \+[\d.]+ \[\+[\d.]+, \+[\d.]+\] points of test accuracy, adjusted p = \S+, n = 6",
         said[3],
     )
     assert said[4].startswith("ResNet-8: strict against none is not resolved: ")
     assert not comparison.flags
-    nll = comparison.cells(results.metric_of("nll"))["ResNet-20"]
+    nll = comparison.cells(metric_of("nll"))["ResNet-20"]
     assert nll["so"].verdict == "better"  # a smaller one
     assert nll["so"].difference.mean < 0
-    cosines = comparison.cells(results.metric_of("under_cos"))["ResNet-8"]
+    cosines = comparison.cells(metric_of("under_cos"))["ResNet-8"]
     assert {cosines[arm].verdict for arm in ("so", "strict", "welch")} == {"lower"}
-    assert all("6 seeds an arm" in each and "seeds an arm for less" in each for each in comparison.power())
+    assert all(
+        re.search(r"with 6 seeds an arm, only gains above .* points .* For .* use \d+ seeds, for", each)
+        for each in words.power(comparison)
+    )
 
 
 def test_what_arms_of_one_seed_share_is_told():
@@ -287,14 +292,14 @@ def test_what_arms_of_one_seed_share_is_told():
         return changed(run, test=run.summary["test"] | {"accuracy": run.summary["test"]["accuracy"] + run.seed / 20})
 
     shared = re.compile(r"Arms share seeds: .* results of one seed correlate by ([+-][\d.]+) \(intraclass; F test p = (\S+)\)")
-    assert float(shared.search(compare(runs).explanation)[2]) > 0.05
-    found = shared.search(compare([*map(lifted, runs)]).explanation)
+    assert float(shared.search(words.explanation(compare(runs)))[2]) > 0.05
+    found = shared.search(words.explanation(compare([*map(lifted, runs)])))
     assert found[1] == "+1.00"
     assert float(found[2]) < 1e-9
     apart = [run for run in runs if (run.seed < 3) == (run.summary["study"]["arm"] == "none")]
-    assert "Arms share seeds" not in compare(apart).explanation
+    assert "Arms share seeds" not in words.explanation(compare(apart))
     lacking = [changed(run, test={"loss": 1.0, "accuracy": None}) if run.summary["study"]["arm"] == "so" else run for run in runs]
-    assert shared.search(compare(lacking).explanation)
+    assert shared.search(words.explanation(compare(lacking)))
 
 
 def test_adjusted_over_all_panels():
@@ -314,38 +319,38 @@ def test_trends_over_panels_that_grow():
     mean, change = comparison.contrasts
     assert [change.verdict(arm) for arm in ("so", "strict", "welch")] == ["not resolved", "rises", "falls"]
     assert [mean.verdict(arm) for arm in ("so", "strict", "welch")] == ["better", "better", "worse"]
-    assert change.found["strict"].mean == pytest.approx(1.0, abs=0.3)
+    assert change.answers["strict"].mean == pytest.approx(1.0, abs=0.3)
     cells = [comparison.cell(comparison.primary, panel.name, "strict").difference.mean for panel in comparison.panels]
-    assert mean.found["strict"].mean == pytest.approx(sum(cells) / 4)
+    assert mean.answers["strict"].mean == pytest.approx(sum(cells) / 4)
     for asked in (mean, change):
-        raw = [each.raw for each in asked.found.values()]
-        assert [each.holm for each in asked.found.values()] == pytest.approx(holm(raw))
-    for text in (shown(comparison), formats.markdown(comparison), formats.latex(comparison), page(comparison)):
+        raw = [each.raw for each in asked.answers.values()]
+        assert [each.holm for each in asked.answers.values()] == pytest.approx(holm(raw))
+    for text in (shown(comparison), markup.markdown(comparison), markup.latex(comparison), page(comparison)):
         assert "per doubling" in text
         assert "network.depth from 8 to 64" in " ".join(text.replace("\\_", "_").split())
         assert "all 4 panels" in text
-    (said,) = [each for each in comparison.told()["change per doubling, network.depth from 8 to 64"] if each[0] == "falls"]
-    assert said[1].startswith("welch falls against none: -")
-    (row,) = [row for row in csv.DictReader(io.StringIO(formats.to_csv(comparison))) if row["verdict"] == "rises"]
+    start = "change per doubling, network.depth from 8 to 64: Welch-bounded falls against none: -"
+    assert sum(each.startswith(start) for each in words.verdicts(comparison)) == 1
+    (row,) = [row for row in csv.DictReader(io.StringIO(tables.numbers(comparison).to_csv())) if row["verdict"] == "rises"]
     assert (row["panel"], row["arm"]) == ("change per doubling, network.depth from 8 to 64", "strict")
     # Two panels are no trend, nor are panels that differ in a word.
     assert [asked.name for asked in compare(made_up(ARMS)).contrasts] == ["mean difference"]
     assert compare(made_up(ARMS, [8])).contrasts == []
-    words = [
+    projected = [
         with_recipe(run, "network", shortcut="projection") if run.recipe.to_dict()["network"]["depth"] > 8 else run
         for run in runs
     ]
-    assert compare(words).grows is None
-    assert "per doubling" not in formats.markdown(compare(words))
+    assert compare(projected).grows is None
+    assert "per doubling" not in markup.markdown(compare(projected))
     # An arm that is missing somewhere has none.
     short = [run for run in runs if not (run.summary["study"]["arm"] == "so" and run.recipe.to_dict()["network"]["depth"] == 16)]
-    assert all(list(asked.found) == ["strict", "welch"] for asked in compare(short).contrasts)
+    assert all(list(asked.answers) == ["strict", "welch"] for asked in compare(short).contrasts)
 
 
 def test_what_is_not_finite_is_missing():
     runs = made_up({"none": 0, "so": 9}, depths=[8])
     broken = dataclasses.replace(runs[0], parts=runs[0].parts | {"accuracy": runs[0].parts["accuracy"] | {"nll": math.nan}})
-    cells = compare([broken, *runs[1:]]).cells(results.metric_of("nll"))["ResNet-8"]
+    cells = compare([broken, *runs[1:]]).cells(metric_of("nll"))["ResNet-8"]
     assert list(cells) == ["so"]
     (flag,) = compare([broken, *runs[1:]]).flags
     assert flag == "ResNet-8: no NLL, or no finite one, of none (seed 0); these arms are left out of it"
@@ -355,8 +360,8 @@ def test_single_runs_resolve_nothing():
     comparison = compare(made_up({"none": 0, "so": 9}, depths=[8], seeds=1))
     cell = comparison.cells(comparison.primary)["ResNet-8"]["so"]
     assert (cell.verdict, cell.sample.sd, cell.difference.holm) == ("not resolved", None, None)
-    assert "nothing is tested" in comparison.power()[0]
-    assert "no p of single or equal runs" in comparison.verdicts()[0]
+    assert "nothing is tested" in words.power(comparison)[0]
+    assert "no p of single or equal runs" in words.verdicts(comparison)[0]
     assert "–" in shown(comparison)
 
 
@@ -468,13 +473,13 @@ def test_selection_on_test_is_flagged(tmp_path):
 
 def test_unequal_speeds_are_told():
     runs = made_up({"none": 0, "so": 0}, depths=[8], parts=False)
-    (note,) = compare(runs).notes
-    assert note == results.COST  # arms may differ as they like
+    (note,) = words.notes(compare(runs))
+    assert note == words.COST  # arms may differ as they like
     slow = changed(runs[0], images_per_second=runs[1].summary["images_per_second"] / 4)
-    (note,) = compare([slow, *runs[1:]]).notes
+    (note,) = words.notes(compare([slow, *runs[1:]]))
     assert re.search(r"by up to a factor of (3\.[6-9]|4\.[0-4]) in images/s", note)
-    (note,) = compare([changed(runs[0], images_per_second=0.0), *runs[1:]]).notes
-    assert note == results.COST
+    (note,) = words.notes(compare([changed(runs[0], images_per_second=0.0), *runs[1:]]))
+    assert note == words.COST
 
 
 def test_other_flags():
@@ -503,18 +508,18 @@ def test_other_flags():
     lacking = dataclasses.replace(runs[0], parts={k: v for k, v in runs[0].parts.items() if k != "noise"})
     comparison = compare([lacking, *runs[1:]])
     assert comparison.flags == ("not evaluated in 1 of 12 runs, whose arms are left out there: noise",)
-    assert comparison.cell(results.metric_of("noise"), "ResNet-8", "none") is None
-    assert comparison.cell(results.metric_of("noise"), "ResNet-8", "so").difference is None
+    assert comparison.cell(metric_of("noise"), "ResNet-8", "none") is None
+    assert comparison.cell(metric_of("noise"), "ResNet-8", "so").difference is None
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"factor": ["regulariser"]}, "regulariser is no key of a recipe"),
+        ({"factor": ["regulariser"]}, "unknown recipe key 'regulariser'; --factor and --by take recipe keys"),
         ({"baseline": "nothing"}, "no arm 'nothing' to be the baseline; there are 'none', 'so'"),
         ({"metric": "acc"}, "metric must be one of"),
-        ({"metric": "speed"}, "no metric for verdicts"),
-        ({"factor": ["train.lrr"]}, "no run has the key train.lrr"),
+        ({"metric": "speed"}, "verdicts cannot go by speed"),
+        ({"factor": ["train.lrr"]}, "no recipe of these runs has the key 'train.lrr'"),
     ],
 )
 def test_mistakes_are_told(options, message):
@@ -525,7 +530,7 @@ def test_mistakes_are_told(options, message):
 def test_one_arm_is_no_comparison():
     with pytest.raises(ValueError, match="only one arm"):
         compare(made_up({"none": 0}))
-    with pytest.raises(ValueError, match="no run has the FGSM; orthokit evaluate --parts attacks"):
+    with pytest.raises(ValueError, match="no run has a finite FGSM; measure it with orthokit evaluate --parts attacks"):
         compare(made_up({"none": 0, "so": 0}, parts=False), metric="fgsm")
 
 
@@ -606,7 +611,16 @@ def test_unfinished_and_broken_runs_are_told(tmp_path, capsys):
 def test_on_a_terminal():
     comparison = compare(made_up(ARMS, seeds=4), flagged=["beware"])
     text = shown(comparison, 160)
-    for part in ("! beware", "Holm p", "not resolved", "better", "PGD L∞, %", "effective rank", "power:", "adjusted after Holm"):
+    for part in (
+        "! beware",
+        "p (Holm)",
+        "not resolved",
+        "better",
+        "PGD L∞, %",
+        "effective rank",
+        "power:",
+        "adjusted after Holm",
+    ):
         assert part in text
     assert f"{comparison.cells(comparison.primary)['ResNet-8']['so'].sample.mean:.2f}" in shown(comparison, 40)
     narrow = shown(comparison, 60)
@@ -617,19 +631,19 @@ def test_on_a_terminal():
 
 def test_markdown_latex_csv():
     comparison = compare(made_up({"none": 0, "a_b & 50% |x|": 2}, seeds=4), title="T_1")
-    text = formats.markdown(comparison, figures=[("figures/x.svg", "a picture")], command="orthokit study s.toml")
-    tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.replace("\\|", "").count("|") for line in tables[:4]}) == 1
+    text = markup.markdown(comparison, figures=[("figures/x.svg", "a picture")], command="orthokit study s.toml")
+    for piped in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        assert len({line.replace("\\|", "").count("|") for line in piped.splitlines()}) == 1
     assert "![a picture](figures/x.svg)" in text
     assert "a_b & 50% \\|x\\|" in text
-    tex = formats.latex(comparison)
-    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 7
+    tex = markup.latex(comparison)
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == len(tables.tables(comparison)) == 8
     assert r"a\_b \& 50\% $|$x$|$" in tex
     assert not re.search(r"[±∞–↑↓]|(?<!\\)[%_#]", re.sub("^%.*", "", tex, flags=re.M))
-    for body in re.findall(r"\\begin\{tabular\}\{(l r*|lr*)\}(.*?)\\end\{tabular\}", tex, re.S):
+    for body in re.findall(r"\\begin\{tabular\}\{([lr]+)\}(.*?)\\end\{tabular\}", tex, re.S):
         lines = [line for line in body[1].splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
         assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {len(body[0])}
-    rows = list(csv.DictReader(io.StringIO(formats.to_csv(comparison))))
+    rows = list(csv.DictReader(io.StringIO(tables.numbers(comparison).to_csv())))
     row = next(row for row in rows if row["metric"] == "accuracy" and row["arm"] != "none")
     cell = comparison.cells(comparison.primary)[row["panel"]][row["arm"]]
     assert float(row["p_holm"]) == cell.difference.holm

@@ -11,7 +11,7 @@ from orthokit.lab.atomic import to_json
 from orthokit.lab.comparison.comparison import compare
 from orthokit.lab.comparison.sheet import compare_lines, direction
 from orthokit.lab.comparison.spread import spreads, typical
-from orthokit.lab.reporting import tables as formats
+from orthokit.lab.reporting import markup, words
 from orthokit.lab.reporting.page import page
 
 ARMS = {"none": 0.0, "so": 1.0, "strict": -1.0}
@@ -37,7 +37,7 @@ def sheet(tmp_path):
     return write
 
 
-def words(text):
+def line(text):
     return " ".join(text.split())
 
 
@@ -59,9 +59,11 @@ def test_the_same_as_of_the_labs_runs(sheet, options):
                         assert getattr(other.difference, name) == pytest.approx(getattr(cell.difference, name))
                     assert other.difference.blocked.p == pytest.approx(cell.difference.blocked.p)
     for mine, other in zip(ours.contrasts, theirs.contrasts, strict=True):
-        assert [each.holm for each in mine.found.values()] == pytest.approx([each.holm for each in other.found.values()])
-        assert [*map(mine.verdict, mine.found)] == [*map(other.verdict, other.found)]
-    assert theirs.power() == ours.power()
+        assert [each.holm for each in mine.answers.values()] == pytest.approx([each.holm for each in other.answers.values()])
+        assert [*map(mine.verdict, mine.answers)] == [*map(other.verdict, other.answers)]
+    for one, two in zip(ours.resolutions(), theirs.resolutions(), strict=True):
+        assert (one.name, one.seeds, [*one.more.values()]) == (two.name, two.seeds, [*two.more.values()])
+        assert one.least == pytest.approx(two.least)
     assert [flag for flag in ours.flags if "seeds" in flag] == [*theirs.flags]
     assert "arms have different seeds: 0 1 2 3 in none; 0 1 2 in so" in theirs.flags[0]
 
@@ -70,11 +72,11 @@ def test_what_is_written(sheet, tmp_path, capsys):
     file = sheet(as_csv(made_up(ARMS, depths=(8, 20), seeds=3, parts=False)))
     outputs = {option: tmp_path / f"out{option}" for option in ("--html", "--csv", "--markdown", "--latex")}
     assert main(["compare", str(file), *(str(each) for pair in outputs.items() for each in pair)]) == 0
-    said = words(capsys.readouterr().out)
+    said = line(capsys.readouterr().out)
     assert "so is better than none: +1." in said
     assert "From results.csv. accuracy: more is better; test_loss: less is better." in said
-    assert "Under and over" not in said
-    assert "power: ResNet-8: 3 seeds an arm" in said
+    assert "Wide layers" not in said
+    assert "power: ResNet-8: with 3 seeds an arm, only gains above" in said
     text = outputs["--html"].read_text()
     assert "18 runs, 2 panels, 3 arms, 3 seeds an arm" in text
     assert "<svg" not in text
@@ -96,7 +98,7 @@ def test_panels_by_columns_and_a_trend(sheet):
     assert comparison.grows == "depth"
     assert comparison.baseline == "baseline"
     assert comparison.primary.key == "top-1.5 accuracy"
-    assert "per doubling" in formats.markdown(comparison)
+    assert "per doubling" in markup.markdown(comparison)
 
 
 def test_missing_values_and_several_files(sheet):
@@ -121,8 +123,8 @@ def test_how_many_decimals(sheet):
 
 def test_which_way_is_better(sheet):
     file = sheet(GOOD.replace("accuracy", "sparsity"))
-    (one,) = compare_lines([file]).told().values()
-    assert one[0][1].startswith("so against none is not resolved")
+    (sentence,) = words.verdicts(compare_lines([file]))
+    assert sentence.startswith("so against none is not resolved")
     assert compare_lines([file], lower=["sparsity"]).primary.better == -1
     assert [direction(name) for name in ("test accuracy", "NLL", "val_error", "F1", "copies")] == [1, -1, -1, 1, 0]
     with pytest.raises(ValueError, match="cannot both be better"):
@@ -160,7 +162,7 @@ def test_mistakes_are_told(sheet, capsys, old, new, options, message):
         text = "arm,seed,accuracy\nnone,0,1\nnone,1,2\n"
     assert main(["compare", str(sheet(text)), *options]) == 2
     said = capsys.readouterr().err
-    assert message in words(said)
+    assert message in line(said)
     assert "Traceback" not in said
 
 
@@ -177,9 +179,9 @@ def test_names_of_strangers_do_nothing(sheet, tmp_path, capsys):
 
 def test_files_and_folders_do_not_mix(sheet, tmp_path, capsys):
     assert main(["compare", str(sheet(GOOD)), str(tmp_path)]) == 2
-    assert "is no CSV file" in words(capsys.readouterr().err)
+    assert "is no CSV file" in line(capsys.readouterr().err)
     assert main(["compare", str(tmp_path / "nothing.csv")]) == 2
-    assert "nothing.csv is not there" in words(capsys.readouterr().err)
+    assert "nothing.csv is not there" in line(capsys.readouterr().err)
     assert main(["compare", str(tmp_path), "--lower", "loss"]) == 2
 
 
@@ -203,9 +205,9 @@ def test_a_typical_sd_for_power(sheet, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     said = f"sd = {typical(found):.3g} of test accuracy, %: the median of 2, from "
     assert main(["power", "--effect", "0.5"]) == 0
-    assert said in words(capsys.readouterr().out)
+    assert said in line(capsys.readouterr().out)
     assert main(["power", "--seeds", "4", "--like", str(file), "--metric", "test_loss"]) == 0
-    assert "of test_loss: the median of 2" in words(capsys.readouterr().out)
+    assert "of test_loss: the median of 2" in line(capsys.readouterr().out)
     for wrong, message in (
         (["--like", "nowhere"], "nowhere is no folder of runs"),
         (["--like", str(file), "--metric", "x"], "no column 'x'"),
@@ -213,7 +215,7 @@ def test_a_typical_sd_for_power(sheet, tmp_path, monkeypatch, capsys):
         (["--metric", "x"], "metric must be one of"),
     ):
         assert main(["power", "--effect", "1", *wrong]) == 2
-        assert message in words(capsys.readouterr().err)
+        assert message in line(capsys.readouterr().err)
     monkeypatch.chdir(tmp_path / "results/mine")
     assert main(["power", "--effect", "1"]) == 2
-    assert "give --sd, or --like" in words(capsys.readouterr().err)
+    assert "give --sd, or --like" in line(capsys.readouterr().err)

@@ -12,6 +12,7 @@ from orthokit.lab import study
 from orthokit.lab.atomic import to_json, write
 from orthokit.lab.comparison.inference import Sample
 from orthokit.lab.comparison.tuning import RULE, Choice, Trial, cautions
+from orthokit.lab.reporting import words
 from orthokit.lab.runs.results import read
 from orthokit.lab.training.hardware import Hardware
 from orthokit.lab.training.loop import DivergenceError, train
@@ -59,14 +60,14 @@ def in_process(monkeypatch):
     return done
 
 
-def words(text):
+def line(text):
     return " ".join(text.split())
 
 
 def test_a_study_from_one_file(folder, in_process, capsys):
     command = ["study", "tiny.toml", "--jobs", "1"]
     assert main(command) == 0
-    said = words(capsys.readouterr().out)
+    said = line(capsys.readouterr().out)
     assert "Tiny: 4 of 4 runs to train, 4 to evaluate" in said
     assert "so against none is" in said
     assert "power: 2 seeds an arm" in said
@@ -91,12 +92,12 @@ def test_a_study_from_one_file(folder, in_process, capsys):
     pictures[0].unlink()
     (kept / "figures/old.svg").touch()
     assert main(command) == 0
-    assert "Tiny: all is done" in words(capsys.readouterr().out)
+    assert "Tiny: all is done" in line(capsys.readouterr().out)
     assert in_process == ["none/0", "so/0", "none/1", "so/1"]
     assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
     assert len(read([kept])[0]) == 4
     assert main(["compare", str(kept)]) == 0
-    assert "so against none" in words(capsys.readouterr().out)
+    assert "so against none" in line(capsys.readouterr().out)
 
     # Another seed, another arm: what is new is trained.
     half = 'half = { extends = "so.toml", regularizer.strength = 0.05 }'
@@ -104,19 +105,19 @@ def test_a_study_from_one_file(folder, in_process, capsys):
     (folder / "tiny.toml").write_text(text)
     assert main(command) == 0
     assert in_process[4:] == ["half/0", "half/1", "none/2", "so/2", "half/2"]
-    assert "so, half differ in strength alone" in words(capsys.readouterr().out)
+    assert "so, half differ in strength alone" in line(capsys.readouterr().out)
 
     # An arm less: what was kept of it is told.
     (folder / "tiny.toml").write_text(STUDY)
     assert main(command) == 0
-    assert "of no part in this study any more: 5 results" in words(capsys.readouterr().out)
+    assert "of no part in this study any more: 5 results" in line(capsys.readouterr().out)
     assert len(in_process) == 9
 
 
 def test_without_training(folder, in_process, capsys):
     command = ["study", "tiny.toml", "--jobs", "1"]
     assert main([*command, "--no-train"]) == 4
-    said = words(capsys.readouterr().out)
+    said = line(capsys.readouterr().out)
     assert "Tiny: 4 of 4 runs to train" in said
     assert "nothing to compare yet: none of the 4 runs has a result" in said
     assert in_process == []
@@ -125,7 +126,7 @@ def test_without_training(folder, in_process, capsys):
     for task in study.plan(folder / "tiny.toml", out=folder / "runs", results=folder / "results").tasks[:3]:
         train(task.run, hardware=Hardware(device="cpu", threads=1))  # as another process might
     assert main([*command, "--no-train"]) == 4
-    said = words(capsys.readouterr().out)
+    said = line(capsys.readouterr().out)
     assert "Tiny: 1 of 4 runs to train" in said
     assert "! 1 of 4 runs are missing" in said
     assert len(read([folder / "results/tiny"])[0]) == 3
@@ -166,7 +167,7 @@ def test_what_is_missing_is_flagged(folder, in_process, capsys, monkeypatch):
     monkeypatch.setattr(Machine, "run_all", lambda *arguments, **options: 4)
     capsys.readouterr()
     assert main(["study", "tiny.toml", "--jobs", "1"]) == 4
-    assert "! 2 of 6 runs are missing; what is there may be a lucky choice" in words(capsys.readouterr().out)
+    assert "! 2 of 6 runs are missing; what is there may be a lucky choice" in line(capsys.readouterr().out)
 
 
 def test_what_is_finished_is_kept_when_interrupted(folder, monkeypatch, capsys):
@@ -192,7 +193,7 @@ def test_what_is_finished_is_kept_when_interrupted(folder, monkeypatch, capsys):
     (folder / "tiny.toml").write_text(NOTHING)
     shutil.rmtree(folder / "runs")
     assert main(["study", "tiny.toml", "--jobs", "1"]) == 4
-    said = words(capsys.readouterr().out)
+    said = line(capsys.readouterr().out)
     assert "1 of 4 runs to train" in said
     assert "! 1 of 4 runs are missing" in said
 
@@ -230,7 +231,7 @@ def test_mistakes_are_told(folder, capsys, old, new, message):
         (folder / "so.toml").write_text('[train]\nepochs = 1\n[regularizer]\nstrength = 0.1\npenalty = "so"\n')
     (folder / "tiny.toml").write_text(STUDY.replace(old, new, 1))
     assert main(["study", "tiny.toml"]) == 2
-    assert message in words(capsys.readouterr().err)
+    assert message in line(capsys.readouterr().err)
     assert not (folder / "runs").exists()
 
 
@@ -245,7 +246,7 @@ def test_mistakes_in_a_recipe_are_told_of_its_file(folder, capsys, wrong, messag
     (folder / "tiny.toml").write_text(STUDY.replace('"base.toml"', '["base.toml", "part.toml"]'))
     (folder / "part.toml").write_text(wrong)
     assert main(["study", "tiny.toml"]) == 2
-    assert f"tiny.toml: {message}" in words(capsys.readouterr().err)
+    assert f"tiny.toml: {message}" in line(capsys.readouterr().err)
 
 
 def test_a_recipe_may_lack_what_arms_and_panels_add(folder, in_process):
@@ -265,7 +266,7 @@ def test_what_another_study_keeps_is_not_trained_again(folder, in_process, capsy
     capsys.readouterr()
     assert main(["study", "second.toml", "--jobs", "1"]) == 0
     assert in_process == ["dso/1", "dso/2", "bare/2", "so/2"]
-    assert "! 2 of 6 runs are those of other studies (tiny: 2)" in words(capsys.readouterr().out)
+    assert "! 2 of 6 runs are those of other studies (tiny: 2)" in line(capsys.readouterr().out)
     plan = study.plan(folder / "second.toml", out=folder / "runs", results=folder / "results")
     lent = {task.arm: task.result().summary for task in plan.tasks if task.lent}
     assert {arm: (found["seed"], found["study"]["arm"]) for arm, found in lent.items()} == {"bare": (1, "bare"), "so": (1, "so")}
@@ -278,7 +279,7 @@ def test_what_another_study_keeps_is_not_trained_again(folder, in_process, capsy
 def test_a_baseline_that_failed(folder, monkeypatch, capsys):
     monkeypatch.setattr(Machine, "run_all", lambda *arguments, **options: 4)
     assert main(["study", "tiny.toml", "--jobs", "1"]) == 4
-    assert "nothing to compare yet" in words(capsys.readouterr().out)
+    assert "nothing to compare yet" in line(capsys.readouterr().out)
 
 
 def test_no_such_study(capsys):
@@ -298,7 +299,7 @@ def test_studies_of_the_repository(file, tmp_path):
         assert left
         return
     written = (plan.folder / "README.md").read_text()
-    verdicts = plan.comparison().verdicts()
+    verdicts = words.verdicts(plan.comparison())
     assert verdicts
     assert all(verdict in written for verdict in verdicts)
     assert (f"{len(left)} of {len(plan.tasks)} runs are missing" in written) == bool(left)
@@ -363,7 +364,7 @@ def test_strengths_are_chosen_first(folder, in_process, capsys):
     (found,) = plan.choices
     strength = found.chosen.strength
     assert in_process[4:] == [name for s in (0, 1) for name in (f"none/{s}", f"so+strength={strength:g}/{s}")]
-    said = words(capsys.readouterr().out)
+    said = line(capsys.readouterr().out)
     assert "Tiny: 4 of 4 tuning runs to train" in said
     assert f"chosen: so: strength = {strength:g} Tiny: 4 of 4 runs to train, 4 to evaluate" in said
 
@@ -396,7 +397,7 @@ def test_strengths_are_chosen_first(folder, in_process, capsys):
     before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
     shutil.rmtree(folder / "runs")
     assert main(command) == 0
-    assert "Tiny: all is done" in words(capsys.readouterr().out)
+    assert "Tiny: all is done" in line(capsys.readouterr().out)
     assert len(in_process) == 8
     assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
 
@@ -406,7 +407,7 @@ def test_strengths_are_chosen_first(folder, in_process, capsys):
     assert in_process[8:10] == ["so+strength=0.02/100", "so+strength=0.02/101"]
     plan = study.plan(folder / "tiny.toml", out=folder / "runs", results=folder / "results")
     assert in_process[10:] == [f"so+strength={plan.choices[0].chosen.strength:g}/{seed}" for seed in (0, 1)]
-    assert f"of no part in this study any more: 2 results, such as results/tiny/tuning/so+strength={strength:g}/100" in words(
+    assert f"of no part in this study any more: 2 results, such as results/tiny/tuning/so+strength={strength:g}/100" in line(
         capsys.readouterr().out
     )
     assert plan.left() == []
@@ -437,14 +438,14 @@ def test_between_the_stages_and_within_them(folder, monkeypatch, capsys):
         shutil.rmtree(folder / "runs")
     assert len(done) == 8 == len(set(done))
     assert [name.endswith(("/100", "/101")) for name in done] == [True] * 4 + [False] * 4
-    assert "Tiny: 1 of 4 tuning runs to train" in words(capsys.readouterr().out)
+    assert "Tiny: 1 of 4 tuning runs to train" in line(capsys.readouterr().out)
 
 
 def test_a_tuning_run_that_failed(folder, monkeypatch, capsys):
     (folder / "tiny.toml").write_text(STUDY + TUNE)
     monkeypatch.setattr(Machine, "run_all", lambda *arguments, **options: 4)
     assert main(["study", "tiny.toml", "--jobs", "1"]) == 4
-    said = words(capsys.readouterr().out)
+    said = line(capsys.readouterr().out)
     assert "nothing is chosen yet: 4 of 4 tuning runs are missing" in said
     assert "compare" not in said
 
@@ -495,14 +496,14 @@ def test_what_diverges_is_out(folder, diverging, capsys):
     (folder / "tiny.toml").write_text(NOTHING + TUNE.replace("0.1, 0.01", "1e30"))
     capsys.readouterr()
     assert main(command) == 2
-    assert "so diverged with every strength, [1e+30]; give it smaller ones in tune.arms" in words(capsys.readouterr().err)
+    assert "so diverged with every strength, [1e+30]; give it smaller ones in tune.arms" in line(capsys.readouterr().err)
 
     # Of what is compared it is flagged, and not tried again either.
     (folder / "so.toml").write_text('[regularizer]\nstrength = 1e30\npenalty = "so"\n')
     half = NOTHING.replace("\n[evaluate]", 'half = { regularizer = { penalty = "so", strength = 0.05 } }\n[evaluate]')
     (folder / "tiny.toml").write_text(half)
     assert main(command) == 4
-    assert "2 of 6 runs are missing, 2 of which diverged; what is there may be a lucky choice" in words(capsys.readouterr().out)
+    assert "2 of 6 runs are missing, 2 of which diverged; what is there may be a lucky choice" in line(capsys.readouterr().out)
     count = len(diverging)
     assert main(command) == 0
     assert len(diverging) == count
@@ -527,7 +528,7 @@ def test_a_second_question(folder, diverging, capsys):
     second.parent.mkdir()
     second.write_text('extends = "../tiny.toml"\nreuse = ["../tiny.toml"]\nbaseline = "so"\ntitle = "2"\n')
     assert main(["study", str(second), "--jobs", "1"]) == 0
-    said = words(capsys.readouterr().out)
+    said = line(capsys.readouterr().out)
     assert "2: all is done" in said
     assert "none against so is" in said
     assert "! 4 of 4 runs are those of other studies (tiny: 4)" in said
@@ -654,5 +655,5 @@ def test_mistakes_in_tuning_are_told(folder, capsys, old, new, message):
         text = text.replace("title", 'factor = ["regularizer", "data.validation"]\ntitle', 1)
     (folder / "tiny.toml").write_text(text)
     assert main(["study", "tiny.toml"]) == 2
-    assert message in words(capsys.readouterr().err)
+    assert message in line(capsys.readouterr().err)
     assert not (folder / "runs").exists()

@@ -3,8 +3,8 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -67,7 +67,7 @@ class Evaluate:
         with needing("evaluating needs"):
             from orthokit.lab.evaluation import evaluate
             from orthokit.lab.recipes import compose
-            from orthokit.lab.reporting import tables as formats
+            from orthokit.lab.reporting.terminal import Wide
         given = None if self.recipe is None else compose.load(self.recipe)
         damaged: list[str] = []
         wanted = [
@@ -85,18 +85,16 @@ class Evaluate:
                 quiet.print(f"{subject.name}: {note}", markup=False, highlight=False, soft_wrap=True)
         options = {name: getattr(self, name) for name in ("parts", "images", "root", "device", "jobs", "threads")}
         failed = measured(unique, quiet, **options)
-        found = [evaluate.result(subject) for subject in unique]
-        headers, rows = _table(unique, found)
+        results = [evaluate.result(subject) for subject in unique]
+        table = _table(unique, results)
         if self.format == "table":
-            shown = [column for column in headers if any(row[column.key] is not None for row in rows)]
-            title = "evaluation (robustness: accuracy, mean over the strengths)"
-            cells = [[column.show(row[column.key]) for column in shown] for row in rows]
-            console.print(formats.Wide(title, [column.header for column in shown], cells))
+            shown = [column for column in table.columns if any(row[column.key] is not None for row in table.rows)]
+            console.print(Wide(replace(table, columns=tuple(shown))))
             if len(unique) == 1:
-                console.print(_curves(found[0]))
+                console.print(_curves(results[0]))
         else:
-            table = Table("evaluation", headers, tuple(rows), {})
-            print(json.dumps(rows, indent=2) if self.format == "json" else table.to_csv(), end="\n" * (self.format == "json"))
+            as_json = self.format == "json"
+            print(json.dumps(table.rows, indent=2) if as_json else table.to_csv(), end="\n" * as_json)
         return 4 if failed or damaged else 0
 
 
@@ -125,16 +123,18 @@ def measured(subjects: "Sequence[Subject]", console: Console, **options: Any) ->
         return evaluate(subjects, tick=tick, start=start, **options)
 
 
-def _table(subjects: "Sequence[Subject]", results: "Sequence[Result]") -> tuple[tuple[Column, ...], list[dict[str, Any]]]:
+def _table(subjects: "Sequence[Subject]", results: "Sequence[Result]") -> Table:
+    """A row for each network, a column for each metric."""
     from orthokit.lab.comparison.metrics import METRICS
 
     metrics = [metric for metric in METRICS if metric.group != "cost"]
     twice = {name for name, count in Counter(subject.name for subject in subjects).items() if count > 1}
     rows = [
-        {"network": str(subject.weights) if subject.name in twice else subject.name} | {m.key: m.read(found) for m in metrics}
-        for subject, found in zip(subjects, results, strict=True)
+        {"network": str(subject.weights) if subject.name in twice else subject.name} | {m.key: m.read(result) for m in metrics}
+        for subject, result in zip(subjects, results, strict=True)
     ]
-    return (Column("network", "network", "s"), *(Column(m.key, m.heading, m.format) for m in metrics)), rows
+    columns = Column("network", "network", "s"), *(Column(m.key, m.heading, m.format) for m in metrics)
+    return Table("evaluation (robustness: accuracy, mean over the strengths)", columns, tuple(rows), {})
 
 
 def _curves(found: "Result") -> RichTable:
@@ -184,7 +184,9 @@ class Compare:
     anyway: bool = False
     """Compare what is refused, with a flag."""
     title: str = "comparison"
-    """Of tables and the page."""
+    """Title of tables and the page."""
+    question: str = ""
+    """What the comparison is to answer, in one sentence, printed above the answer."""
     html: Path | None = None
     """Also write one self-contained page with figures into this file."""
     markdown: Path | None = None
@@ -200,13 +202,13 @@ class Compare:
         with needing("comparing needs"):
             from orthokit.lab.atomic import write
             from orthokit.lab.comparison.comparison import PANELS, compare
-            from orthokit.lab.reporting import page
-            from orthokit.lab.reporting import tables as formats
+            from orthokit.lab.reporting import markup, page, tables
+            from orthokit.lab.reporting.terminal import Shown
             from orthokit.lab.runs import results
         files = [path for path in (self.markdown, self.latex, self.csv, self.html) if path is not None]
         if len({path.resolve() for path in files}) < len(files):
             raise UsageError("--html, --markdown, --latex and --csv need different files")
-        options: dict[str, Any] = {"title": self.title, "baseline": self.baseline}
+        options: dict[str, Any] = {"title": self.title, "question": self.question, "baseline": self.baseline}
         options |= {"blocks": self.blocks, "contrasts": self.contrast}
         if any(path.suffix.lower() == ".csv" for path in self.runs):
             comparison = self._of_sheets(options)
@@ -216,11 +218,16 @@ class Compare:
             found, flagged = results.read(self.runs)
             options |= {"factor": self.factor, "by": self.by or PANELS, "metric": self.metric or "accuracy"}
             comparison = compare(found, anyway=self.anyway, flagged=flagged, **options)
-        tables = (self.markdown, formats.markdown), (self.latex, formats.latex), (self.csv, formats.to_csv)
-        for path, writer in (*tables, (self.html, page.page)):
+        writers: list[tuple[Path | None, Callable[[Comparison], str]]] = [
+            (self.markdown, markup.markdown),
+            (self.latex, markup.latex),
+            (self.csv, lambda each: tables.numbers(each).to_csv()),
+            (self.html, page.page),
+        ]
+        for path, writer in writers:
             if path is not None:
                 write(path, writer(comparison))
-        console.print(formats.Shown(comparison))
+        console.print(Shown(comparison))
         for path in files:
             console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
 
@@ -332,7 +339,7 @@ class Study:
     def run(self, console: Console) -> int:
         with needing("studies need"):
             from orthokit.lab import study
-            from orthokit.lab.reporting import tables as formats
+            from orthokit.lab.reporting.terminal import Shown
 
         def say(text: str, style: str | None = None) -> None:
             console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
@@ -356,7 +363,7 @@ class Study:
             say(f"nothing to compare yet: {error}")
             return status
         plan.draw(comparison)
-        console.print(formats.Shown(comparison, secondary=False))
+        console.print(Shown(comparison, secondary=False))
         if strangers := plan.strangers():
             shown = ", ".join(os.fspath(path.parent) for path in strangers[:3])
             say(f"of no part in this study any more: {len(strangers)} results, such as {shown}", "yellow")

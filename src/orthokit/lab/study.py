@@ -61,8 +61,7 @@ from orthokit.lab.evaluation.evaluate import PARTS, check_parts, settings
 from orthokit.lab.recipes.compose import NAMED, inline, joined, label, merged, parsed, read_section
 from orthokit.lab.recipes.recipe import Recipe, differences, flattened
 from orthokit.lab.recipes.sections import Section
-from orthokit.lab.reporting import figures, page
-from orthokit.lab.reporting import tables as formats
+from orthokit.lab.reporting import figures, markup, page, tables
 from orthokit.lab.runs.results import TUNING, Result, read_one
 from orthokit.lab.runs.run import DIVERGED, SUMMARY, Run, Seeds
 from orthokit.lab.runs.summary import DamagedError, Divergence, Summary, read, read_text
@@ -272,10 +271,10 @@ class Plan:
         files = {f"figures/{name}.svg": figure.svg for name, figure in drawn.items()}
         shown = [(f"figures/{name}.svg", figure.alt) for name, figure in drawn.items()]
         files |= {
-            "README.md": formats.markdown(comparison, figures=shown, command=self.command),
+            "README.md": markup.markdown(comparison, figures=shown, command=self.command),
             "report.html": page.page(comparison, command=self.command, drawn=drawn),
-            "tables.tex": formats.latex(comparison),
-            "numbers.csv": formats.to_csv(comparison),
+            "tables.tex": markup.latex(comparison),
+            "numbers.csv": tables.numbers(comparison).to_csv(),
         }
         for name, content in files.items():
             write(self.folder / name, content)

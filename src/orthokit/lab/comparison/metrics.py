@@ -9,6 +9,8 @@ from orthokit.checks import check_choice
 from orthokit.lab.runs.results import Result, numbers_at
 from orthokit.lab.runs.summary import HUGE
 
+__all__ = ["METRICS", "STRENGTHS", "Group", "Metric", "curve", "metric_of"]
+
 Group = Literal["result", "orthogonality", "robustness", "features", "cost"]
 
 
@@ -62,12 +64,12 @@ METRICS = (
     Metric("test_loss", "test loss", "result", -1, "test.loss", ".3f"),
     Metric("nll", "NLL", "result", -1, "evaluation.accuracy.nll", ".3f"),
     Metric("ece", "ECE", "result", -1, "evaluation.accuracy.ece", unit="%"),
-    Metric("under_cos", "under: mean |c|", "orthogonality", 0, "orthogonality.under.mean_cos", ".2g"),
-    Metric("under_residual", "under: residual", "orthogonality", 0, "orthogonality.under.residual", ".2g"),
-    Metric("under_copies", "under: copies", "orthogonality", 0, "orthogonality.under.copies", ".1f"),
-    Metric("over_cos", "over: mean |c|", "orthogonality", 0, "orthogonality.over.mean_cos", ".2g"),
-    Metric("over_tightness", "over: tightness", "orthogonality", 0, "orthogonality.over.tightness", ".2g"),
-    Metric("over_copies", "over: copies", "orthogonality", 0, "orthogonality.over.copies", ".1f"),
+    Metric("under_cos", "wide: mean |c|", "orthogonality", 0, "orthogonality.under.mean_cos", ".2g"),
+    Metric("under_residual", "wide: residual", "orthogonality", 0, "orthogonality.under.residual", ".2g"),
+    Metric("under_copies", "wide: copies", "orthogonality", 0, "orthogonality.under.copies", ".1f"),
+    Metric("over_cos", "tall: mean |c|", "orthogonality", 0, "orthogonality.over.mean_cos", ".2g"),
+    Metric("over_tightness", "tall: tightness", "orthogonality", 0, "orthogonality.over.tightness", ".2g"),
+    Metric("over_copies", "tall: copies", "orthogonality", 0, "orthogonality.over.copies", ".1f"),
     Metric("fgsm", "FGSM", "robustness", 1, "evaluation.attacks.fgsm", ".1f", "%"),
     Metric("pgd", "PGD L∞", "robustness", 1, "evaluation.attacks.pgd", ".1f", "%"),
     Metric("pgd_l2", "PGD L2", "robustness", 1, "evaluation.attacks.pgd_l2", ".1f", "%"),
@@ -86,32 +88,6 @@ METRICS = (
     Metric("share", "penalty in a step", "cost", 0, "penalty_share", ".1f", "%"),
 )
 """In the order of tables. Of a robustness curve the mean over its strengths; of features the penultimate ones."""
-
-
-MEASURED = {
-    "accuracy": "NLL and ECE ($bins bins of confidence, l1) are of all test images, in float32.",
-    "attacks": (
-        "Attacks act on the pixels of $count test images, the normalisation inside the network, in float32. PGD: $steps steps, "
-        "$path radii long together, from one random start; what a smaller radius, the start or any step fools counts as fooled."
-    ),
-    "noise": "Gaussian noise on $count test images, one draw scaled to each standard deviation.",
-    "corruptions": (
-        "Eight corruptions of $count test images, severities 1 to 5 with the parameters of CIFAR-10-C, whose own they are only "
-        "at 32x32, and but for its random draws."
-    ),
-    "features": (
-        "Features of all test images: effective rank of the centred features (Roy, Vetterli 2007), participation ratio of their "
-        "covariance, mean |correlation| of two channels, NC1 (Papyan, Han, Donoho 2020, there of training images)."
-    ),
-}
-"""By part of the evaluation: how it was measured, with which settings."""
-
-FITTED = (
-    "Training accuracy and loss are the means over the batches of the last epoch, as training saw them: augmented, while the "
-    "weights changed, with label smoothing where the recipe has it. Test loss is in the precision of the run."
-)
-COST = "Cost is of training beside whatever else the machine did, other runs included; it is shown, not tested."
-
 
 STRENGTHS = {"fgsm": "linf", "pgd": "linf", "pgd_l2": "l2", "noise": "sigma"}
 """Metrics that are means of a curve, and under which key of their part its strengths are."""

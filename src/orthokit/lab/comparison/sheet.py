@@ -169,6 +169,7 @@ def compare_lines(
     paths: Sequence[Path],
     *,
     title: str = "comparison",
+    question: str = "",
     by: Sequence[str] = (),
     baseline: str | None = None,
     metric: str | None = None,
@@ -181,7 +182,8 @@ def compare_lines(
 
     Args:
         paths: of the files; see the top of this module.
-        title: of tables and pages.
+        title: printed above tables and pages.
+        question: what the comparison is to answer, in one sentence.
         by: columns that tell panels apart; by default ``panel`` and ``network``, where they are there.
         baseline: an arm; by default the one called ``none`` or ``baseline``.
         metric: the column that verdicts go by; by default the first one.
@@ -219,7 +221,6 @@ def compare_lines(
         grouped.append(Panel(", ".join(told) or "all runs", values, {arm: tuple(found) for arm, found in runs.items() if found}))
     known = [_metric(name, place, direction(name, higher, lower), grouped) for place, name in enumerate(names)]
     primary = known[names.index(metric)] if metric else known[0]
-    words = {1: "more is better", -1: "less is better", 0: "neither is better (say so with --higher or --lower)"}
     comparison = Comparison(
         title,
         baseline,
@@ -228,7 +229,8 @@ def compare_lines(
         primary=primary,
         flags=(*(each for panel in grouped for each in unequal(panel, baseline)), *lacking(grouped, known)),
         known=tuple(known),
-        remarks=(f"From {', '.join(path.name for path in paths)}. {'; '.join(f'{m.label}: {words[m.better]}' for m in known)}.",),
+        sources=tuple(path.name for path in paths),
+        question=question,
         blocks=blocks,
         primary_contrasts=tuple(pair_of(each, order) for each in contrasts),
     )

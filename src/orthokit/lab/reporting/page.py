@@ -13,11 +13,17 @@ from markupsafe import Markup
 from orthokit import __version__
 from orthokit.lab.comparison.comparability import Panel, plain, under
 from orthokit.lab.comparison.comparison import Comparison
-from orthokit.lab.comparison.tuning import RULE
 from orthokit.lab.recipes.recipe import flattened
-from orthokit.lab.reporting import tables as formats
-from orthokit.lab.reporting.figures import Drawing, few, figures
-from orthokit.plots import COLOURS
+from orthokit.lab.reporting import words
+from orthokit.lab.reporting.drawing import Drawing
+from orthokit.lab.reporting.figures import arm_colours, few, figures
+from orthokit.lab.reporting.tables import sections, tables, verdict_of
+from orthokit.tables import Table
+
+__all__ = ["page"]
+
+CURVES = ("robustness", "features")
+"""Groups whose figures are drawn of a few panels, where there are many."""
 
 
 class Shown(NamedTuple):
@@ -30,55 +36,79 @@ class Shown(NamedTuple):
     height: int
 
 
-def page(comparison: Comparison, *, command: str | None = None, drawn: Mapping[str, Drawing] | None = None) -> str:
-    """The page.
+class Part(NamedTuple):
+    """A chapter of the page: a table, and the figures that belong to it."""
+
+    key: str
+    title: str
+    table: Table | None
+    figures: list[Shown]
+    few: int
+    """Of how many panels its curves are drawn; 0 if of all."""
+
+
+def page(
+    comparison: Comparison,
+    *,
+    command: str | None = None,
+    drawn: Mapping[str, Drawing] | None = None,
+    links: Mapping[str, str] | None = None,
+) -> str:
+    """The page of a comparison: question, answer, contents, tables, figures, and how it was made.
 
     Args:
         comparison: what it shows.
-        command: by which it can be made again.
+        command: the command that makes it again.
         drawn: its figures, if they are there already.
+        links: name and address of what belongs to it.
     """
     source = files("orthokit.lab.reporting").joinpath("page.html.jinja").read_text("utf-8")
     sheet = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    drawn = figures(comparison) if drawn is None else drawn
-    curves = any(name.startswith(("robustness-", "features-")) for name in drawn)
+    labels = words.labels(comparison)
     return sheet.from_string(source).render(
         c=comparison,
+        answer=words.answer(comparison),
+        baseline=labels[comparison.baseline],
+        labels=labels,
         command=command,
+        links=links or {},
         version=__version__,
-        counts=_counts(comparison),
-        colours={arm: COLOURS[place % len(COLOURS)] for place, arm in enumerate(comparison.arms)},
-        verdicts=comparison.told(),
-        groups=list(formats.groups(comparison)),
-        figures={
-            title: [_shown(d) for name, d in drawn.items() if name.startswith(f"{g}-")] for g, title in formats.GROUPS.items()
-        },
+        counts=words.counts(comparison),
+        colours=arm_colours(comparison),
+        parts=_parts(comparison, figures(comparison) if drawn is None else drawn),
+        anchors={panel.name: f"panel-{number}" for number, panel in enumerate(comparison.panels)},
+        power=words.power(comparison),
+        explanation=words.explanation(comparison),
+        notes=words.notes(comparison),
         values={panel.name: ", ".join(f"{key} = {value}" for key, value in panel.values.items()) for panel in comparison.panels},
         recipe=comparison.panels[0].results[0].recipe.to_toml() if comparison.recorded else None,
         factors={arm: _factors(comparison, arm) for arm in comparison.arms} if comparison.recorded else {},
         environment=_environment(comparison.panels),
-        headers=formats.primary(comparison)[0],
-        columns=formats.columns(comparison),
-        contrasts=list(formats.contrasts(comparison)),
-        contrast=formats.CONTRAST,
-        chosen=list(formats.chosen(comparison)),
-        rule=RULE,
-        tuning=[_shown(d) for name, d in drawn.items() if name.startswith("tuning")],
-        interval=formats.interval,
-        p=formats.p,
-        by_seed=formats.by_seed,
-        spread=formats.mean,
+        sections=sections,
+        verdict_of=verdict_of,
         joints=_joints,
-        left_out=curves and len(comparison.panels) - len(few(comparison.panels)),
     )
 
 
-def _counts(comparison: Comparison) -> str:
-    runs = [len(results) for panel in comparison.panels for results in panel.arms.values()]
-    seeds = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
-    counts = {"run": sum(runs), "panel": len(comparison.panels), "arm": len(comparison.arms)}
-    words = [f"{count} {word}{'s' * (count != 1)}" for word, count in counts.items()]
-    return f"{', '.join(words)}, {seeds} seed{'s' * (seeds != '1')} an arm"
+def _parts(comparison: Comparison, drawn: Mapping[str, Drawing]) -> list[Part]:
+    """The chapters: the first figure of results stands beside the verdicts, every other one with the table of its group."""
+    groups: dict[str, list[Shown]] = {}
+    for name, drawing in drawn.items():
+        groups.setdefault(name.partition("-")[0], []).append(_shown(drawing))
+    groups["strengths"] = groups.pop("tuning", [])
+    groups["primary"] = groups.pop("result", [])
+    made: dict[str, Table | None] = dict(tables(comparison))
+    if len(comparison.panels) == 1:
+        made.pop("verdicts", None)  # the primary table of one panel shows the same
+    elif "verdicts" in made:
+        groups["verdicts"], groups["primary"] = groups["primary"][:1], groups["primary"][1:]
+    made |= {key: None for key, shown in groups.items() if shown and key not in made}
+    some = len(few(comparison.panels))
+    part_of = some if some < len(comparison.panels) else 0
+    return [
+        Part(key, table.title if table else key, table, shown := groups.get(key, []), part_of if key in CURVES and shown else 0)
+        for key, table in made.items()
+    ]
 
 
 def _shown(drawing: Drawing) -> Shown:
@@ -87,30 +117,30 @@ def _shown(drawing: Drawing) -> Shown:
 
 def _factors(comparison: Comparison, arm: str) -> dict[str, list[str]]:
     """The arm's part of the recipe as TOML, and the panels that it is from."""
-    found: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
     for panel in comparison.panels:
         for result in panel.arms.get(arm, ())[:1]:
-            found.setdefault(tomli_w.dumps(_only(result.recipe.to_dict(), comparison.factor)), []).append(panel.name)
-    return found
+            texts.setdefault(tomli_w.dumps(_only(result.recipe.to_dict(), comparison.factor)), []).append(panel.name)
+    return texts
 
 
-def _only(raw: Mapping[str, Any], sections: Sequence[str], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _only(raw: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    part: dict[str, Any] = {}
     for key, value in raw.items():
-        if under(prefix + key, sections):
-            found[key] = value
-        elif isinstance(value, Mapping) and (inner := _only(value, sections, f"{prefix}{key}.")):
-            found[key] = inner
-    return found
+        if under(prefix + key, keys):
+            part[key] = value
+        elif isinstance(value, Mapping) and (inner := _only(value, keys, f"{prefix}{key}.")):
+            part[key] = inner
+    return part
 
 
 def _environment(panels: Sequence[Panel]) -> dict[str, list[str]]:
     """Of all runs, the values of each key."""
-    found: dict[str, dict[str, None]] = {}
+    every: dict[str, dict[str, None]] = {}
     for result in (result for panel in panels for result in panel.results):
         for key, value in flattened(result.summary.get("environment") or {}).items():
-            found.setdefault(key.removeprefix("versions."), {})[plain(value)] = None
-    return {key: list(values) for key, values in found.items()}
+            every.setdefault(key.removeprefix("versions."), {})[plain(value)] = None
+    return {key: list(values) for key, values in every.items()}
 
 
 def _joints(name: str) -> Markup:
