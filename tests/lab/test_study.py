@@ -12,7 +12,7 @@ from orthokit.lab import study
 from orthokit.lab.atomic import to_json, write
 from orthokit.lab.comparison.inference import Sample
 from orthokit.lab.comparison.tuning import RULE, Choice, Trial, cautions
-from orthokit.lab.reporting import words
+from orthokit.lab.reporting import tables, words
 from orthokit.lab.runs.results import read
 from orthokit.lab.training.hardware import Hardware
 from orthokit.lab.training.loop import DivergenceError, train
@@ -69,8 +69,8 @@ def test_a_study_from_one_file(folder, in_process, capsys):
     assert main(command) == 0
     said = line(capsys.readouterr().out)
     assert "Tiny: 4 of 4 runs to train, 4 to evaluate" in said
-    assert "so against none is" in said
-    assert "power: 2 seeds an arm" in said
+    assert "SO against none is" in said
+    assert "power: with 2 seeds an arm" in said
     assert in_process == ["none/0", "so/0", "none/1", "so/1"]
     kept = folder / "results/tiny"
     assert {path.relative_to(kept).as_posix() for path in kept.rglob("*.json")} == {
@@ -298,10 +298,10 @@ def test_studies_of_the_repository(file, tmp_path):
     if not (plan.folder / "README.md").exists():  # not begun, or still choosing strengths
         assert left
         return
-    written = (plan.folder / "README.md").read_text()
-    verdicts = words.verdicts(plan.comparison())
-    assert verdicts
-    assert all(verdict in written for verdict in verdicts)
+    comparison, written = plan.comparison(), (plan.folder / "README.md").read_text()
+    assert words.verdicts(comparison)
+    assert tables.numbers(comparison).to_csv() == (plan.folder / "numbers.csv").read_text()
+    assert words.answer(comparison) in written
     assert (f"{len(left)} of {len(plan.tasks)} runs are missing" in written) == bool(left)
 
 
@@ -380,7 +380,7 @@ def test_strengths_are_chosen_first(folder, in_process, capsys):
     means = {trial.strength: f"{trial.sample.mean:.2f} ± {trial.sample.sd:.2f}" for trial in found.trials}
     cells = " | ".join(means[each] + " *" * (each == strength) for each in (0.01, 0.1))
     written = (kept / "README.md").read_text()
-    assert f"| so | 2 | {strength:g} | {found.error:.2f} | {cells} |" in written
+    assert f"| SO | {strength:g} | 2 | {found.error:.2f} | {cells} |" in written
     assert RULE in written
     assert f"> **Caution.** {cautions([found])[0]}" in written
     assert "](figures/tuning.svg)" in written
@@ -530,7 +530,7 @@ def test_a_second_question(folder, diverging, capsys):
     assert main(["study", str(second), "--jobs", "1"]) == 0
     said = line(capsys.readouterr().out)
     assert "2: all is done" in said
-    assert "none against so is" in said
+    assert "none against SO is" in said
     assert "! 4 of 4 runs are those of other studies (tiny: 4)" in said
     assert "| diverged |" in (folder / "results/second/README.md").read_text()
     assert len(diverging) == count
