@@ -3,6 +3,7 @@
 .. code-block:: toml
 
     title = "Four penalties on a small budget"
+    question = "Which of four penalties gains on a small budget?"
     recipe = "nano+cifar10"                          # parts of recipes, a file, or several, merged in order
     seeds = [0, 1, 2]
     reuse = ["depth.toml"]                           # what this study keeps of the same runs need not be trained again
@@ -71,6 +72,8 @@ Lent = dict[tuple[str, int], list[Path]]
 """Folders with what is kept of runs, by their recipe and seed."""
 RUNS = "runs"
 """In the folder of a study: the runs that are compared, ``runs/<name>/<seed>``."""
+LINKS = {"All numbers (CSV)": "numbers.csv", "LaTeX tables": "tables.tex"}
+"""What stands beside a study's page."""
 
 
 class Evaluation(Section):
@@ -94,6 +97,8 @@ class Study(Section):
     FILES = ("recipe", "reuse")
     PARTIAL = ("arms", "networks")
     title: str
+    question: str = ""
+    """What the study is to answer, in one sentence; printed above the answer."""
     recipe: str | Annotated[list[str], Field(min_length=1)]
     """Parts of recipes, or files; several are merged in order."""
     seeds: Seeds
@@ -251,6 +256,7 @@ class Plan:
         compared = compare(
             results,
             title=said.title,
+            question=said.question,
             factor=said.factor,
             by=["network", "data.name", *(said.factors), *_panel_keys(said)],
             baseline=said.baseline or next(iter(said.arms)),
@@ -269,10 +275,10 @@ class Plan:
         """Write tables, figures and the page; which files."""
         drawn = figures.figures(comparison)
         files = {f"figures/{name}.svg": figure.svg for name, figure in drawn.items()}
-        shown = [(f"figures/{name}.svg", figure.alt) for name, figure in drawn.items()]
+        shown = [(f"figures/{name}.svg", drawn[name].alt) for name in figures.best(drawn, comparison)]
         files |= {
-            "README.md": markup.markdown(comparison, figures=shown, command=self.command),
-            "report.html": page.page(comparison, command=self.command, drawn=drawn),
+            "README.md": markup.markdown(comparison, figures=shown, command=self.command, links=LINKS),
+            "report.html": page.page(comparison, command=self.command, drawn=drawn, links=LINKS),
             "tables.tex": markup.latex(comparison),
             "numbers.csv": tables.numbers(comparison).to_csv(),
         }

@@ -425,3 +425,12 @@ def few(panels: Sequence[Panel]) -> Sequence[Panel]:
 def arm_colours(comparison: Comparison) -> dict[str, str]:
     """The colour of each arm in all figures."""
     return {arm: look["color"] for arm, look in looks(comparison.arms).items()}
+
+
+def best(names: Iterable[str], comparison: Comparison, most: int = 4) -> list[str]:
+    """The figures that say most, the best one first: one of each kind, those of single panels only where there is no other."""
+    first = "result-" + ("differences" if len(comparison.panels) == 1 else comparison.primary.key)
+    kinds = [first, "result-contrasts", "result-differences", f"orthogonality-{comparison.primary.key}", "orthogonality-training"]
+    known = list(names)
+    chosen = [next((name for name in known if name == kind or name.startswith(f"{kind}-")), "") for kind in [*kinds, "tuning"]]
+    return list(dict.fromkeys(filter(None, chosen)))[:most]
