@@ -69,7 +69,7 @@ def test_a_study_from_one_file(folder, in_process, capsys):
     assert main(command) == 0
     said = line(capsys.readouterr().out)
     assert "Tiny: 4 of 4 runs to train, 4 to evaluate" in said
-    assert "SO against none is" in said
+    assert "SO² against none is" in said
     assert "power: with 2 seeds an arm" in said
     assert in_process == ["none/0", "so/0", "none/1", "so/1"]
     kept = folder / "results/tiny"
@@ -97,7 +97,7 @@ def test_a_study_from_one_file(folder, in_process, capsys):
     assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
     assert len(read([kept])[0]) == 4
     assert main(["compare", str(kept)]) == 0
-    assert "so against none" in line(capsys.readouterr().out)
+    assert "SO² against none" in line(capsys.readouterr().out)
 
     # Another seed, another arm: what is new is trained.
     half = 'half = { extends = "so.toml", regularizer.strength = 0.05 }'
@@ -380,7 +380,7 @@ def test_strengths_are_chosen_first(folder, in_process, capsys):
     means = {trial.strength: f"{trial.sample.mean:.2f} ± {trial.sample.sd:.2f}" for trial in found.trials}
     cells = " | ".join(means[each] + " *" * (each == strength) for each in (0.01, 0.1))
     written = (kept / "README.md").read_text()
-    assert f"| SO | {strength:g} | 2 | {found.error:.2f} | {cells} |" in written
+    assert f"| SO² | {strength:g} | 2 | {found.error:.2f} | {cells} |" in written
     assert RULE in written
     assert f"> **Caution.** {cautions([found])[0]}" in written
     assert "](figures/tuning.svg)" in written
@@ -530,7 +530,7 @@ def test_a_second_question(folder, diverging, capsys):
     assert main(["study", str(second), "--jobs", "1"]) == 0
     said = line(capsys.readouterr().out)
     assert "2: all is done" in said
-    assert "none against SO is" in said
+    assert "none against SO² is" in said
     assert "! 4 of 4 runs are those of other studies (tiny: 4)" in said
     assert "| diverged |" in (folder / "results/second/README.md").read_text()
     assert len(diverging) == count
