@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -122,13 +121,6 @@ def in_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
                     parts, room = [], most
         if parts:
             yield replace(first, parts=parts)
-
-
-def identity(rule: object) -> Hashable:
-    """What is equal for rules that are made of equal parts, by ``functools.partial``."""
-    if isinstance(rule, partial):
-        return rule.func, identity(rule.args), tuple((name, identity(value)) for name, value in rule.keywords.items())
-    return tuple(map(identity, rule)) if isinstance(rule, (list, tuple)) else rule
 
 
 class Measured(NamedTuple):

@@ -60,6 +60,9 @@ def test_a_card_has_all_its_parts(penalty):
     assert "![" not in text
     words = " ".join(text.split())
     assert [part for part in PARTS if f"**{part}" not in words] == []
+    assert f": {penalty.long_name}\n" in text
+    assert f"**Use it when** {penalty.use}. **Do not" in words
+    assert penalty.source.rpartition(", ")[2] in text
     recipe = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
     section = tomllib.loads(recipe[1])["regularizer"]
     assert type(penalty_of(section["penalty"])) is penalty

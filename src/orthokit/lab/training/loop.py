@@ -108,7 +108,7 @@ def learning_rate(section: TrainSection, steps: int) -> Schedule:
     """The learning rate by step, with ``steps`` to an epoch."""
     schedule: Schedule
     if section.schedule == "cosine":
-        schedule = ok.cosine(section.lr, 0.0, steps=section.epochs * steps)
+        schedule = ok.schedules.cosine(section.lr, 0.0, steps=section.epochs * steps)
     else:
         ends = [round(part * section.epochs * steps) for part in section.milestones]
         drops = {end: section.lr * section.gamma**k for k, end in enumerate(ends, 1)}
