@@ -66,7 +66,7 @@ def _steps(penalty: str) -> list[Any]:
 def gain(name: str, arm: str, panel: str = "", metric: str = "accuracy") -> str:
     """Difference from the baseline, with its interval: of a panel, or their ``mean``."""
     if panel == "mean":
-        found: Any = _comparison(name).contrasts[0].found[arm]
+        found: Any = _comparison(name).contrasts[0].answers[arm]
     else:
         found = _cell(name, arm, panel, metric).difference
     digits = 3 if metric.endswith("loss") else 2
