@@ -186,7 +186,7 @@ class ResidualNorm:
 
 
 def reciprocal(norm: Tensor) -> Tensor:
-    """``1 / norm``; where the norm is 0, as is then what it is multiplied with, a number that no other factor makes infinite."""
+    """``1 / norm``, kept finite. Where the norm is 0, so is whatever we multiply it with."""
     return norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.4).reciprocal()
 
 
@@ -283,7 +283,7 @@ def _squares_and_directions(matrix: Tensor, weighted: bool) -> tuple[Tensor, Ten
     return squares, unit
 
 
-def _inverse_lengths(squares: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+def inverse_lengths(squares: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
     """``1 / ||k_i||``; 0 for a filter without direction, or whose square overflowed."""
     return F.threshold(squares, torch.finfo(squares.dtype).tiny, math.inf).rsqrt()  # NaN stays visible
 
@@ -297,7 +297,7 @@ def _weighted(inverse: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
 
 def _plain_squares_and_directions(matrix: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
     squares = matrix.square().sum(-1)
-    inverse = _inverse_lengths(squares).masked_fill(squares.isinf(), torch.nan)
+    inverse = inverse_lengths(squares).masked_fill(squares.isinf(), torch.nan)
     return squares, matrix * (_weighted(inverse) if weighted else inverse).unsqueeze(-1)
 
 
@@ -312,7 +312,7 @@ class _SquaresAndDirections(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_squares: Tensor, of_directions: Tensor) -> tuple[Tensor, None]:
         matrix, squares, unit = ctx.saved_tensors
-        inverse = _inverse_lengths(squares)
+        inverse = inverse_lengths(squares)
         turning = _weighted(inverse) if ctx.weighted else inverse
         # Moving a filter along itself does not turn it: the part of the pull that is parallel to it is taken away.
         along = (of_directions * unit).sum(-1) * inverse.square()
@@ -468,7 +468,7 @@ def lengths_and_cosines(product: Float[Tensor, "*b o o"]) -> tuple[Lengths, Floa
     diagonal = product.diagonal(dim1=-2, dim2=-1)
     squares = diagonal.clone()
     diagonal.zero_()
-    inverse = _inverse_lengths(squares)
+    inverse = inverse_lengths(squares)
     weighted = _weighted(inverse)
     return Lengths(squares, inverse, weighted), product.mul_(weighted.unsqueeze(-1)).mul_(weighted.unsqueeze(-2))
 
@@ -498,7 +498,7 @@ def welch_bound(o: int, n: int) -> float:
     """The least possible ``max |c_ij|`` of ``o`` directions in ``n`` dimensions, as far as closed forms tell.
 
     0 for ``o <= n``; the Welch bound ``sqrt((o - n) / (n (o - 1)))`` on tall layers; the orthoplex bound ``1 / sqrt(n)`` beyond
-    ``o > n (n + 1) / 2``, where Welch's cannot be reached.
+    ``o > n (n + 1) / 2``, where the Welch bound cannot be reached.
 
     >>> welch_bound(64, 64), round(welch_bound(64, 16), 3), welch_bound(11, 4)
     (0.0, 0.218, 0.5)

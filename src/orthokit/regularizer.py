@@ -19,10 +19,11 @@ from orthokit.engine import Batch, Measured, add_grads_, add_up, in_batches, tot
 from orthokit.gram import GramRule, Side, is_by_rows, is_finite, outside_autocast, upcast
 from orthokit.groups import param_groups
 from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources
-from orthokit.layers import Layer, Where, convs, reshard, select
+from orthokit.layers import Layer, Where, convs, select
 from orthokit.penalties import PENALTIES
 from orthokit.penalties.base import HasNearest, Relaxes, gram_rule_of, is_squared
 from orthokit.schedules import Schedule, as_schedule, check_strength, constant
+from orthokit.wrappers import reshard
 
 
 def sqrt_filters(kernel: Kernel) -> float:
@@ -279,7 +280,7 @@ class Regularizer:
             if reading is not None and (weight := plain_weight(layer.module, layer.weight)) is not None:
                 trains = weight.requires_grad
                 if trains or self.include_frozen:
-                    # A tuple is found as a form is, and made faster.
+                    # A plain tuple hashes like a _Form and is cheaper to build.
                     form = reading, weight.shape, trains, weight.dtype, weight.device
                     if (members := plain.get(cast(_Form, form))) is None:
                         check_shape(layer, reading.rank, reading.shape, weight.shape)
@@ -381,7 +382,10 @@ class Regularizer:
                 "add_grad_ needs autograd, which torch.inference_mode() switches off for good; use torch.no_grad()"
             )
         if self.shard:
-            raise RuntimeError("with shard=True the ranks' shares meet where gradients do: add the value of a call to the loss")
+            raise RuntimeError(
+                "add_grad_() runs after gradients are averaged, so with shard=True each process would add only its own layers: "
+                "add the value of a call to the loss instead"
+            )
         wanted = None if only is None else set(map(id, only))
         if not isinstance(scale, Tensor):
             check_number("scale", scale, -math.inf)

@@ -136,7 +136,7 @@ def _check_weights(weights: object) -> None:
 
 @dataclass(frozen=True)
 class _Term:
-    """Of all cosines, those that count, and what their norm may keep: by default every one, and nothing."""
+    """The cosines that count, and what their norm may keep: by default every one, and nothing."""
 
     free: int | Tensor = 0
     """How many of the largest pairs do not count."""
