@@ -9,6 +9,7 @@ A mark such as ``<!--=cost: SO-->1.3 to 14%<!--/-->`` says where its text comes 
     tried: near; ocnn; 0.1                           validation accuracy at a strength
     cards                                            the overview table of the cards
     penalties                                        the table of the README
+    modules                                          the penalties' part of the reference
 
     python docs/fill.py            # fill in; prints the files that changed
     python docs/fill.py --check    # change nothing; exit status 1 if something would
@@ -52,16 +53,20 @@ def _read(source: str) -> str:
 
 def cost(penalty: str, every: str = "1") -> str:
     """Share of a training step of ``add_grad_()``, from the cheapest to the dearest network."""
-    networks = json.loads((ROOT / "benchmarks/cost.json").read_text("utf-8"))["networks"]["cpu"].values()
-    steps = [network["step"]["share"] for network in networks if penalty in network.get("step", {}).get("share", {})]
-    shares = [f"{share:.2g}" for share in sorted(100 * step[penalty][every]["median"] for step in steps)]
+    shares = [f"{share:.2g}" for share in sorted(100 * step[penalty][every]["median"] for step in _steps(penalty))]
     return f"{shares[0]} to {shares[-1]}%" if len(shares) > 1 else f"{shares[0]}%"
+
+
+def _steps(penalty: str) -> list[Any]:
+    """The measured steps, one a network, among which this penalty is."""
+    networks = json.loads((ROOT / "benchmarks/cost.json").read_text("utf-8"))["networks"]["cpu"].values()
+    return [network["step"]["share"] for network in networks if penalty in network.get("step", {}).get("share", {})]
 
 
 def gain(name: str, arm: str, panel: str = "", metric: str = "accuracy") -> str:
     """Difference from the baseline, with its interval: of a panel, or their ``mean``."""
     if panel == "mean":
-        found: Any = _comparison(name).contrasts[0].found[arm]
+        found: Any = _comparison(name).contrasts[0].answers[arm]
     else:
         found = _cell(name, arm, panel, metric).difference
     digits = 3 if metric.endswith("loss") else 2
@@ -85,14 +90,11 @@ def penalties() -> str:
     """A line for each penalty: its card, when to use it, and where it is from."""
     lines = ["", "| penalty | use it when | from |", "|---|---|---|"]
     for penalty in ok.PENALTIES:
-        card = CARDS / f"{penalty.__name__.lower()}.md"
-        title, text = card.read_text("utf-8").split("\n", 1)
-        text = " ".join(text.split())
-        name = title.removeprefix("# ").partition(":")[0]
-        use = re.search(r"\*\*Use it when\*\* (.*?)\. \*\*Do not", text)
-        label, link = re.search(r"\[([^]]*)\]\((https://[^)]*)\)", text[text.index("What the paper claims") :]).groups()
-        source = f"[{'code' if 'github' in link else label.rpartition('/')[-1]}]({link})"
-        lines.append(f"| [{name}]({card.relative_to(ROOT)}) | {use[1]} | {source} |")
+        card = CARDS / f"{penalty.name.lower()}.md"
+        name = card.read_text("utf-8").split("\n", 1)[0].removeprefix("# ").partition(":")[0]
+        link = penalty.source.rpartition(", ")[2]
+        source = f"[{'code' if 'github' in link else link.rpartition('/')[2]}]({link})"
+        lines.append(f"| [{name}]({card.relative_to(ROOT)}) | {penalty.use} | {source} |")
     return "\n".join([*lines, ""])
 
 
@@ -112,18 +114,30 @@ def cards() -> str:
     """A line for each card: its title, its first sentence, its cost."""
     lines = ["", "| penalty | what it does | cost |", "|---|---|---|"]
     for penalty in ok.PENALTIES:
-        title, _, benefit, *_ = (CARDS / (name := f"{penalty.__name__.lower()}.md")).read_text("utf-8").split("\n")
-        share = cost(COSTS.get(penalty.__name__, penalty.__name__))
+        title, _, benefit, *_ = (CARDS / (name := f"{penalty.name.lower()}.md")).read_text("utf-8").split("\n")
+        measured = COSTS.get(penalty.name, penalty.name)
+        share = cost(measured) if _steps(measured) else "not measured"
         lines.append(f"| [{title.removeprefix('# ')}]({name}) | {benefit} | {share} |")
     return "\n".join([*lines, ""])
 
 
-VERBS = {"cost": cost, "gain": gain, "value": value, "tried": tried, "cards": cards, "penalties": penalties}
+def modules() -> str:
+    """The reference of each penalty's module."""
+    names = dict.fromkeys(penalty.__module__ for penalty in ok.PENALTIES)
+    sections = [
+        f"## {' and '.join(penalty.name for penalty in ok.PENALTIES if penalty.__module__ == name)}\n\n"
+        f"```{{eval-rst}}\n.. automodule:: {name}\n```\n"
+        for name in names
+    ]
+    return "\n" + "\n".join(sections)
+
+
+VERBS = {"cost": cost, "gain": gain, "value": value, "tried": tried, "cards": cards, "penalties": penalties, "modules": modules}
 
 
 def files() -> list[Path]:
     """What is filled in."""
-    return [ROOT / "README.md", *sorted(CARDS.glob("*.md"))]
+    return [ROOT / "README.md", ROOT / "docs/reference.md", *sorted(CARDS.glob("*.md"))]
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ from orthokit import starting  # noqa: F401
 
 from importlib.metadata import version
 
+from orthokit import penalties, schedules
 from orthokit.estimate import estimate
 from orthokit.gram import welch_bound
 from orthokit.groups import param_groups
@@ -30,33 +31,7 @@ from orthokit.layers import (
     tied,
     zeros,
 )
-from orthokit.penalties import (
-    DSO,
-    EADC,
-    EADK,
-    GOR,
-    MC,
-    PENALTIES,
-    SO,
-    SRIP,
-    Coherence,
-    ConvOrth,
-    Disentangled,
-    Lorth,
-    OffDiagonal,
-    angular_dispersion,
-    coherence,
-    convolution_angular_dispersion,
-    convolution_orthogonality,
-    disentangled_orthogonality,
-    double_soft_orthogonality,
-    group_orthogonality,
-    lorth,
-    mutual_coherence,
-    off_diagonal_orthogonality,
-    soft_orthogonality,
-    spectral_restricted_isometry,
-)
+from orthokit.penalties import *  # noqa: F403  # each is named once, there
 from orthokit.regularizer import Regularizer, sqrt_filters
 from orthokit.relax import (
     cardinality,
@@ -70,61 +45,40 @@ from orthokit.relax import (
     welch,
 )
 from orthokit.report import Report, duplicates, merge_copies, operators, report
-from orthokit.schedules import chain, constant, cosine, linear, piecewise, warmup
+
+# Names of before, for one version: see orthokit.schedules.
+from orthokit.schedules import chain as chain
+from orthokit.schedules import constant as constant
+from orthokit.schedules import cosine as cosine
+from orthokit.schedules import linear as linear
+from orthokit.schedules import piecewise, warmup
 from orthokit.testing import check_penalty
 
 __version__ = version("orthokit")
 
 __all__ = [
-    "DSO",
-    "EADC",
-    "EADK",
-    "GOR",
-    "MC",
-    "PENALTIES",
-    "SO",
-    "SRIP",
-    "Coherence",
-    "ConvOrth",
-    "Disentangled",
     "Kernel",
-    "Lorth",
-    "OffDiagonal",
     "Predicate",
     "Regularizer",
     "Report",
-    "angular_dispersion",
     "attach",
     "cardinality",
-    "chain",
     "check_penalty",
-    "coherence",
-    "constant",
-    "convolution_angular_dispersion",
-    "convolution_orthogonality",
     "convs",
-    "cosine",
     "depthwise",
-    "disentangled_orthogonality",
-    "double_soft_orthogonality",
     "duplicates",
     "embeddings",
     "estimate",
     "expected_cardinality",
     "feasible",
     "fraction",
-    "group_orthogonality",
     "head",
     "kernel_of",
     "layers",
-    "linear",
     "linears",
     "log",
-    "lorth",
     "matching",
     "merge_copies",
-    "mutual_coherence",
-    "off_diagonal_orthogonality",
     "operators",
     "param_groups",
     "piecewise",
@@ -132,11 +86,10 @@ __all__ = [
     "pointwise",
     "ranks",
     "report",
+    "schedules",
     "select",
     "share",
-    "soft_orthogonality",
     "spatial",
-    "spectral_restricted_isometry",
     "sqrt_filters",
     "stem",
     "tall",
@@ -147,3 +100,4 @@ __all__ = [
     "welch_bound",
     "zeros",
 ]
+__all__ += penalties.__all__

@@ -10,6 +10,7 @@ from orthokit.checks import warn_once
 from orthokit.gram import lengths, outside_autocast
 from orthokit.kernel import Kernel, KernelMeasure, plain_weight
 from orthokit.layers import Layer
+from orthokit.penalties.base import is_squared
 from orthokit.schedules import Schedule, cosine, linear, warmup
 
 LONG = 4.0
@@ -25,7 +26,7 @@ def warn_of_long_filters(penalty: KernelMeasure, schedule: Schedule, layers: Ite
     at a learning rate of 0.1 with momentum 0.9, which in the long run makes a rate of 1: at half a ResNet-8 forgot all, at a
     twentieth nothing (docs/fine-tuning.md).
     """
-    if getattr(penalty, "squared", False) is not True:
+    if not is_squared(penalty, otherwise=False):
         return
     # Weights that are computed are left out: others train, and a spectral norm is far off before its first iterations.
     plain = (layer for layer in layers if plain_weight(layer.module, layer.weight) is not None and not layer.frozen)

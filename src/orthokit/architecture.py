@@ -18,7 +18,7 @@ from orthokit.checkpoint.kind import regular
 from orthokit.checkpoint.pickles import plain_name
 from orthokit.checkpoint.statedict import Layers, bare, layers_of, pick
 from orthokit.kernel import has_kernel
-from orthokit.layers import unwrap
+from orthokit.wrappers import unwrap
 
 Network = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 """A model, a state dict (or a checkpoint that holds one), or the path of a saved network."""

@@ -9,7 +9,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from orthokit.checks import warn_once
 from orthokit.kernel import has_kernel, is_embedding, stored_sources
-from orthokit.layers import Layer, layers_in, named_modules
+from orthokit.layers import Layer, layers_in
+from orthokit.wrappers import named_modules
 
 
 class Unread(NamedTuple):

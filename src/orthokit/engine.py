@@ -1,8 +1,10 @@
-"""Penalties that are a rule of Gram matrices, see :func:`orthokit.gram.of_gram`: their gradient in closed form, no autograd."""
+"""Closed-form gradients for penalties that depend on a Gram matrix only. No autograd graph is built.
+
+The penalties are those with a rule: see :class:`orthokit.penalties.base.HasGramRule`.
+"""
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ GRAMS = 2**21
 
 
 def large(device: torch.device) -> int:
-    """Numbers from which on a weight costs less by itself, where it is, than copied into a stack."""
+    """Weights with at least this many elements are used in place; smaller ones are stacked."""
     return 2**14 if device.type == "cpu" else 2**19
 
 
@@ -40,7 +42,7 @@ class _Piece(NamedTuple):
         return [each.permute(back) for each in product.view(-1, *size).unbind()]
 
     def as_matrix(self, grad: Tensor) -> Float[Tensor, "k o n"] | None:
-        """The gradient of the only weight as it lies in memory; None if it lies there otherwise than the matrix."""
+        """A view of the single weight's gradient with the matrix's shape, or None if its memory layout differs."""
         ordered = grad if self.order is None else grad.permute(self.order)
         return ordered.view(self.matrix.shape) if ordered.is_contiguous() else None
 
@@ -124,13 +126,6 @@ def in_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
             yield replace(first, parts=parts)
 
 
-def identity(rule: object) -> Hashable:
-    """What is equal for rules that are made of equal parts, by ``functools.partial``."""
-    if isinstance(rule, partial):
-        return rule.func, identity(rule.args), tuple((name, identity(value)) for name, value in rule.keywords.items())
-    return tuple(map(identity, rule)) if isinstance(rule, (list, tuple)) else rule
-
-
 class Measured(NamedTuple):
     """The value of a batch, and the slope of each Gram matrix: twice the derivative by its entries."""
 
@@ -146,7 +141,7 @@ class Measured(NamedTuple):
             yield piece, (slope, piece.matrix) if self.batch.by_rows else (piece.matrix, slope)
 
     def gradients(self, of_value: Tensor) -> list[Tensor]:
-        """Of each weight, by the derivative by the value."""
+        """The gradient of each weight, given the derivative by the value."""
         scaled = self._replace(slope=self.batch.scale * of_value * self.slope)
         with outside_autocast(self.slope.device):  # whoever calls backward under it
             return [each for piece, factors in scaled._factors() for each in piece.split(torch.bmm(*factors))]

@@ -20,7 +20,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from orthokit.checks import check_count, check_number, warn_once
 from orthokit.kernel import kernel_of
-from orthokit.layers import Layer, Where, convs, select, unwrap
+from orthokit.layers import Layer, Where, convs, select
+from orthokit.wrappers import unwrap
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

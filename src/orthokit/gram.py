@@ -21,6 +21,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, cast
 
 import torch
@@ -163,21 +164,29 @@ def distance_rule(
     The sides differ by a constant: ``||K K^T - I||^2 = ||K^T K - I||^2 + o - n``.
     """
     more = {"rows": max(0, o - n), "cols": max(0, n - o), "smaller": 0}[side] * times - less
-    return functools.partial(_by_residual, more=more, squared=squared, times=times), "smaller"
+    return ResidualNorm(more, squared, times), "smaller"
 
 
-def _by_residual(product: Float[Tensor, "*b m m"], *, more: int, squared: bool, times: int) -> tuple[Tensor, Tensor]:
-    difference = less_identity(product)
-    if squared:
-        return times * sum_of_squares(difference) + more, (4 * times) * difference
-    norm = frobenius(difference)
-    if more:
-        norm = (norm.square() + more).sqrt()
-    return norm, (2 * reciprocal(norm))[..., None, None] * difference
+@dataclass(frozen=True)
+class ResidualNorm:
+    """The rule of ``times ||G - I||_F^2 + more``, or of its root."""
+
+    more: int
+    squared: bool
+    times: int
+
+    def __call__(self, product: Float[Tensor, "*b m m"]) -> tuple[Tensor, Tensor]:
+        difference = less_identity(product)
+        if self.squared:
+            return self.times * sum_of_squares(difference) + self.more, (4 * self.times) * difference
+        norm = frobenius(difference)
+        if self.more:
+            norm = (norm.square() + self.more).sqrt()
+        return norm, (2 * reciprocal(norm))[..., None, None] * difference
 
 
 def reciprocal(norm: Tensor) -> Tensor:
-    """``1 / norm``; where the norm is 0, as is then what it is multiplied with, a number that no other factor makes infinite."""
+    """``1 / norm``, kept finite. Where the norm is 0, so is whatever we multiply it with."""
     return norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.4).reciprocal()
 
 
@@ -274,7 +283,7 @@ def _squares_and_directions(matrix: Tensor, weighted: bool) -> tuple[Tensor, Ten
     return squares, unit
 
 
-def _inverse_lengths(squares: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
+def inverse_lengths(squares: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
     """``1 / ||k_i||``; 0 for a filter without direction, or whose square overflowed."""
     return F.threshold(squares, torch.finfo(squares.dtype).tiny, math.inf).rsqrt()  # NaN stays visible
 
@@ -288,7 +297,7 @@ def _weighted(inverse: Float[Tensor, "*b o"]) -> Float[Tensor, "*b o"]:
 
 def _plain_squares_and_directions(matrix: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
     squares = matrix.square().sum(-1)
-    inverse = _inverse_lengths(squares).masked_fill(squares.isinf(), torch.nan)
+    inverse = inverse_lengths(squares).masked_fill(squares.isinf(), torch.nan)
     return squares, matrix * (_weighted(inverse) if weighted else inverse).unsqueeze(-1)
 
 
@@ -303,7 +312,7 @@ class _SquaresAndDirections(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_squares: Tensor, of_directions: Tensor) -> tuple[Tensor, None]:
         matrix, squares, unit = ctx.saved_tensors
-        inverse = _inverse_lengths(squares)
+        inverse = inverse_lengths(squares)
         turning = _weighted(inverse) if ctx.weighted else inverse
         # Moving a filter along itself does not turn it: the part of the pull that is parallel to it is taken away.
         along = (of_directions * unit).sum(-1) * inverse.square()
@@ -371,7 +380,10 @@ def plus_transpose(matrix: Float[Tensor, "*b o o"]) -> Float[Tensor, "*b o o"]:
 
 
 GramRule = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""``G -> (value, slope)``: twice the derivative of the value by the entries of a Gram matrix, as a symmetric matrix."""
+"""``G -> (value, slope)``: twice the derivative of the value by the entries of a Gram matrix, as a symmetric matrix.
+
+A rule is a value: a function, or a frozen dataclass of its options. Layers whose rules are equal are worked on together.
+"""
 
 
 def of_gram(matrix: Float[Tensor, "*b o n"], rule: GramRule, side: Side = "rows") -> Float[Tensor, "*b"]:
@@ -380,8 +392,7 @@ def of_gram(matrix: Float[Tensor, "*b o n"], rule: GramRule, side: Side = "rows"
     ``slope @ K`` by rows, ``K @ slope`` by columns: nothing else of size ``o x n`` is made. A rule consists of differentiable
     operations, for whoever differentiates twice.
 
-    A penalty that is such a value and nothing else may say so by a method ``gram_rule(o, n, rank) -> (rule, side)``, or None for
-    layers of a shape where it is not. Its gradient then needs no graph: see :meth:`orthokit.Regularizer.add_grad_`.
+    A penalty that is such a value and nothing else offers its rule: see :class:`orthokit.penalties.base.HasGramRule`.
     """
     by_rows = is_by_rows(matrix.shape, side)
     if is_transformed():  # Note [transforms]
@@ -423,15 +434,22 @@ def cosine_rule(rule: CosineRule, n: int) -> tuple[GramRule, Side]:
     A filter whose square is ``tiny(dtype)`` or less has no direction: its cosines are zero, and have gradient zero. Nor can a
     filter of ``n = 1`` weight turn: its gradient is one of length alone, without the rounding of what should cancel.
     """
-    return functools.partial(_by_cosines, rule, n > 1), "rows"
+    return RuleOfCosines(rule, n > 1), "rows"
 
 
-def _by_cosines(rule: CosineRule, turning: bool, product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
-    lengths, c = lengths_and_cosines(product)
-    value, by_squares, by_cosines = rule(lengths.squares, c if turning else c.detach())
-    if not turning:
-        by_cosines = torch.zeros_like(by_cosines)
-    return value, by_filters(lengths, 2 * by_squares, by_cosines, row_products(by_cosines, c))
+@dataclass(frozen=True)
+class RuleOfCosines:
+    """A rule of squared lengths and weighted cosines as one of the Gram matrix; ``turning``: whether filters have directions."""
+
+    rule: CosineRule
+    turning: bool
+
+    def __call__(self, product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
+        lengths, c = lengths_and_cosines(product)
+        value, by_squares, by_cosines = self.rule(lengths.squares, c if self.turning else c.detach())
+        if not self.turning:
+            by_cosines = torch.zeros_like(by_cosines)
+        return value, by_filters(lengths, 2 * by_squares, by_cosines, row_products(by_cosines, c))
 
 
 class Lengths(NamedTuple):
@@ -450,7 +468,7 @@ def lengths_and_cosines(product: Float[Tensor, "*b o o"]) -> tuple[Lengths, Floa
     diagonal = product.diagonal(dim1=-2, dim2=-1)
     squares = diagonal.clone()
     diagonal.zero_()
-    inverse = _inverse_lengths(squares)
+    inverse = inverse_lengths(squares)
     weighted = _weighted(inverse)
     return Lengths(squares, inverse, weighted), product.mul_(weighted.unsqueeze(-1)).mul_(weighted.unsqueeze(-2))
 
@@ -480,7 +498,7 @@ def welch_bound(o: int, n: int) -> float:
     """The least possible ``max |c_ij|`` of ``o`` directions in ``n`` dimensions, as far as closed forms tell.
 
     0 for ``o <= n``; the Welch bound ``sqrt((o - n) / (n (o - 1)))`` on tall layers; the orthoplex bound ``1 / sqrt(n)`` beyond
-    ``o > n (n + 1) / 2``, where Welch's cannot be reached.
+    ``o > n (n + 1) / 2``, where the Welch bound cannot be reached.
 
     >>> welch_bound(64, 64), round(welch_bound(64, 16), 3), welch_bound(11, 4)
     (0.0, 0.218, 0.5)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from orthokit.checks import check_flag, check_number
-from orthokit.layers import Layer, reshard
+from orthokit.layers import Layer
+from orthokit.wrappers import reshard
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

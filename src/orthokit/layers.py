@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -10,13 +9,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from orthokit.checkpoint.statedict import Layers, layers_of
 from orthokit.checks import did_you_mean, warn_once
@@ -32,6 +29,28 @@ from orthokit.kernel import (
     stored_weight,
     views,
 )
+from orthokit.wrappers import named_modules, reshard, unwrap
+
+__all__ = [
+    "Layer",
+    "Predicate",
+    "Where",
+    "convs",
+    "depthwise",
+    "embeddings",
+    "head",
+    "layers",
+    "layers_in",
+    "linears",
+    "matching",
+    "pointwise",
+    "select",
+    "spatial",
+    "stem",
+    "tall",
+    "tied",
+    "zeros",
+]
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -183,7 +202,7 @@ last layer with a kernel view, in the model's order. Leave it out with ``linears
 
 
 def matching(*patterns: str) -> Predicate:
-    """Layers (with a kernel view) whose dotted name matches one of the shell-style ``patterns``.
+    """Choose layers (with a kernel view) whose dotted name matches one of the shell-style ``patterns``.
 
     Each pattern must match some layer of the model; the selection raises ``ValueError`` otherwise.
 
@@ -264,8 +283,8 @@ def layers_in(path: str, module: nn.Module) -> Iterator[Layer]:
 
 def _layer_named(name: str, module: nn.Module) -> Layer:
     """The one of the module's layers that has this name, which may be a longer one; else the first."""
-    found = list(layers_in("", module))
-    return next((layer for layer in found if layer.name and f".{name}".endswith(f".{layer.name}")), found[0])
+    own = list(layers_in("", module))
+    return next((layer for layer in own if layer.name and f".{name}".endswith(f".{layer.name}")), own[0])
 
 
 class _Model:
@@ -387,60 +406,3 @@ def _parts(where: object) -> Iterator[partial[bool]]:
         yield test
         for arg in test.args:
             yield from _parts(arg)
-
-
-SHELLS = "_orig_mod", "_forward_module", "_original_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"
-"""How ``torch.compile``, Fabric and torch's wrappers for checkpointing and sharding call the module in them."""
-
-
-def _inner(module: nn.Module) -> nn.Module | None:
-    """The module in a wrapper; None if this is not one."""
-    if isinstance(module, (DataParallel, DistributedDataParallel, AveragedModel)):
-        return cast(nn.Module, module.module)
-    names = list(module._modules)
-    return module._modules[names[0]] if names and all(name in SHELLS for name in names) else None
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside any nesting of wrappers: data-parallel ones, ``torch.compile``, averaged models, Fabric."""
-    while (inner := _inner(model)) is not None:
-        model = inner
-    return model
-
-
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the bare model, each once, by the names that they have without any wrapper."""
-    bare = unwrap(model)
-    while list(bare._modules) == ["module"] and not bare._parameters:  # wrappers of other libraries
-        bare = unwrap(cast(nn.Module, bare._modules["module"]))
-    waiting, seen = [("", bare)], set[nn.Module]()
-    while waiting:
-        path, module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        if (inner := _inner(module)) is not None:
-            waiting.append((path, inner))
-            continue
-        yield path, module
-        parts = [(f"{path}.{name}" if path else name, part) for name, part in module._modules.items() if part is not None]
-        waiting += reversed(parts)
-
-
-def reshard(model: nn.Module) -> None:
-    """Have FSDP2 (``fully_shard``) put its shards back where a forward pass has left gathered weights in the model.
-
-    The gathered ones may be of lower precision, and a gradient that reached them would be averaged, or lost.
-
-    Raises:
-        TypeError: the model is in the first FSDP, ``FullyShardedDataParallel``.
-    """
-    # Nobody can have sharded the model who has not imported this.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FullyShardedDataParallel):
-            raise TypeError("FullyShardedDataParallel flattens the weights; use torch.distributed.fsdp.fully_shard")
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()

@@ -34,11 +34,11 @@ WORDS = {
 }
 """Colour of each word of a report; readable on white and on black."""
 INK = "#808080"
-"""Of text and axes that stand on white or on black."""
+"""The colour of text and axes that stand on white or on black."""
 BLOCKS = 256
 """Rows and columns of a heat map; of more filters each block shows its largest ``|c|``."""
 LARGEST = 2048
-"""Of a layer with more filters, the cosines among its first ``LARGEST`` are drawn."""
+"""Filters drawn: of a layer with more, only the cosines among its first ``LARGEST`` are."""
 
 
 @contextlib.contextmanager

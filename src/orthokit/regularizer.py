@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from orthokit.advice import check_shape, named, warn_of_long_filters
 from orthokit.audit import check_places, edges_to, warn_of_selection
 from orthokit.checks import check_count, check_flag, check_number, warn_once
-from orthokit.engine import Batch, Measured, add_grads_, add_up, identity, in_batches, total
+from orthokit.engine import Batch, Measured, add_grads_, add_up, in_batches, total
 from orthokit.gram import GramRule, Side, is_by_rows, is_finite, outside_autocast, upcast
 from orthokit.groups import param_groups
 from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources
-from orthokit.layers import Layer, Where, convs, reshard, select
+from orthokit.layers import Layer, Where, convs, select
+from orthokit.penalties import PENALTIES
+from orthokit.penalties.base import HasNearest, Relaxes, gram_rule_of, is_squared
 from orthokit.schedules import Schedule, as_schedule, check_strength, constant
+from orthokit.wrappers import reshard
 
 
 def sqrt_filters(kernel: Kernel) -> float:
@@ -30,7 +33,6 @@ def sqrt_filters(kernel: Kernel) -> float:
 
 MOST_STEPS = 2**53
 """Steps that a schedule can still tell apart as floating-point numbers."""
-RULED = "gram_rule", "__call__"
 STACKED = 2**21
 """Bytes up to which weights of equal shape are copied into one stack: small enough for a core's cache, large enough for its
 products. A larger weight is read where it is."""
@@ -159,7 +161,7 @@ class Regularizer:
         check_flag("shard", shard)
         self.include_frozen, self.every, self.shard = include_frozen, every, shard
         self.steps = 0
-        self.calls: Counter[str] = Counter()
+        self._calls: Counter[str] = Counter()
         self.layers = select(model, where)
         if not include_frozen and all(layer.frozen for layer in self.layers):
             raise ValueError(f"all {len(self.layers)} selected layers are frozen; unfreeze some, or pass include_frozen=True")
@@ -179,8 +181,8 @@ class Regularizer:
         zero: list[Layer] = []
         for layer in self.layers:
             kernel = layer.kernel
-            if (transition := getattr(penalty, "transition", None)) is not None:
-                self.ranks[layer.name] = transition(kernel.o, kernel.n, layer.name)
+            if isinstance(penalty, Relaxes):
+                self.ranks[layer.name] = penalty.transition(kernel.o, kernel.n, layer.name)
             view, rank = plain_view(layer.module, layer.weight), self.ranks.get(layer.name)
             self._shapes.append(kernel.weight.shape)
             shape = getattr(plain_weight(layer.module, layer.weight), "shape", None)
@@ -195,7 +197,7 @@ class Regularizer:
 
     @property
     def _squared(self) -> bool:
-        return bool(getattr(self.penalty, "squared", True))
+        return is_squared(self.penalty, otherwise=True)
 
     @property
     def strength(self) -> float:
@@ -231,8 +233,8 @@ class Regularizer:
         strength = self.strength
         if self.every == 1:
             return strength
-        due = self.calls[key] % self.every == 0
-        self.calls[key] += 1
+        due = self._calls[key] % self.every == 0
+        self._calls[key] += 1
         return due * strength * self.every
 
     def per_layer(self) -> dict[str, float]:
@@ -278,7 +280,7 @@ class Regularizer:
             if reading is not None and (weight := plain_weight(layer.module, layer.weight)) is not None:
                 trains = weight.requires_grad
                 if trains or self.include_frozen:
-                    # A tuple is found as a form is, and made faster.
+                    # A plain tuple hashes like a _Form and is cheaper to build.
                     form = reading, weight.shape, trains, weight.dtype, weight.device
                     if (members := plain.get(cast(_Form, form))) is None:
                         check_shape(layer, reading.rank, reading.shape, weight.shape)
@@ -314,14 +316,8 @@ class Regularizer:
         """The rule of Gram matrices that the penalty is on such weights, if it is one."""
         key, (view, rank) = form[:2], (form.reading.view, form.reading.rank)
         if key not in self._rules:
-            owner = {name: next((c for c in type(self.penalty).__mro__ if name in vars(c)), object) for name in RULED}
-            found = None
-            # Not that of a class whose call was overridden.
-            if issubclass(owner["gram_rule"], owner["__call__"]) and not (view.transposed and view.stride):
-                found = cast(Any, self.penalty).gram_rule(form.o, form.n, rank)
-            # Equal ones are one.
-            same = (known for known in self._rules.values() if known and found and identity(known) == identity(found))
-            self._rules[key] = next(same, found)
+            is_adjoint = view.transposed and bool(view.stride)
+            self._rules[key] = None if is_adjoint else gram_rule_of(self.penalty, form.o, form.n, rank)
         return self._rules[key] if form.dtype.itemsize >= 4 else None
 
     def _batches(self, closed: _Plain) -> list[Batch]:
@@ -386,7 +382,10 @@ class Regularizer:
                 "add_grad_ needs autograd, which torch.inference_mode() switches off for good; use torch.no_grad()"
             )
         if self.shard:
-            raise RuntimeError("with shard=True the ranks' shares meet where gradients do: add the value of a call to the loss")
+            raise RuntimeError(
+                "add_grad_() runs after gradients are averaged, so with shard=True each process would add only its own layers: "
+                "add the value of a call to the loss instead"
+            )
         wanted = None if only is None else set(map(id, only))
         if not isinstance(scale, Tensor):
             check_number("scale", scale, -math.inf)
@@ -435,18 +434,18 @@ class Regularizer:
 
         Raises:
             FloatingPointError: a weight is NaN or infinite; the message names the layers.
-            TypeError: the penalty has no method ``nearest`` (``SO``, ``DSO``, ``SRIP`` and ``Disentangled`` have).
+            TypeError: the penalty has no method ``nearest``: see :class:`orthokit.penalties.base.HasNearest`.
             ValueError: ``rate`` is not in (0, 1]; a relaxation whose nearest minimum is not known in closed form; or a layer
                 whose weight is computed (parametrized, pruned, sharded) and cannot be set.
         """
         check_number("rate", rate, 0, 1, open_low=True)
-        nearest = getattr(self.penalty, "nearest", None)
-        if nearest is None:
-            raise TypeError(f"{self.penalty!r} knows no nearest minimum in closed form; use SO, DSO, SRIP or Disentangled")
+        if not isinstance(self.penalty, HasNearest):
+            able = ", ".join(kind.__name__ for kind in PENALTIES if issubclass(kind, HasNearest))
+            raise TypeError(f"{self.penalty!r} does not know its nearest minimum in closed form; use one of {able}")
         moves = []
         for stack in self._read()[1]:
             try:
-                targets = nearest(stack.kernel())
+                targets = self.penalty.nearest(stack.kernel())
             except FloatingPointError as error:
                 raise named(stack.layers, error) from None
             for layer, target in zip(stack.layers, targets, strict=True):
@@ -469,7 +468,7 @@ class Regularizer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold: the step of the schedule, and with ``every=`` the calls so far."""
-        return {"steps": self.steps, "calls": dict(self.calls)}
+        return {"steps": self.steps, "calls": dict(self._calls)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the step of a saved :meth:`state_dict`."""
@@ -482,7 +481,7 @@ class Regularizer:
         for name, count in calls.items():
             check_count(f"calls of {name!r}", count, 0, MOST_STEPS)
         self.steps = int(state["steps"])
-        self.calls = Counter({name: int(count) for name, count in calls.items()})
+        self._calls = Counter({name: int(count) for name, count in calls.items()})
 
     def __repr__(self) -> str:
         strength = self.schedule.strength if isinstance(self.schedule, constant) else self.schedule

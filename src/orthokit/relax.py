@@ -233,7 +233,7 @@ PLAN_COLUMNS = (
     Column("groups", "g", "d"),
     Column("o", "o", "d"),
     Column("n", "n", "d"),
-    Column("determined", "det.", "s"),
+    Column("shape", "shape", "s"),
     Column("r", "r", "d"),
     Column("free", "free pairs", ",d"),
     Column("pairs", "of", ",d"),
@@ -251,7 +251,7 @@ def plan(
 ) -> Table:
     """What ``relax`` asks of each layer of a model or state dict; print it before training. Shapes suffice: a meta model will do.
 
-    Columns: filters ``o`` and weights per filter ``n`` (of each group), under- or over-determined, the transition dimension
+    Columns: filters ``o`` and weights per filter ``n`` (of each group), wide or tall, the transition dimension
     ``r``, how many pairs ``form="pairs"`` leaves free of how many, and the ceiling ``w_r`` of ``form="welch"``. Two arms of
     an experiment whose plans are equal are the same arm. The memory is what measuring the layer takes at most, in megabytes: two
     matrices ``o x o`` per group in float32. Where all pairs count, a tall layer of 256 filters or more needs ``n x n`` only.
@@ -270,7 +270,7 @@ def plan(
                 "groups": groups,
                 "o": o,
                 "n": n,
-                "determined": "under" if o <= n else "over",
+                "shape": "wide" if o <= n else "tall",
                 "r": r,
                 "free": groups * cardinality(o, r, count),
                 "pairs": groups * (o * (o - 1) // 2),

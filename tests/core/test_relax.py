@@ -122,7 +122,7 @@ def test_plan():
     plan = ok.plan(model, ok.feasible())
     rows = plan.to_dict()["layers"]
     assert [row["layer"] for row in rows] == ["0", "1", "2"]
-    assert [row["determined"] for row in rows] == ["under", "over", "under"]
+    assert [row["shape"] for row in rows] == ["wide", "tall", "wide"]
     assert [row["r"] for row in rows] == [16, 16, 8]
     assert [row["pairs"] for row in rows] == [120, 496, 4 * 28]
     assert [row["free"] for row in rows] == [0, ok.cardinality(32, 16), 0]

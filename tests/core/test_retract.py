@@ -214,7 +214,11 @@ def test_the_nearest_is_a_minimum_of_its_penalty():
 @pytest.mark.parametrize(
     ("penalty", "error", "message"),
     [
-        (ok.Coherence(), TypeError, r"Coherence\(\) knows no nearest minimum in closed form"),
+        (
+            ok.Coherence(),
+            TypeError,
+            r"Coherence\(\) does not know its nearest minimum .*; use one of SO, DSO",
+        ),
         (ok.Disentangled(relax=ok.share(0.1), form="welch"), ValueError, "form='welch' leaves many minima"),
         (ok.Disentangled(ceiling=ok.welch()), ValueError, "a ceiling leaves many minima"),
     ],

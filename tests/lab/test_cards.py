@@ -27,6 +27,7 @@ def fill():
     return module
 
 
+@pytest.mark.results
 def test_every_number_is_the_one_that_was_measured(fill):
     for path in fill.files():
         text = path.read_text("utf-8")
@@ -59,6 +60,9 @@ def test_a_card_has_all_its_parts(penalty):
     assert "![" not in text
     words = " ".join(text.split())
     assert [part for part in PARTS if f"**{part}" not in words] == []
+    assert f": {penalty.long_name}\n" in text
+    assert f"**Use it when** {penalty.use}. **Do not" in words
+    assert penalty.source.rpartition(", ")[2] in text
     recipe = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
     section = tomllib.loads(recipe[1])["regularizer"]
     assert type(penalty_of(section["penalty"])) is penalty
@@ -66,6 +70,7 @@ def test_a_card_has_all_its_parts(penalty):
     assert f"ok.{penalty.__name__}(" in text
 
 
+@pytest.mark.results
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "src/orthokit/cards").glob("*.md"))], ids=lambda p: p.name)
 def test_links_and_cells(path):
     text = path.read_text("utf-8")

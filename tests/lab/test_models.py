@@ -112,11 +112,11 @@ def test_group_sizes():
     ids=["projection", "identity", "gray", "imagenet", "wide", "wider"],
 )
 def test_over_determined_layers(network, over):
-    assert [row["layer"] for row in ok.plan(network, None, where=ok.convs).rows if row["determined"] == "over"] == over
+    assert [row["layer"] for row in ok.plan(network, None, where=ok.convs).rows if row["shape"] == "tall"] == over
 
 
 def test_over_determined_layers_of_bottlenecks():
-    over = [row["layer"] for row in ok.plan(ImageNetResNet(50), None, where=ok.convs).rows if row["determined"] == "over"]
+    over = [row["layer"] for row in ok.plan(ImageNetResNet(50), None, where=ok.convs).rows if row["shape"] == "tall"]
     assert set(over) == {"conv", *(f"blocks.{k}.conv3" for k in range(16)), *(f"blocks.{k}.shortcut.0" for k in (0, 3, 7, 13))}
 
 

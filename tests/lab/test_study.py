@@ -357,6 +357,7 @@ def digest(comparison: Comparison) -> str:
     return hashlib.sha256(repr([[rounded(cell) for cell in row.values()] for row in rows]).encode()).hexdigest()[:16]
 
 
+@pytest.mark.results
 @pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.stem)
 def test_studies_of_the_repository(file, tmp_path):
     """Their results are kept, whole unless unfinished, and of the recipes as they are now; they say what they said."""

@@ -81,7 +81,7 @@ def kind_of(path: Path, head: bytes, size: int) -> str:
 
 
 def _text(head: bytes) -> str | None:
-    """What kind of text begins so; None if it is no text, or the oldest kind of pickle."""
+    """What kind of text begins so; None if it is not text, or the oldest kind of pickle."""
     try:
         start = head.decode("utf-8", "strict" if len(head) < 512 else "ignore").lstrip("\ufeff \t\r\n").lower()
     except UnicodeDecodeError:

@@ -133,7 +133,7 @@ class Reading:
         return weight is not None and weight.ndim == 2 and unit.bias == weight.shape[1] != weight.shape[0]
 
     def module(self, unit: Unit) -> nn.Module | None:
-        """The layer, with its weight; None of a normalisation, and of what is no layer."""
+        """The layer, with its weight; None for a normalisation, and for what is not a layer."""
         module = self._module(unit)
         if unit.out is not None and id(unit) not in self.squeezes:
             self.given.add(unit.out)

@@ -151,7 +151,7 @@ def layers_of(checkpoint: Mapping[Any, Any], key: str | None = None) -> Layers:
 
 
 def _is_row(module: object) -> bool:
-    """Whether the module is a layer of the report: one with a kernel view that is no embedding."""
+    """Whether the module is a layer of the report: one with a kernel view that is not an embedding."""
     return has_kernel(module) and not is_embedding(module)
 
 

@@ -48,20 +48,19 @@ class List:
                 from orthokit.lab.recipes.compose import overview
             say(console, overview())
             return
-        known = {penalty.__name__.lower(): penalty for penalty in ok.PENALTIES}
+        known = {penalty.name.lower(): penalty for penalty in ok.PENALTIES}
         if self.name is not None:
             if (penalty := known.get(self.name.lower())) is None:
-                raise UsageError(f"no penalty {self.name!r}; there are {', '.join(p.__name__ for p in ok.PENALTIES)}")
-            console.print(f"[bold]orthokit.{penalty.__name__}[/]{escape(_options(penalty))}")
-            console.print(Markdown(cards.read(penalty.__name__)))
-            console.print(f"\n{_plain(_module_doc(penalty))}", markup=False)
+                raise UsageError(f"no penalty {self.name!r}; there are {', '.join(p.name for p in ok.PENALTIES)}")
+            console.print(f"[bold]orthokit.{penalty.name}[/]{escape(_options(penalty))}")
+            console.print(Markdown(cards.read(penalty.name)))
+            console.print(f"\nSource: {penalty.source}", markup=False)
             return
         table = RichTable(box=box.SIMPLE_HEAD)
-        for header in ("penalty", "value", "source"):
+        for header in ("penalty", "what it is", "use it when", "source"):
             table.add_column(header, overflow="fold")
         for penalty in ok.PENALTIES:
-            source = re.search(r"Source: (.*)\.", inspect.getdoc(_function(penalty)) or "")
-            table.add_row(penalty.__name__, escape(_formula(penalty)), source[1] if source else "")
+            table.add_row(penalty.name, *map(escape, (penalty.long_name, penalty.use, penalty.source)))
         console.print(table)
         console.print(
             "orthokit list NAME has all about one. To begin: orthokit.Regularizer(model, orthokit.Disentangled(), strength=0.1)"
@@ -308,25 +307,5 @@ class Plan:
         return network, ok.estimate(network, images.split(250), energy, where=where)
 
 
-def _module_doc(penalty: type) -> str:
-    return inspect.getdoc(sys.modules[penalty.__module__]) or ""
-
-
-def _function(penalty: type) -> Any:
-    """The function that a penalty's class docstring points to."""
-    match = re.search(r":func:`(\w+)`", inspect.getdoc(penalty) or "")
-    if match is None:
-        raise UsageError("descriptions are read from docstrings, which python -OO strips; run without it")
-    return getattr(sys.modules[penalty.__module__], match[1])
-
-
-def _formula(penalty: type) -> str:
-    return _plain((inspect.getdoc(_function(penalty)) or "").split("\n\n")[0]).replace("\n", " ").rstrip(".")
-
-
 def _options(penalty: type) -> str:
     return re.sub(r"orthokit\.\w+\.(\w+\.)*|typing\.| -> None", "", str(inspect.signature(penalty)))
-
-
-def _plain(text: str) -> str:
-    return re.sub(r":\w+:`([^`]*)`", r"\1", text).replace("``", "")

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from orthokit.checks import check_count
-from orthokit.gram import directions, frobenius, full_precision
+from orthokit.gram import directions, frobenius, full_precision, inverse_lengths
 
 COPY = 0.99
 """Two filters with ``|c_ij|`` above this are copies of each other."""
@@ -37,7 +37,7 @@ def angles(matrix: Float[Tensor, "*b o n"], product: Float[Tensor, "*b o o"] | N
     Angles(total=tensor(1.), largest=tensor(1.), copies=tensor(1))
     """
     unit = directions(matrix) if product is None else torch.empty(0)
-    inverse = None if product is None else _inverse(product.diagonal(dim1=-2, dim2=-1))
+    inverse = None if product is None else inverse_lengths(product.diagonal(dim1=-2, dim2=-1))
     *batch, o, _ = matrix.shape
     rows = max(1, BLOCK // (o * max(1, torch.Size(batch).numel())))
     parts = []
@@ -51,11 +51,6 @@ def angles(matrix: Float[Tensor, "*b o n"], product: Float[Tensor, "*b o o"] | N
         parts.append(Angles(block.sum((-2, -1)), block.amax((-2, -1)), (block > COPY).sum((-2, -1))))
     total, largest, copies = (torch.stack(part) for part in zip(*parts, strict=True))
     return Angles(total.sum(0), largest.amax(0), copies.sum(0))
-
-
-def _inverse(squares: Tensor) -> Tensor:
-    """``1 / ||k_i||``, 0 for a filter without direction."""
-    return torch.where(squares > torch.finfo(squares.dtype).tiny, squares.rsqrt(), 0.0)
 
 
 def random_cosine(n: int) -> float:

@@ -3,7 +3,6 @@
 ``pytorch_lightning``, the same framework under its older name, is used where it alone is installed.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +35,7 @@ else:
 
 # Their processes hold shards of the weights, or an optimizer of another kind than PyTorch's.
 SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+NEW: dict[str, Any] = {"steps": 0, "calls": {}}
 
 
 class OrthoCallback(Callback):
@@ -98,8 +98,8 @@ class OrthoCallback(Callback):
         self.include_frozen, self.every = include_frozen, every
         self.step, self.log_every, self.report, self.name = step, log_every, report, name
         self.ortho: Regularizer | None = None
-        self._steps, self._seen, self._began = 0, -1, 0
-        self._calls: Counter[str] = Counter()  # the regularizer's own
+        self._seen, self._began = -1, 0
+        self._state: dict[str, Any] = NEW  # the regularizer's, while there is none
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -110,11 +110,12 @@ class OrthoCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew with every new Trainer; comes before a checkpoint is loaded."""
         if stage == "fit" and trainer.global_step == trainer.current_epoch == 0:
-            self._steps, self._seen, self._calls = 0, -1, Counter()
+            self.ortho, self._seen, self._state = None, -1, NEW
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the layers and attach to the optimizers, which exist from here on."""
         self._detach()
+        state = self._regularizer_state()
         if (strategy := type(trainer.strategy).__name__) in SHARDED:
             raise ValueError(
                 f"OrthoCallback needs whole weights and PyTorch's own optimizers; under {strategy} a process has only a part of "
@@ -129,8 +130,7 @@ class OrthoCallback(Callback):
             include_frozen=self.include_frozen,
             every=self.every,
         )
-        self.ortho.load_state_dict({"steps": self._steps})
-        self.ortho.calls = self._calls
+        self.ortho.load_state_dict(state)
         if self._seen < 0:
             self._seen = self._count(trainer)
         check_trained(self.ortho, *trainer.optimizers)
@@ -144,7 +144,7 @@ class OrthoCallback(Callback):
         passed = count - self._seen if self.step == "epoch" else int(count > self._seen)
         for _ in range(passed):
             self.ortho.step()
-        self._steps, self._seen, self._began = self.ortho.steps, count, trainer.global_step
+        self._seen, self._began = count, trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log, where an optimizer has stepped and it is time to."""
@@ -168,7 +168,7 @@ class OrthoCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the schedule, its unit, and the Trainer's count at that step."""
-        return {"steps": self._steps, "step": self.step, "seen": self._seen, "calls": dict(self._calls)}
+        return {**self._regularizer_state(), "step": self.step, "seen": self._seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the step of a saved :meth:`state_dict`.
@@ -180,8 +180,11 @@ class OrthoCallback(Callback):
             raise ValueError(
                 f"the checkpoint's schedule counts in step={unit!r}, this OrthoCallback in {self.step!r}; pass the same"
             )
-        self._steps, self._seen = state_dict["steps"], state_dict["seen"]
-        self._calls = Counter(state_dict.get("calls", {}))
+        self._seen = state_dict["seen"]
+        self.ortho, self._state = None, {"steps": state_dict["steps"], "calls": dict(state_dict.get("calls", {}))}
+
+    def _regularizer_state(self) -> dict[str, Any]:
+        return self._state if self.ortho is None else self.ortho.state_dict()
 
     def _count(self, trainer: Trainer) -> int:
         return int(trainer.current_epoch if self.step == "epoch" else trainer.global_step)

@@ -16,8 +16,9 @@ from torch import nn
 from orthokit.checks import check_count, check_flag
 from orthokit.diagnostics import angles, random_cosine
 from orthokit.gram import outside_autocast, upcast
-from orthokit.layers import Layer, reshard
+from orthokit.layers import Layer
 from orthokit.regularizer import Regularizer
+from orthokit.wrappers import reshard
 
 DICTIONARIES = "log_metrics", "log_dict", "log"
 """Methods of loggers that take a dictionary and ``step=``: Lightning's and MLflow's, Fabric's, those of W&B and Accelerate."""

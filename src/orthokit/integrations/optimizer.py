@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from orthokit.checks import warn_once
-from orthokit.layers import reshard
 from orthokit.regularizer import Regularizer
+from orthokit.wrappers import reshard
 
 
 def attach(ortho: Regularizer, optimizer: Any) -> RemovableHandle:

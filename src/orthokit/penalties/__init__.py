@@ -1,5 +1,6 @@
 """Penalties: measures of a kernel that are small where its filters are orthogonal, one paper's method a file."""
 
+from orthokit.penalties.base import Penalty
 from orthokit.penalties.coherence import MC, Coherence, coherence, mutual_coherence
 from orthokit.penalties.conv_orth import ConvOrth, Lorth, convolution_orthogonality, lorth
 from orthokit.penalties.disentangled import Disentangled, disentangled_orthogonality
@@ -10,7 +11,7 @@ from orthokit.penalties.off_diagonal import OffDiagonal, off_diagonal_orthogonal
 from orthokit.penalties.so import SO, soft_orthogonality
 from orthokit.penalties.srip import SRIP, spectral_restricted_isometry
 
-PENALTIES: tuple[type, ...] = (SO, DSO, MC, Coherence, SRIP, OffDiagonal, Disentangled, ConvOrth, Lorth, EADK, EADC, GOR)
+PENALTIES: tuple[type[Penalty], ...] = (SO, DSO, MC, Coherence, SRIP, OffDiagonal, Disentangled, ConvOrth, Lorth, EADK, EADC, GOR)
 
 __all__ = [
     "DSO",
@@ -26,6 +27,7 @@ __all__ = [
     "Disentangled",
     "Lorth",
     "OffDiagonal",
+    "Penalty",
     "angular_dispersion",
     "coherence",
     "convolution_angular_dispersion",

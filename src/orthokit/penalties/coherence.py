@@ -106,6 +106,10 @@ def _by_largest_cosine(squares: Float[Tensor, "*b o"], c: Float[Tensor, "*b o o"
 class MC:
     """:func:`mutual_coherence` of a layer's kernel matrix."""
 
+    name: ClassVar[str] = "MC"
+    long_name: ClassVar[str] = "mutual coherence of the residual"
+    source: ClassVar[str] = "Bansal, Chen, Wang 2018, https://arxiv.org/abs/1810.09102"
+    use: ClassVar[str] = "you reproduce a result that used it"
     squared: ClassVar[bool] = False
     norm: Literal["max", "rowsum"] = "max"
     __repr__ = short_repr
@@ -125,6 +129,10 @@ class MC:
 class Coherence:
     """:func:`coherence` of a layer's kernel matrix."""
 
+    name: ClassVar[str] = "Coherence"
+    long_name: ClassVar[str] = "the largest cosine"
+    source: ClassVar[str] = "Welch 1974, https://doi.org/10.1109/TIT.1974.1055219"
+    use: ClassVar[str] = "you want to look at the worst pair, or hold it below a bound"
     squared: ClassVar[bool] = False
 
     def __call__(self, kernel: Kernel) -> Tensor:

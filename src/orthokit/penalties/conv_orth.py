@@ -72,6 +72,10 @@ def lorth(weight: Float[Tensor, "..."], *, stride: tuple[int, ...] = ()) -> Floa
 class ConvOrth:
     """:func:`convolution_orthogonality` of a layer; a transposed convolution as its adjoint."""
 
+    name: ClassVar[str] = "ConvOrth"
+    long_name: ClassVar[str] = "orthogonal convolution (OCNN)"
+    source: ClassVar[str] = "Wang, Chen, Chakraborty, Yu 2020, https://arxiv.org/abs/1911.12207"
+    use: ClassVar[str] = "the layer as an operator matters: stable signals through depth, overlapping windows, few strides"
     squared: bool = True
     __repr__ = short_repr
 
@@ -87,6 +91,10 @@ class ConvOrth:
 class Lorth:
     """:func:`lorth` of a layer; a transposed convolution as its adjoint."""
 
+    name: ClassVar[str] = "Lorth"
+    long_name: ClassVar[str] = "an orthogonal convolution, zero where possible"
+    source: ClassVar[str] = "Achour, Malgouyres, Mamalet 2022, https://arxiv.org/abs/2108.05623"
+    use: ClassVar[str] = "you build a Lipschitz network, or need a value that is zero exactly at orthogonality"
     squared: ClassVar[bool] = True
 
     def __call__(self, kernel: Kernel) -> Tensor:

@@ -7,10 +7,10 @@ could be read: the formulas below, their weights, and the forms "welch" and "bud
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -117,11 +117,11 @@ def disentangled_orthogonality(
         check_number("ceiling", ceiling, 0, 1)
     terms = _terms(o, r, form, count, ceiling)
     if not _is_by_frame(o, n, terms):
-        return of_gram(matrix, partial(_apart, terms=terms, weights=weights, squared=squared, turning=n > 1))
+        return of_gram(matrix, _Apart(terms, (weights[0], weights[1]), squared, n > 1))
     squares, unit = squares_and_weighted_directions(matrix)
     length, _ = _norm(torch.linalg.vector_norm(squares - 1, dim=-1), squared)
     own = (squares.detach() / SHORT**2).clamp(max=1).square().sum(-1)
-    frame = partial(_by_frame, own=own, budget=terms[0][1], squared=squared)
+    frame = partial(_by_frame, own=own, budget=terms[0].budget, squared=squared)
     return weights[0] * length + weights[1] * of_gram(unit, frame, "cols")
 
 
@@ -134,70 +134,95 @@ def _check_weights(weights: object) -> None:
         raise ValueError("weights must not both be 0: nothing would be measured")
 
 
-Term = tuple[Callable[[Tensor], Tensor], float | Tensor]
-"""What is kept of the cosines, and a budget of its norm."""
+@dataclass(frozen=True)
+class _Term:
+    """The cosines that count, and what their norm may keep: by default every one, and nothing."""
+
+    free: int | Tensor = 0
+    """How many of the largest pairs do not count."""
+    ceiling: float | Tensor = 0.0
+    """What each ``|c_ij|`` may keep."""
+    budget: float | Tensor = 0.0
+    """What the norm may keep."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every cosine counts in full."""
+        return _is_zero(self.free) and _is_zero(self.ceiling)
+
+    def __call__(self, c: Float[Tensor, "*b o m"]) -> Float[Tensor, "*b o m"]:
+        if not _is_zero(self.free):
+            return _without_largest(c, self.free)
+        return c if _is_zero(self.ceiling) else _excess(c, self.ceiling)
 
 
-def _terms(o: int, r: int | Tensor, form: Form, count: Count, ceiling: float | None) -> list[Term]:
+def _is_zero(number: float | Tensor) -> bool:
+    return not isinstance(number, Tensor) and number == 0
+
+
+def _terms(o: int, r: int | Tensor, form: Form, count: Count, ceiling: float | None) -> tuple[_Term, ...]:
     real_r = r.double() if isinstance(r, Tensor) else r
-    terms: list[Term]
     if isinstance(r, int) and r == o:
-        terms = [(_all, 0.0)]
+        term = _Term()
     elif form == "budget":
-        terms = [(_all, relaxed_budget(o, real_r))]
+        term = _Term(budget=relaxed_budget(o, real_r))
     elif form == "welch":
-        terms = [(partial(_excess, ceiling=relaxed_ceiling(o, real_r)), 0.0)]
+        term = _Term(ceiling=relaxed_ceiling(o, real_r))
     else:
-        terms = [(partial(_without_largest, count=cardinality(o, r, count)), 0.0)]
-    return terms if ceiling is None else [*terms, (partial(_excess, ceiling=ceiling), 0.0)]
+        term = _Term(free=cardinality(o, r, count))
+    return (term,) if ceiling is None else (term, _Term(ceiling=ceiling))
 
 
-def _is_by_frame(o: int, n: int, terms: Sequence[Term]) -> bool:
+def _is_by_frame(o: int, n: int, terms: Sequence[_Term]) -> bool:
     """Whether the directions are measured by the columns' Gram matrix: of a large tall layer, where it says all of them."""
-    return o > n > 1 and o >= TALL and len(terms) == 1 and terms[0][0] is _all
+    return o > n > 1 and o >= TALL and len(terms) == 1 and terms[0].is_plain
 
 
-def _apart(
-    product: Float[Tensor, "*b o o"], *, terms: Sequence[Term], weights: tuple[float, float], squared: bool, turning: bool
-) -> tuple[Tensor, Tensor]:
-    """``a`` times the errors of length and ``b`` times each term: what it keeps of the cosines, less its budget."""
-    a, b = weights
-    lengths, c = lengths_and_cosines(product)
-    if not turning:  # filters of one weight: see cosine_rule
-        c = c.detach()
-    d = lengths.squares - 1
-    value, slope = _norm(torch.linalg.vector_norm(d, dim=-1), squared)
-    value, lengthwise = a * value, (2 * a * slope).unsqueeze(-1) * d
-    pulls: list[tuple[Tensor, Tensor]] = []
-    for kept, budget in terms:
-        if pulls and is_large(c):  # Note [memory]
-            value = torch.add(value, _add_by_blocks_(pulls, kept, c, b, squared), alpha=b)
-            continue
-        remaining = kept(c)
-        # Each pair is there twice.
-        size, slope = _norm(0.5**0.5 * frobenius(remaining), squared, budget)
-        value = torch.add(value, size, alpha=b)
-        pulls.append((remaining, b * slope))
-    pull, times = pulls[0]
-    if len(pulls) > 1:
-        pull = sum((times[..., None, None] * pull for pull, times in pulls), torch.zeros_like(c))
-        times = torch.ones_like(times)
-    if not turning:
-        pull = torch.zeros_like(pull)
-    return value, by_filters(lengths, lengthwise, pull, row_products(pull, c), times.unsqueeze(-1))
+@dataclass(frozen=True)
+class _Apart:
+    """The rule of ``a`` times the errors of length and ``b`` times each term; ``turning``: whether filters have directions."""
+
+    terms: tuple[_Term, ...]
+    weights: tuple[float, float]
+    squared: bool
+    turning: bool
+
+    def __call__(self, product: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor]:
+        (a, b), squared = self.weights, self.squared
+        lengths, c = lengths_and_cosines(product)
+        if not self.turning:  # filters of one weight: see cosine_rule
+            c = c.detach()
+        d = lengths.squares - 1
+        value, slope = _norm(torch.linalg.vector_norm(d, dim=-1), squared)
+        value, lengthwise = a * value, (2 * a * slope).unsqueeze(-1) * d
+        pulls: list[tuple[Tensor, Tensor]] = []
+        for term in self.terms:
+            if pulls and is_large(c):  # Note [memory]
+                value = torch.add(value, _add_by_blocks_(pulls, term, c, b, squared), alpha=b)
+                continue
+            remaining = term(c)
+            # Each pair is there twice.
+            size, slope = _norm(0.5**0.5 * frobenius(remaining), squared, term.budget)
+            value = torch.add(value, size, alpha=b)
+            pulls.append((remaining, b * slope))
+        pull, times = pulls[0]
+        if len(pulls) > 1:
+            pull = sum((times[..., None, None] * pull for pull, times in pulls), torch.zeros_like(c))
+            times = torch.ones_like(times)
+        if not self.turning:
+            pull = torch.zeros_like(pull)
+        return value, by_filters(lengths, lengthwise, pull, row_products(pull, c), times.unsqueeze(-1))
 
 
-def _add_by_blocks_(
-    pulls: list[tuple[Tensor, Tensor]], kept: Callable[[Tensor], Tensor], c: Tensor, b: float, squared: bool
-) -> Tensor:
-    """Add to the only pull that of another term, which keeps something of each cosine by itself; the norm of that."""
-    each = row_values(lambda rows: lengths(kept(rows)), c)
+def _add_by_blocks_(pulls: list[tuple[Tensor, Tensor]], term: _Term, c: Tensor, b: float, squared: bool) -> Tensor:
+    """Add to the only pull that of another term, which reads each cosine by itself; the norm of that."""
+    each = row_values(lambda rows: lengths(term(rows)), c)
     size, slope = _norm(0.5**0.5 * torch.linalg.vector_norm(each, dim=-1), squared)
     pull, times = pulls[0]
     # Where nothing is freed the pull is the cosines themselves, which are needed still.
     pull = pull * times[..., None, None] if pull is c else pull.mul_(times[..., None, None])
     for rows in row_blocks(c):
-        pull[..., rows, :] += (b * slope)[..., None, None] * kept(c[..., rows, :])
+        pull[..., rows, :] += (b * slope)[..., None, None] * term(c[..., rows, :])
     pulls[0] = pull, torch.ones_like(times)
     return size
 
@@ -210,16 +235,12 @@ def _by_frame(product: Float[Tensor, "*b n n"], *, own: Tensor, budget: float | 
 
 
 def _norm(norm: Tensor, squared: bool, budget: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
-    """``max(0, norm - budget)``, squared or not, and its derivative by an entry whose norm it is, divided by that entry."""
+    """The value ``max(0, norm - budget)`` (squared if asked) and the factor ``s`` with ``d value / d x_i = s * x_i``."""
     per_entry = reciprocal(norm)
     if isinstance(budget, Tensor) or budget > 0:
         norm = (norm - budget).relu()
         per_entry = per_entry.masked_fill(norm == 0, 0.0)
     return (norm.square(), 2 * norm * per_entry) if squared else (norm, per_entry)
-
-
-def _all(c: Float[Tensor, "*b o o"]) -> Float[Tensor, "*b o o"]:
-    return c
 
 
 def _excess(c: Float[Tensor, "*b o m"], ceiling: float | Tensor) -> Float[Tensor, "*b o m"]:
@@ -340,6 +361,10 @@ class Disentangled:
     tensor([0.])
     """
 
+    name: ClassVar[str] = "Disentangled"
+    long_name: ClassVar[str] = "lengths and directions apart, strict and relaxed"
+    source: ClassVar[str] = "ours, after the idea of Wu et al. 2023, https://arxiv.org/abs/2306.09939"
+    use: ClassVar[str] = "you begin: it needs no tuning to speak of, and one setting serves wide and tall layers"
     relax: Policy | None = None
     form: Form = "pairs"
     count: Count = "expected"
@@ -387,7 +412,7 @@ class Disentangled:
         terms = _terms(o, r, self.form, self.count, self._ceiling(o, n))
         if _is_by_frame(o, n, terms):
             return None
-        return partial(_apart, terms=terms, weights=self.weights, squared=self.squared, turning=n > 1), "rows"
+        return _Apart(terms, self.weights, self.squared, n > 1), "rows"
 
     def _ceiling(self, o: int, n: int) -> float | None:
         return self.ceiling(o, n) if isinstance(self.ceiling, welch) else self.ceiling

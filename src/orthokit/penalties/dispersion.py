@@ -89,15 +89,22 @@ def convolution_angular_dispersion(
 
 
 def _rule(n: int, target: float, theta: float, weight: float) -> tuple[GramRule, Side]:
-    return cosine_rule(partial(_by_angles, target=target, theta=theta, weight=weight), n)
+    return cosine_rule(_Dispersion(target, theta, weight), n)
 
 
-def _by_angles(
-    squares: Float[Tensor, "*b o"], c: Float[Tensor, "*b o o"], *, target: float, theta: float, weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    longer, (near, by_cosines) = squares - target, row_map(partial(_squared_hinge, theta=theta, weight=weight), c)
-    # Each pair counts twice: as (i, j) and as (j, i).
-    return longer.square().sum(-1) + weight * near.sum(-1), 2 * longer, by_cosines
+@dataclass(frozen=True)
+class _Dispersion:
+    """The rule of squared lengths near ``target`` and angles near ``theta``."""
+
+    target: float
+    theta: float
+    weight: float
+
+    def __call__(self, squares: Float[Tensor, "*b o"], c: Float[Tensor, "*b o o"]) -> tuple[Tensor, Tensor, Tensor]:
+        longer = squares - self.target
+        near, by_cosines = row_map(partial(_squared_hinge, theta=self.theta, weight=self.weight), c)
+        # Each pair counts twice: as (i, j) and as (j, i).
+        return longer.square().sum(-1) + self.weight * near.sum(-1), 2 * longer, by_cosines
 
 
 def _squared_hinge(c: Float[Tensor, "*b o m"], theta: float, weight: float) -> tuple[Tensor, Tensor]:
@@ -127,6 +134,10 @@ def _check(theta: float, weight: float) -> None:
 class EADK:
     """:func:`angular_dispersion` of a layer's kernel matrix."""
 
+    name: ClassVar[str] = "EADK"
+    long_name: ClassVar[str] = "evenly dispersed angles of the kernel"
+    source: ClassVar[str] = "public code, https://github.com/besonder/Evenly-Dispersing-Regularization"
+    use: ClassVar[str] = "tall layers should end at tight frames, or nearly parallel filters should come apart"
     squared: ClassVar[bool] = True
     theta: float = math.pi / 2
     weight: float = 0.1
@@ -149,6 +160,10 @@ class EADK:
 class EADC:
     """:func:`convolution_angular_dispersion` of a layer; a transposed convolution as its adjoint."""
 
+    name: ClassVar[str] = "EADC"
+    long_name: ClassVar[str] = "evenly dispersed angles of the convolution"
+    source: ClassVar[str] = "public code, https://github.com/besonder/Evenly-Dispersing-Regularization"
+    use: ClassVar[str] = "you compare with the public code"
     squared: ClassVar[bool] = True
     theta: float = math.pi / 2
     weight: float = 0.1

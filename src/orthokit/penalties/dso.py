@@ -37,6 +37,10 @@ def _rule(o: int, n: int) -> tuple[GramRule, Side]:
 class DSO:
     """:func:`double_soft_orthogonality` of a layer's kernel matrix."""
 
+    name: ClassVar[str] = "DSO"
+    long_name: ClassVar[str] = "double soft orthogonality"
+    source: ClassVar[str] = "Bansal, Chen, Wang 2018, https://arxiv.org/abs/1810.09102"
+    use: ClassVar[str] = "you reproduce a result that used it"
     squared: ClassVar[bool] = True
 
     def __call__(self, kernel: Kernel) -> Tensor:

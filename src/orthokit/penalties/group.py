@@ -53,6 +53,10 @@ def group_orthogonality(
 class GOR:
     """:func:`group_orthogonality` of a layer's kernel matrix."""
 
+    name: ClassVar[str] = "GOR"
+    long_name: ClassVar[str] = "group orthogonalization"
+    source: ClassVar[str] = "Kurtz, Bar, Giryes 2023, https://arxiv.org/abs/2306.10001"
+    use: ClassVar[str] = "layers are followed by GroupNorm (use its number of groups), or are so large that a Gram matrix is dear"
     squared: ClassVar[bool] = True
     kind: Literal["inter", "intra"] = "inter"
     groups: int | None = None

@@ -46,6 +46,10 @@ def _by_pairs(product: Float[Tensor, "*b m m"]) -> tuple[Tensor, Tensor]:
 class OffDiagonal:
     """:func:`off_diagonal_orthogonality` of a layer's kernel matrix."""
 
+    name: ClassVar[str] = "OffDiagonal"
+    long_name: ClassVar[str] = "BigGAN's orthogonal regularization"
+    source: ClassVar[str] = "Brock, Donahue, Simonyan 2019, https://arxiv.org/abs/1809.11096"
+    use: ClassVar[str] = "you train a generator whose lengths are held by spectral normalisation"
     squared: ClassVar[bool] = True
 
     def __call__(self, kernel: Kernel) -> Tensor:

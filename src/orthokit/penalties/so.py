@@ -7,6 +7,7 @@ https://arxiv.org/abs/1911.12207.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -42,6 +43,12 @@ def soft_orthogonality(matrix: Float[Tensor, "*b o n"], *, side: Side = "rows", 
 class SO:
     """:func:`soft_orthogonality` of a layer's kernel matrix."""
 
+    name: ClassVar[str] = "SO"
+    long_name: ClassVar[str] = "soft orthogonality"
+    source: ClassVar[str] = "Bansal, Chen, Wang 2018, https://arxiv.org/abs/1810.09102"
+    use: ClassVar[str] = (
+        "you want filters as near to orthogonal as float32 allows (SO), or values that compare with the literature (SO²)"
+    )
     side: Side = "rows"
     squared: bool = True
     __repr__ = short_repr

@@ -9,7 +9,7 @@ given weights is always the same.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -135,16 +135,22 @@ def _slope(times: Callable[[Tensor], Tensor], units: Sequence[Tensor], norms: Se
     return torch.cat(left, -1), torch.cat(right, -1)
 
 
-def _by_power(product: Float[Tensor, "*b m m"], *, steps: int, squared: bool) -> tuple[Tensor, Tensor]:
-    """The same of a Gram matrix that is there."""
-    times = less_identity(product).matmul
-    unit = _start(product.shape[-1]).to(product).unsqueeze(-1)
-    units, norms = _iterate(times, unit.expand(*product.shape[:-1], 1), steps)
-    left, right = _slope(times, units, norms)
-    norm = norms[-1]
-    if squared:
-        left, norm = 2 * norm * left, norm**2
-    return norm.squeeze((-2, -1)), left @ right.mT
+@dataclass(frozen=True)
+class _ByPower:
+    """The rule of the same value where the Gram matrix is formed."""
+
+    steps: int
+    squared: bool
+
+    def __call__(self, product: Float[Tensor, "*b m m"]) -> tuple[Tensor, Tensor]:
+        times = less_identity(product).matmul
+        unit = _start(product.shape[-1]).to(product).unsqueeze(-1)
+        units, norms = _iterate(times, unit.expand(*product.shape[:-1], 1), self.steps)
+        left, right = _slope(times, units, norms)
+        norm = norms[-1]
+        if self.squared:
+            left, norm = 2 * norm * left, norm**2
+        return norm.squeeze((-2, -1)), left @ right.mT
 
 
 @cache
@@ -158,6 +164,10 @@ def _start(size: int) -> Tensor:
 class SRIP:
     """:func:`spectral_restricted_isometry` of a layer's kernel matrix."""
 
+    name: ClassVar[str] = "SRIP"
+    long_name: ClassVar[str] = "spectral restricted isometry"
+    source: ClassVar[str] = "Bansal, Chen, Wang 2018, https://arxiv.org/abs/1810.09102"
+    use: ClassVar[str] = "layers are large, so that its products with vectors are far cheaper than a Gram matrix"
     steps: int = 2
     squared: bool = False
     side: Side = "smaller"
@@ -173,7 +183,7 @@ class SRIP:
     def gram_rule(self, o: int, n: int, rank: int | None = None) -> tuple[GramRule, Side] | None:
         """See :func:`orthokit.gram.of_gram`."""
         m = o if is_by_rows((o, n), self.side) else n
-        return (partial(_by_power, steps=self.steps, squared=self.squared), self.side) if m <= SMALL else None
+        return (_ByPower(self.steps, self.squared), self.side) if m <= SMALL else None
 
     def nearest(self, kernel: Kernel) -> Tensor:
         """The nearest kernel matrix at its minimum: orthonormal rows, or columns if tall."""

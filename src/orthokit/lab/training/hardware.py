@@ -10,11 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning_fabric
 import torch
-from lightning_fabric import Fabric
 
 import orthokit
+from orthokit.lab.training.fabric import Fabric
+from orthokit.lab.training.fabric import __version__ as fabric_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def environment(fabric: Fabric) -> dict[str, Any]:
     device = fabric.device
     versions = {name: version(name) for name in ("orthokit", "torch", "numpy")}
     return {
-        "versions": {"python": platform.python_version(), "lightning": lightning_fabric.__version__} | versions,
+        "versions": {"python": platform.python_version(), "lightning": fabric_version} | versions,
         "platform": platform.platform(),
         "processor": _processor(),
         "cpu": _cpu(),

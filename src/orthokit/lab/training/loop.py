@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric, seed_everything
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +30,7 @@ from orthokit.lab.runs.control import Stop
 from orthokit.lab.runs.progress import Watch
 from orthokit.lab.runs.run import SUMMARY, HeldError, Run
 from orthokit.lab.training.clock import Clock
+from orthokit.lab.training.fabric import Fabric, seed_everything
 from orthokit.lab.training.hardware import Hardware, environment
 from orthokit.schedules import Schedule
 
@@ -108,7 +108,7 @@ def learning_rate(section: TrainSection, steps: int) -> Schedule:
     """The learning rate by step, with ``steps`` to an epoch."""
     schedule: Schedule
     if section.schedule == "cosine":
-        schedule = ok.cosine(section.lr, 0.0, steps=section.epochs * steps)
+        schedule = ok.schedules.cosine(section.lr, 0.0, steps=section.epochs * steps)
     else:
         ends = [round(part * section.epochs * steps) for part in section.milestones]
         drops = {end: section.lr * section.gamma**k for k, end in enumerate(ends, 1)}
