@@ -67,7 +67,7 @@ def test_a_study_from_one_file(lab, capsys):
     command = ["study", "tiny.toml", "--jobs", "1"]
     assert main(command) == 0
     said = line(capsys.readouterr().out)
-    for part in ("Tiny: all is done", "so against none is", "power: 2 seeds an arm"):
+    for part in ("Tiny: all is done", "SO² against none is", "power: with 2 seeds an arm"):
         assert part in said
     assert f"orthokit study {lab.folder.name}/tiny.toml" in (kept / "README.md").read_text()
     drawn = contents(kept)
@@ -91,7 +91,7 @@ def test_a_study_from_one_file(lab, capsys):
     assert (lab.folder / "tables.tex").read_text() == markup.latex(outcome.comparison)
     page = (lab.folder / "page.html").read_text()
     assert page.count("<figure>") >= len(pictures)
-    assert "so against none is" in page
+    assert words.answer(outcome.comparison) in page
 
 
 def test_another_seed_and_another_arm_are_trained_and_one_less_is_not_missed(lab):
@@ -279,7 +279,7 @@ def test_a_run_belongs_to_its_recipe_whichever_study_trained_it(lab):
     (lab.folder / "more").mkdir()
     outcome = lab.run('extends = "../tiny.toml"\nbaseline = "so"\ntitle = "2"\n', "more/third")
     assert (outcome.status, lab.texts("left")) == (0, ["all is done"])
-    assert any("none against so is" in verdict for verdict in words.verdicts(outcome.comparison))
+    assert any("none against SO² is" in verdict for verdict in words.verdicts(outcome.comparison))
 
 
 def test_a_damaged_line_is_told_and_its_run_trained_again(lab):

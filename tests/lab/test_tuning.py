@@ -7,7 +7,7 @@ import pytest
 from orthokit.cli import main
 from orthokit.lab.comparison.inference import Sample
 from orthokit.lab.comparison.tuning import RULE, Choice, Trial, cautions
-from orthokit.lab.reporting import figures, tables
+from orthokit.lab.reporting import figures, markup, tables
 from orthokit.lab.runs.collect import read
 from tiny import NOTHING, STUDY, TUNE
 
@@ -84,7 +84,7 @@ def test_strengths_are_chosen_first(lab, capsys):
     cells = " | ".join(means[each] + " *" * (each == strength) for each in (0.01, 0.1))
     kept = lab.folder / "results/tiny"
     written = (kept / "README.md").read_text()
-    assert f"| so | 2 | {strength:g} | {found.error:.2f} | {cells} |" in written
+    assert f"| SO² | {strength:g} | 2 | {found.error:.2f} | {cells} |" in written
     assert RULE in written
     assert f"> **Caution.** {cautions([found])[0]}" in written
     assert "tuning" in figures.figures(outcome.comparison)
@@ -144,7 +144,7 @@ def test_what_diverges_is_out(lab, capsys):
     assert (task.result(), task.done()) == (None, True)
     (found,) = outcome.plan.choices
     assert found.chosen.strength == 0.01
-    assert "| diverged |" in tables.markdown(outcome.comparison)
+    assert "| diverged |" in markup.markdown(outcome.comparison)
     assert ",diverged," in tables.numbers(outcome.comparison).to_csv()
 
     # It is not tried again.
