@@ -7,6 +7,7 @@ A mark such as ``<!--=cost: SO-->1.3 to 14%<!--/-->`` says where its text comes 
     gain: depth; strict; mean                        difference from the baseline with its interval: study; arm; panel; metric
     value: near; strict; ResNet-20; under_cos        mean of an arm; the panel may be left out where there is one
     tried: near; ocnn; 0.1                           validation accuracy at a strength
+    use: SO                                          when to use a penalty
     cards                                            the overview table of the cards
     penalties                                        the table of the README
     modules                                          the penalties' part of the reference
@@ -66,12 +67,12 @@ def _steps(penalty: str) -> list[Any]:
 def gain(name: str, arm: str, panel: str = "", metric: str = "accuracy") -> str:
     """Difference from the baseline, with its interval: of a panel, or their ``mean``."""
     if panel == "mean":
-        found: Any = _comparison(name).contrasts[0].answers[arm]
+        difference: Any = _comparison(name).contrasts[0].answers[arm]
     else:
-        found = _cell(name, arm, panel, metric).difference
+        difference = _cell(name, arm, panel, metric).difference
     digits = 3 if metric.endswith("loss") else 2
-    low, high = found.interval
-    return f"{found.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    low, high = difference.interval
+    return f"{difference.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def value(name: str, arm: str, panel: str = "", metric: str = "accuracy") -> str:
@@ -84,6 +85,11 @@ def tried(name: str, arm: str, strength: str) -> str:
     """Validation accuracy, in percent, at a strength that was tried."""
     trials = [trial for choice in _comparison(name).choices if choice.arm == arm for trial in choice.trials]
     return f"{next(trial.sample.mean for trial in trials if trial.strength == float(strength)):.1f}"
+
+
+def use(penalty: str) -> str:
+    """When to use a penalty, as it says itself."""
+    return str(getattr(ok, penalty).use)
 
 
 def penalties() -> str:
@@ -132,7 +138,16 @@ def modules() -> str:
     return "\n" + "\n".join(sections)
 
 
-VERBS = {"cost": cost, "gain": gain, "value": value, "tried": tried, "cards": cards, "penalties": penalties, "modules": modules}
+VERBS = {
+    "cost": cost,
+    "gain": gain,
+    "value": value,
+    "tried": tried,
+    "cards": cards,
+    "penalties": penalties,
+    "modules": modules,
+    "use": use,
+}
 
 
 def files() -> list[Path]:

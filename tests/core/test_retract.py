@@ -6,10 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import orthokit as ok
-from orthokit import gram
-from orthokit.gram import polar
 from orthokit.lab.data.images import load
 from orthokit.lab.networks.resnet import ResNet
+from orthokit.polar import _polar_by_products, polar
 
 
 def model():
@@ -44,7 +43,7 @@ def polar_by_products(matrix):
     scaled = matrix / matrix.abs().amax((-2, -1), keepdim=True).clamp(min=1e-45)
     is_tall = matrix.shape[-2] > matrix.shape[-1]
     basis, square = torch.linalg.qr(scaled if is_tall else scaled.mT)
-    nearest = basis @ gram._polar_by_products(square)
+    nearest = basis @ _polar_by_products(square)
     return nearest if is_tall else nearest.mT
 
 

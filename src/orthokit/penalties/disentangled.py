@@ -34,7 +34,6 @@ from orthokit.gram import (
     lengths_and_cosines,
     of_gram,
     plus_transpose,
-    polar,
     reciprocal,
     row_blocks,
     row_products,
@@ -44,6 +43,7 @@ from orthokit.gram import (
     sum_of_squares,
 )
 from orthokit.kernel import Kernel
+from orthokit.polar import polar
 from orthokit.relax import (
     COUNTS,
     Count,

@@ -10,8 +10,9 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from orthokit.gram import GramRule, Side, distance_rule, full_precision, of_gram, polar
+from orthokit.gram import GramRule, Side, distance_rule, full_precision, of_gram
 from orthokit.kernel import Kernel
+from orthokit.polar import polar
 
 
 @full_precision

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, check_flag, check_options, short_repr
-from orthokit.gram import SIDES, GramRule, Side, distance_rule, distance_to_identity, full_precision, polar
+from orthokit.gram import SIDES, GramRule, Side, distance_rule, distance_to_identity, full_precision
 from orthokit.kernel import Kernel
+from orthokit.polar import polar
 
 
 @full_precision

@@ -27,11 +27,11 @@ from orthokit.gram import (
     is_transformed,
     less_identity,
     outside_autocast,
-    polar,
     reciprocal,
     scattered,
 )
 from orthokit.kernel import Kernel
+from orthokit.polar import polar
 
 SMALL = 64
 """Rows of a Gram matrix up to which it is formed: a few products with vectors take longer then than one with the matrix."""
