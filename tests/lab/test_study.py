@@ -211,7 +211,7 @@ def test_what_is_finished_is_kept_when_interrupted(folder, monkeypatch, capsys):
         ("none = {}\n", "", "arms"),
         ('"so.toml"', "3", "extends must be a file"),
         ("none = {}", '"s/o" = {}\n"s o" = { regularizer = { strength = 1, penalty = "dso" } }', "would share the folder s-o"),
-        ("title", "title = [", "is no TOML"),
+        ("title", "title = [", "is not TOML"),
         (
             "none = {}",
             "none = { train.epochs = 3 }",
