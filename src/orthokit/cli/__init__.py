@@ -97,8 +97,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except (UsageError, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("ORTHOKIT_DEBUG"):
             raise
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            _let_go_of_stdout()
         if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         errors.print(Text.assemble(("orthokit:", "bold red"), " ", _line(error)))
         return getattr(error, "status", 2)
@@ -144,6 +145,12 @@ def _widen() -> None:
         os.environ["COLUMNS"] = str(NARROWEST)
 
 
+def _let_go_of_stdout() -> None:
+    """What is still to be written there goes nowhere: Python would fail at it again, when it ends."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _lacks_memory(error: BaseException) -> bool:
     """Whether the processor or an accelerator could not allocate what was asked for."""
     text = str(error).lower()
@@ -152,4 +159,7 @@ def _lacks_memory(error: BaseException) -> bool:
 
 def _line(error: BaseException) -> str:
     """What an error says, on one line."""
-    return printable(re.sub(r"\s*\n\s*", " ", str(error)))
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        text = f"{error.filename or 'the output cannot be written'}: {error.strerror}"
+    return printable(re.sub(r"\s*\n\s*", " ", text))
