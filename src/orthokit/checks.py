@@ -32,13 +32,20 @@ def check_number(name: str, value: object, low: float = 0.0, high: float = math.
         raise ValueError(f"{name} must be a finite number in {interval}; got {value!r:.200}")
 
 
-def check_count(name: str, value: object, low: int = 1, high: float = math.inf) -> None:
-    """Raise unless ``value`` is an integer in ``low..high``."""
+def check_count(name: str, value: object, low: int = 1, high: float = math.inf, *, most: float = math.inf) -> None:
+    """Raise unless ``value`` is an integer in ``low..high``, and at most ``most``, beyond which nobody can mean it."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer; got {value!r}")
     if not low <= int(value) <= high:
         wanted = f"at least {low}" if high == math.inf else f"from {low} to {high:g}"
-        raise ValueError(f"{name} must be an integer, {wanted}; got {value!r}")
+        raise ValueError(f"{name} must be an integer, {wanted}; got {_digits(int(value))}")
+    if int(value) > most:
+        raise ValueError(f"{name} must be an integer, at most {most:,g}; got {_digits(int(value))}")
+
+
+def _digits(value: int) -> str:
+    """An integer as text, however long: Python refuses to print more than 4,300 digits."""
+    return str(value) if abs(value) < 10**40 else f"an integer of about {int(value.bit_length() * math.log10(2)):,} digits"
 
 
 def check_flag(name: str, value: object) -> None:

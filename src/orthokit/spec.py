@@ -6,11 +6,12 @@ option (``{"name": "disentangled", "relax": {"name": "share", "q": 0.1}}``). In 
 
 import ast
 import dataclasses
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
-from orthokit.checks import did_you_mean
+from orthokit.checks import did_you_mean, printable
 from orthokit.kernel import KernelMeasure
 from orthokit.layers import (
     Predicate,
@@ -36,6 +37,8 @@ POLICIES: tuple[type, ...] = (feasible, fraction, share, ranks)
 SCHEDULES: tuple[type, ...] = (constant, piecewise, linear, cosine, warmup, chain)
 NESTED: dict[str, tuple[type, ...]] = {"relax": POLICIES, "ceiling": (welch,), "schedule": SCHEDULES, "parts": SCHEDULES}
 """Options that take another such value."""
+LONGEST, DEEPEST = 2000, 100
+"""Of an expression of layers: characters, and operators inside each other."""
 PREDICATES = {
     predicate.name: predicate
     for predicate in (convs, linears, layers, spatial, pointwise, depthwise, stem, tall, zeros, embeddings, tied, head)
@@ -100,26 +103,32 @@ def where_of(text: str) -> Predicate:
     (convs & ~(stem | matching('layer1.*')))
     """
 
-    def read(node: ast.AST) -> Predicate:
+    def read(node: ast.AST, depth: int = 0) -> Predicate:
+        if depth > DEEPEST:
+            raise ValueError
+        read_inside = functools.partial(read, depth=depth + 1)
         match node:
             case ast.Name(name) if name in PREDICATES:
                 return PREDICATES[name]
             case ast.UnaryOp(ast.Invert(), operand):
-                return ~read(operand)
+                return ~read_inside(operand)
             case ast.BinOp(left, ast.BitAnd(), right):
-                return read(left) & read(right)
+                return read_inside(left) & read_inside(right)
             case ast.BinOp(left, ast.BitOr(), right):
-                return read(left) | read(right)
+                return read_inside(left) | read_inside(right)
             case ast.Call(ast.Name("matching"), [*patterns], []) if patterns:
                 return matching(*(ast.literal_eval(pattern) for pattern in patterns))
         raise ValueError
 
     try:
+        if len(text) > LONGEST:
+            raise ValueError
         return read(ast.parse(text.strip(), mode="eval").body)
-    except (ValueError, TypeError, SyntaxError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # the last is the parser's, of deep brackets
         known = ", ".join(PREDICATES)
         raise ValueError(
-            f"where must combine {known} and matching('pattern', ...) with & | ~ and brackets; got {text!r}"
+            f"where must combine {known} and matching('pattern', ...) with & | ~ and brackets, "
+            f"at most {LONGEST:,} characters and {DEEPEST} operators deep; got {printable(repr(text), 100)}"
         ) from None
 
 

@@ -208,7 +208,7 @@ def test_from_checkpoint(shortcut, norm):
 
 @pytest.mark.parametrize("network", [ImageNetResNet(18), WideResNet(10, 1), nn.Linear(2, 2)], ids=lambda m: type(m).__name__)
 def test_other_checkpoints(network):
-    with pytest.raises(ValueError, match=r"not the weights of orthokit\.lab\.models\.ResNet"):
+    with pytest.raises(ValueError, match=r"not the weights of orthokit\.lab\.networks\.resnet\.ResNet"):
         ResNet.from_checkpoint(network.state_dict())
 
 

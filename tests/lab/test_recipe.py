@@ -289,10 +289,10 @@ def test_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="is a folder"):
         load(tmp_path)
     (tmp_path / "a.toml").write_text("a = ")
-    with pytest.raises(ValueError, match="is no TOML"):
+    with pytest.raises(ValueError, match="is not TOML"):
         load(tmp_path / "a.toml")
     (tmp_path / "a.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="is no TOML"):
+    with pytest.raises(ValueError, match="is not TOML"):
         load(tmp_path / "a.toml")
     (tmp_path / "a.toml").write_text('extends = ["b.toml"]')
     (tmp_path / "b.toml").write_text('extends = ["a.toml"]')
@@ -319,6 +319,6 @@ def test_files_that_nest_too_deep_are_one_line_and_byte_order_marks_are_read(tmp
     deep, marked = tmp_path / "deep.toml", tmp_path / "marked.toml"
     deep.write_text("a = " + "[" * 5000 + "]" * 5000)
     marked.write_bytes(b"\xef\xbb\xbfa = 1")
-    with pytest.raises(ValueError, match="too deep"):
+    with pytest.raises(ValueError, match="inside each other"):
         load(deep)
     assert read_toml(marked) == {"a": 1}

@@ -217,7 +217,7 @@ def test_what_is_trained_is_kept_when_its_evaluation_is_interrupted(lab, error):
         ("none = {}\n", "", "arms"),
         ('"so.toml"', "3", "extends must be a file"),
         ("none = {}", '"s/o" = {}\n"s o" = { regularizer = { strength = 1, penalty = "dso" } }', "would share the folder s-o"),
-        ("title", "title = [", "is no TOML"),
+        ("title", "title = [", "is not TOML"),
         (
             "none = {}",
             "none = { train.epochs = 3 }",

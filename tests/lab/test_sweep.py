@@ -275,7 +275,7 @@ def test_points_are_what_was_written(recipe, tmp_path):
             'recipes = ["r.toml"]\nseeds = [0]\n[search]\ntrials = 3\n[search.space]\n"train.lr" = { low = 2.0, high = 1.0 }\n',
             "needs low < high",
         ),
-        ("recipes = ", "is no TOML"),
+        ("recipes = ", "is not TOML"),
     ],
 )
 def test_bad_sweeps(recipe, tmp_path, capsys, text, message):

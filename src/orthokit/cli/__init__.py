@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -45,6 +46,10 @@ def _overview() -> str:
     return "\n".join(["usage: orthokit COMMAND ...", "", ABOUT, "", *lines, "", *ends])
 
 
+NARROWEST = 40
+"""Columns of a terminal below which tables and help are laid out as if it had so many."""
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """A termination signal ends a command as Ctrl-C does, with the processes that the command started."""
@@ -78,16 +83,11 @@ def main(args: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # Greek letters on a terminal without them
+    _widen()
     errors = Terminal(stderr=True, soft_wrap=True)
     own.TOLD.clear()
     try:
-        command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="orthokit",
-            description=ABOUT,
-            args=args,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        command = _parsed(args)
         status: int | None = command.run(console := Terminal())
         if not status and getattr(command, "format", "table") == "table":
             suggest(console, after(command))
@@ -97,8 +97,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except (UsageError, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("ORTHOKIT_DEBUG"):
             raise
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            _let_go_of_stdout()
         if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         errors.print(Text.assemble(("orthokit:", "bold red"), " ", _line(error)))
         return getattr(error, "status", 2)
@@ -113,6 +114,43 @@ def main(args: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _parsed(args: Sequence[str]) -> Any:
+    """The command that ``args`` name.
+
+    Raises:
+        UsageError: they name none; the problem is told on one line.
+        SystemExit: they ask for help, which is printed.
+    """
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        try:
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, prog="orthokit", description=ABOUT, args=args, config=(tyro.conf.FlagCreatePairsOff,)
+            )
+        except SystemExit as stop:
+            if stop.code in (0, None):
+                raise
+    raise UsageError(_unboxed(told.getvalue())) from None
+
+
+def _unboxed(text: str) -> str:
+    """What stands in a box of several lines, in one sentence."""
+    lines = (re.sub(r"[\u2500-\u257f]", " ", line) for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines())
+    _, *inside = [" ".join(line.split()) for line in lines if line.strip()] or [""]
+    return printable(" ".join(inside), 500)
+
+
+def _widen() -> None:
+    """Nothing can be laid out in a few columns; what is printed there breaks where the terminal ends."""
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
+
+
+def _let_go_of_stdout() -> None:
+    """What is still to be written there goes nowhere: Python would fail at it again, when it ends."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _lacks_memory(error: BaseException) -> bool:
     """Whether the processor or an accelerator could not allocate what was asked for."""
     text = str(error).lower()
@@ -121,4 +159,7 @@ def _lacks_memory(error: BaseException) -> bool:
 
 def _line(error: BaseException) -> str:
     """What an error says, on one line."""
-    return printable(re.sub(r"\s*\n\s*", " ", str(error)))
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        text = f"{error.filename or 'the output cannot be written'}: {error.strerror}"
+    return printable(re.sub(r"\s*\n\s*", " ", text))

@@ -62,13 +62,13 @@ class Interval(Section):
 class Search(Section):
     """An Optuna search (tree-structured Parzen estimator)."""
 
-    trials: int = Field(ge=1)
+    trials: int = Field(ge=1, le=10**5)
     """Settings tried, of each recipe."""
     space: Annotated[dict[str, Interval | list[Any]], Field(min_length=1)]
     """By key: an interval, or a list to choose from."""
-    parallel: int = Field(4, ge=1)
+    parallel: int = Field(4, ge=1, le=10**5)
     """Trials between two looks at the results; with the seed it fixes what is tried."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     """Of the search."""
 
 

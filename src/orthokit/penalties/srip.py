@@ -36,6 +36,9 @@ from orthokit.polar import polar
 SMALL = 64
 """Rows of a Gram matrix up to which it is formed: a few products with vectors take longer then than one with the matrix."""
 
+MOST = 1000
+"""Steps of power iteration; two or three are usual."""
+
 
 @full_precision
 def spectral_restricted_isometry(
@@ -64,7 +67,7 @@ def spectral_restricted_isometry(
     """
     check_choice("side", side, SIDES)
     check_flag("squared", squared)
-    check_count("steps", steps)
+    check_count("steps", steps, most=MOST)
     left = matrix if is_by_rows(matrix.shape, side) else matrix.mT
     size = left.shape[-2]
     vector = (_start(size) if start is None else start).to(matrix).unsqueeze(-1)
@@ -175,7 +178,7 @@ class SRIP:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_count("steps", self.steps)
+        check_count("steps", self.steps, most=MOST)
 
     def __call__(self, kernel: Kernel) -> Tensor:
         return spectral_restricted_isometry(kernel.matrix, steps=self.steps, squared=self.squared, side=self.side)

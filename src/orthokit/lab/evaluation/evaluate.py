@@ -5,7 +5,6 @@ weights, part by part; a part that is there, of the same weights and settings, i
 """
 
 import functools
-import json
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,8 @@ import joblib
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
@@ -31,10 +32,11 @@ from orthokit.lab.networks.resnet import unwrapped
 from orthokit.lab.own import Code, refusal
 from orthokit.lab.recipes.recipe import Recipe, differences
 from orthokit.lab.recipes.sections import DataSection
+from orthokit.lab.runs.collect import below
 from orthokit.lab.runs.launch import workers
-from orthokit.lab.runs.results import RECORD, Result, digest, read_summary
+from orthokit.lab.runs.results import RECORD, Result, digest, digest_of, read_summary
 from orthokit.lab.runs.run import SUMMARY
-from orthokit.lab.runs.summary import DamagedError, Evaluation, read
+from orthokit.lab.runs.summary import DamagedError, Evaluation, parsed, read
 
 STEPS, PATH = 20, 5.0
 """Of projected gradient descent: steps, and the length of all of them in radii."""
@@ -105,14 +107,17 @@ def subjects(
     carried = checkpoint.metadata(path).get("recipe")
     if carried is None and recipe is None:
         raise ValueError(f"{path} does not say what network it is, and of which images; give its recipe with --recipe FILE")
-    subject = _subject(path, _carried(json.loads(carried), path, model) if carried else None, recipe)
+    raw = parsed(carried, f"{path}: the recipe in its metadata") if carried else None
+    if raw is not None and not isinstance(raw, Mapping):
+        raise ValueError(f"{path}: the recipe in its metadata is not a table; give its recipe with --recipe FILE")
+    subject = _subject(path, None if raw is None else _carried(raw, path, model), recipe)
     return [replace(subject, key=key, notes=tuple(checkpoint.read(path, key)[1]))]
 
 
 def _runs(path: Path, tell: Callable[[str], object]) -> dict[Path, Mapping[str, Any]]:
     """The recipes of the runs below a folder."""
     found: dict[Path, Mapping[str, Any]] = {}
-    files, damaged = sorted(path.rglob(SUMMARY)), list[DamagedError]()
+    files, damaged = below(path, SUMMARY), list[DamagedError]()
     for file in files:
         try:
             found[file] = read_summary(file)["recipe"]
@@ -138,6 +143,21 @@ def _subject(weights: Path, carried: Recipe | None, given: Recipe | None) -> Sub
         raise ValueError(f"{weights} is of another recipe than --recipe: {differences(carried, own)}; leave --recipe out")
     run = weights.name == "last.safetensors" and weights.with_name(SUMMARY).is_file()
     return Subject(weights, own, weights.with_name(RECORD if run else f"{weights.name}.{RECORD}"))
+
+
+def _unusable(subject: Subject) -> str | None:
+    """Why the weights cannot be measured: they are gone, or not those that the run wrote."""
+    if not subject.weights.is_file():
+        return f"{subject.weights} is not there"
+    if subject.record.name != RECORD:  # not a run's
+        return None
+    wrote = read_summary(subject.weights.with_name(SUMMARY)).get("weights")
+    try:
+        same = wrote is None or wrote == digest_of(load_file(subject.weights))
+    except SafetensorError:
+        same = False
+    damaged = f"{subject.weights} is damaged: its weights are not those that the run wrote; remove {SUMMARY} to run again"
+    return None if same else damaged
 
 
 def some(data: ImageSet, images: int) -> Images:
@@ -325,7 +345,7 @@ def evaluate(
     """
     check_parts(parts)
     place = device_of(device)
-    gone = [subject for subject in wanted if not subject.weights.is_file()]
+    gone = {subject: why for subject in wanted if (why := _unusable(subject)) is not None}
     digests = {subject: digest(subject.weights) for subject in wanted if subject not in gone}
     recorded = {subject: known(subject, weights) for subject, weights in digests.items()}
     left = [
@@ -347,8 +367,8 @@ def evaluate(
             some(data, images)
     start(len(left), len(wanted) * len(parts))
     jobs = jobs or (max(1, (os.cpu_count() or 1) // threads) if place.type == "cpu" else 1)
-    for subject in gone:
-        tick(subject, "all", f"{subject.weights} is not there")
+    for subject, why in gone.items():
+        tick(subject, "all", why)
     for subject, why in refused.items():
         tick(subject, "all", why)
     failed = len(gone) + len(refused)

@@ -49,7 +49,11 @@ def he_(network: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+DEEPEST, WIDEST = 2000, 100
+"""Layers, and how many times the filters of a thin network."""
+
+
 def check_sizes(channels: int, classes: int, norm: Norm) -> None:
-    check_count("channels", channels)
-    check_count("classes", classes)
+    check_count("channels", channels, most=2**16)
+    check_count("classes", classes, most=2**20)
     check_choice("norm", norm, NORMS)

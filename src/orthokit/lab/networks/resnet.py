@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from orthokit.checkpoint.statedict import bare, pick
 from orthokit.checks import check_choice, check_count
-from orthokit.lab.networks.blocks import Norm, check_sizes, conv, he_, norm_of, stages
+from orthokit.lab.networks.blocks import DEEPEST, Norm, check_sizes, conv, he_, norm_of, stages
 
 Shortcut = Literal["projection", "identity"]
 Block = Literal["basic", "bottleneck"]
@@ -118,7 +118,7 @@ class ResNet(nn.Module):
         super().__init__()
         check_choice("block", block, BLOCKS)
         per_block = 6 if block == "basic" else 9
-        check_count("depth", depth, per_block + 2)
+        check_count("depth", depth, per_block + 2, most=DEEPEST)
         if depth % per_block != 2:
             known = ", ".join(str(per_block * blocks + 2) for blocks in (1, 2, 3))
             raise ValueError(f"depth must be {per_block} b + 2 for b {block} blocks a stage ({known}, ...); got {depth}")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthokit.checks import check_count, check_number
-from orthokit.lab.networks.blocks import Norm, check_sizes, conv, he_, norm_of, stages
+from orthokit.lab.networks.blocks import DEEPEST, WIDEST, Norm, check_sizes, conv, he_, norm_of, stages
 
 
 class WideBlock(nn.Module):
@@ -61,10 +61,10 @@ class WideResNet(nn.Module):
         norm: Norm = "batch",
     ) -> None:
         super().__init__()
-        check_count("depth", depth, 10)
+        check_count("depth", depth, 10, most=DEEPEST)
         if depth % 6 != 4:
             raise ValueError(f"depth must be 6 b + 4 for b blocks a stage (10, 16, 22, 28, ...); got {depth}")
-        check_count("width", width)
+        check_count("width", width, most=WIDEST)
         check_sizes(channels, classes, norm)
         check_number("dropout", dropout, 0, 1)
         widths = [16 * width, 32 * width, 64 * width]

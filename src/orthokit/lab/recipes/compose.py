@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from orthokit.checks import did_you_mean
 from orthokit.lab.own import Code
 from orthokit.lab.recipes.recipe import Recipe, flattened
-from orthokit.lab.recipes.sections import Keys, S, Section, problems_of, valid
+from orthokit.lab.recipes.sections import DEEPEST, Keys, S, Section, problems_of, valid
 
 NAMED = ("name", "kind")
 """A table that gives another name than the one it is merged into replaces it, as their options have nothing in common."""
@@ -28,6 +28,10 @@ USE = {
     "data": "the images",
     "penalty": "what acts on the filters; nothing without one",
 }
+BYTES = 2**18
+"""Of a file; the largest study has 4,000."""
+_TEXT = re.compile(r'"[^"\n]*"|\'[^\'\n]*\'|#[^\n]*')
+"""Texts and comments of TOML, on one line."""
 PIECES = 16
 """Parts and files that one reference joins."""
 
@@ -322,12 +326,28 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is none.
     """
+    if (size := path.stat().st_size) > BYTES:
+        raise ValueError(f"{path} is not a recipe, sweep or study: it has {size:,} bytes, of at most {BYTES:,}")
     try:
-        return tomllib.loads(path.read_text("utf-8-sig"))  # editors may begin a file with a byte order mark
-    except RecursionError:
-        raise ValueError(f"{path} is no TOML that can be read: its values lie too deep inside each other") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no TOML: {error}") from None
+        text = path.read_text("utf-8-sig")  # editors may begin a file with a byte order mark
+        if _is_deep(text):
+            raise ValueError(f"more than {DEEPEST} tables, lists or keys inside each other")
+        return tomllib.loads(text)
+    except ValueError as error:  # TOML's, an encoding's, or that of an integer with thousands of digits
+        raise ValueError(f"{path} is not TOML that can be read: {error}") from None
+
+
+def _is_deep(text: str) -> bool:
+    """Whether brackets or dotted keys go deeper than any recipe; what reads TOML takes seconds for each thousand levels."""
+    depth = 0
+    for line in _TEXT.sub("", text).splitlines():
+        for bracket in re.findall(r"[\[\]{}]", line):
+            depth += 1 if bracket in "[{" else -1
+            if depth > DEEPEST:
+                return True
+        if any(word.count(".") > DEEPEST for word in re.split(r"[\s=,\[\]{}]", re.sub(r"\s*\.\s*", ".", line))):
+            return True
+    return False
 
 
 def read_section(cls: type[S], path: Path) -> S:

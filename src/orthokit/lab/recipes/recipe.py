@@ -42,17 +42,17 @@ SCALES = {"sqrt_filters": sqrt_filters}
 class TrainSection(Section):
     """``[train]``: SGD with momentum, and all that surrounds it."""
 
-    epochs: int = Field(ge=1)
+    epochs: int = Field(ge=1, le=10**6)
     """Passes over the training images."""
-    batch: int = Field(128, ge=1)
+    batch: int = Field(128, ge=1, le=10**6)
     """Images in a step, over all processes together; what does not fill a batch waits for the next epoch."""
-    lr: float = Field(0.1, gt=0)
+    lr: float = Field(0.1, gt=0, le=1e6)
     """Largest learning rate."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Of SGD."""
     nesterov: bool = True
     """Nesterov's form of it."""
-    weight_decay: float = Field(5e-4, ge=0)
+    weight_decay: float = Field(5e-4, ge=0, le=1e6)
     """On every parameter; see ``decay`` of ``[regularizer]``."""
     schedule: Literal["cosine", "step"] = "cosine"
     """Of the learning rate: half a cosine to 0, or a factor ``gamma`` at each of ``milestones``."""
@@ -101,7 +101,7 @@ class RegularizerSection(Section):
     """Multiplies an unsquared penalty of each layer."""
     decay: bool = True
     """Whether weight decay acts on the regularized kernels too, as it does where there is no penalty."""
-    every: int = Field(1, ge=1)
+    every: int = Field(1, ge=1, le=10**9)
     """Steps from one gradient of the penalty to the next."""
 
     @field_validator("penalty", "strength", "where")

@@ -1,5 +1,7 @@
 """The tables ``[data]`` and ``[network]`` of a recipe: what is trained on what."""
 
+import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
-from orthokit.checks import did_you_mean
+from orthokit.checks import did_you_mean, printable
 from orthokit.lab.data import images as image_sets
 from orthokit.lab.data.augment import Augment
 from orthokit.lab.data.images import SETS, ImageSet
@@ -18,6 +20,10 @@ from orthokit.lab.own import Code, function, is_own
 
 Keys = tuple[str, ...]
 """From the top of a file to a value in it."""
+DEEPEST, MOST, LONGEST, LARGEST = 32, 5_000, 10_000, 1e30
+"""What a document may hold: tables inside each other, values, characters of a text, and the size of a number."""
+SHOWN = 10
+"""Problems that one message tells."""
 _UNION = re.compile(r"(float|int|str|bool|dict|list|Interval)(\[.*)?")
 """Members of a union, which pydantic names among the keys that lead to an error."""
 
@@ -52,15 +58,15 @@ class DataSection(Section):
     """Training images used, of every class alike; all that the validation part leaves by default."""
     validation: int = Field(5000, ge=0)
     """Training images held out, of every class alike, the same for every seed; 0 for none, where all are to be trained on."""
-    size: int | None = Field(None, ge=1)
+    size: int | None = Field(None, ge=1, le=2048)
     """Side in pixels, by averaging areas; the images' own by default."""
     noise: float = Field(0.0, ge=0, le=1)
     """Share of the training images whose label is replaced by a random class, the same for every seed; 1 for random labels."""
-    pad: int = Field(4, ge=0)
+    pad: int = Field(4, ge=0, le=512)
     """Black pixels around an image, from which a window is cut at random; 0 for no random crop."""
     flip: bool = True
     """Mirror every other image."""
-    cutout: int = Field(0, ge=0)
+    cutout: int = Field(0, ge=0, le=2048)
     """Side of a square set to the mean colour; 0 for none."""
 
     @model_validator(mode="before")
@@ -138,19 +144,55 @@ class NetworkSection(Section):
 
 def valid(cls: type[S], raw: Mapping[str, Any], source: str, giver: Callable[[Keys], Path | None] = lambda _: None) -> S:
     """The section that data of a source are; ``giver`` tells which other file gave what is wrong."""
+    check_plain(raw, source)
     try:
         return cls.model_validate(raw)
     except ValidationError as error:
         raise ValueError(f"{source}: {problems_of(cls, error.errors(), giver)}") from None
 
 
+def check_plain(raw: Mapping[str, Any], source: str) -> None:
+    """Raise ``ValueError`` unless ``raw`` is bounded plain data, such as TOML can hold."""
+    level, count = [("", raw)], 0
+    for _ in range(DEEPEST):
+        level = [item for key, value in level for item in _inside(key, value, source)]
+        count += len(level)
+        if count > MOST:
+            raise ValueError(f"{source}: more than {MOST:,} values; no recipe, sweep or study needs so many")
+        if not level:
+            return
+    raise ValueError(f"{source}: more than {DEEPEST} tables or lists inside each other, below {printable(level[0][0], 60)}")
+
+
+def _inside(key: str, value: Any, source: str) -> list[tuple[str, Any]]:
+    """What a table or list holds, by dotted keys; nothing inside a value that is fine."""
+    if isinstance(value, Mapping):
+        return [(f"{key}.{name}".removeprefix(".")[:LONGEST], item) for name, item in itertools.islice(value.items(), MOST + 1)]
+    if isinstance(value, list):
+        return [(key, item) for item in value[: MOST + 1]]
+    if isinstance(value, str):
+        problem = f"a text of {len(value):,} characters, of at most {LONGEST:,}" if len(value) > LONGEST else ""
+    elif isinstance(value, bool):
+        problem = ""
+    elif isinstance(value, int | float):
+        fine = math.isfinite(value) and abs(value) <= LARGEST
+        problem = "" if fine else f"should be a finite number, at most {LARGEST:g}; got {printable(repr(value), 60)}"
+    else:
+        problem = f"a text, number, boolean, list or table is wanted; got {type(value).__name__}"
+    if problem:
+        raise ValueError(f"{source}: {printable(key, 100)}: {problem}")
+    return []
+
+
 def problems_of(cls: type[BaseModel], problems: Sequence[Any], giver: Callable[[Keys], Path | None]) -> str:
     told = []
-    for problem in problems:
+    for problem in problems[: 10 * SHOWN]:
         place = tuple(part for part in map(str, problem["loc"]) if not _UNION.fullmatch(part))
         file = None if problem["type"] == "missing" else giver(place)
         told.append((f"in {file}, " if file else "") + _problem(cls, problem, place))
-    return "; ".join(dict.fromkeys(told))
+    different = list(dict.fromkeys(told))
+    more = f"; and {len(different) - SHOWN:,} more" if len(different) > SHOWN else ""
+    return "; ".join(different[:SHOWN]) + more
 
 
 def _problem(cls: type[BaseModel], problem: Any, place: Keys) -> str:
@@ -166,7 +208,7 @@ def _problem(cls: type[BaseModel], problem: Any, place: Keys) -> str:
         case "value_error":
             return f"{key}: {problem['ctx']['error']}".removeprefix(": ")
     wanted = problem["msg"].removeprefix("Input ").partition(" or instance of")[0]
-    return f"{key}: {wanted[0].lower()}{wanted[1:]}; got {problem['input']!r}"
+    return f"{key}: {wanted[0].lower()}{wanted[1:]}; got {printable(repr(problem['input']), 100)}"
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:

@@ -10,7 +10,7 @@ from orthokit.lab.runs.results import Result, read_one
 from orthokit.lab.runs.run import SUMMARY
 from orthokit.lab.runs.summary import DamagedError
 
-__all__ = ["TUNING", "read"]
+__all__ = ["TUNING", "below", "read"]
 
 TUNING = "tuning"
 """In the folder where a study trains: the runs by which strengths are chosen, ``tuning/<name>/<seed>``."""
@@ -31,16 +31,16 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
     for path in paths:
         _check(path)
         top = path.parent if path.name == SUMMARY else path
-        for file in _below(top, SUMMARY):
+        for file in below(top, SUMMARY):
             try:
                 results.setdefault(_real(file), read_one(file))
             except DamagedError as error:
                 damaged[_real(file)] = str(error)
-        for file in filter(is_ledger, _below(top, "*.jsonl")):
+        for file in filter(is_ledger, below(top, "*.jsonl")):
             runs, reasons = entries(file)
             results |= {_real(run.source): run for run in runs}
             damaged |= {Path(f"{_real(file)}:{number}"): why for number, why in enumerate(reasons)}
-        for file in _below(top, "recipe.toml"):
+        for file in below(top, "recipe.toml"):
             if not (file.parent / SUMMARY).is_file():
                 unfinished[_real(file.parent)] = "failed" if (file.parent / "failed.txt").is_file() else "not finished"
     if damaged and not results:
@@ -72,7 +72,7 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))  # Path.resolve fails on links that lead to themselves
 
 
-def _below(top: Path, pattern: str) -> list[Path]:
+def below(top: Path, pattern: str) -> list[Path]:
     """A file, or those that match in and below a folder, through links too, without the runs that chose strengths."""
     if top.is_file():
         return [top] if top.match(pattern) else []

@@ -7,6 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
+from torch import Tensor
+
 from orthokit.lab.recipes.recipe import Recipe, flattened
 from orthokit.lab.runs.summary import DamagedError, Epoch, Evaluation, Summary, read_lines
 from orthokit.lab.runs.summary import read as read_record
@@ -109,6 +112,11 @@ def _present(file: Path, weights: Path) -> dict[str, Any]:
         return {}
     parts: dict[str, Any] = found["parts"]
     return {} if weights.is_file() and found["weights"] != digest(weights) else parts
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the weights of a network: of names, shapes, types and bytes, whatever else their file holds."""
+    return hashlib.sha256(save(dict(weights))).hexdigest()
 
 
 def digest(weights: Path) -> str:

@@ -28,6 +28,7 @@ from orthokit.lab.networks.measures import flops, orthogonality
 from orthokit.lab.recipes.recipe import Recipe, TrainSection, differences
 from orthokit.lab.runs.control import Stop
 from orthokit.lab.runs.progress import Watch
+from orthokit.lab.runs.results import digest_of
 from orthokit.lab.runs.run import SUMMARY, HeldError, Run
 from orthokit.lab.training.clock import Clock
 from orthokit.lab.training.fabric import Fabric, seed_everything
@@ -330,7 +331,7 @@ class Training:
             "environment": self.run.environment(),
             "recipe": self.run.recipe.to_dict(),
         }
-        self.save_weights("last")
+        summary["weights"] = digest_of(self.save_weights("last"))
         if self.fabric.is_global_zero:
             write(self.run.folder / SUMMARY, to_json(summary))
         self.fabric.barrier()
@@ -481,10 +482,10 @@ class Training:
     def _write_metrics(self) -> None:
         write(self.run.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
 
-    def save_weights(self, name: str) -> None:
-        """``<name>.safetensors``: the weights of the network that counts, and what they are."""
+    def save_weights(self, name: str) -> dict[str, Tensor]:
+        """Write ``<name>.safetensors``: the weights of the network that counts, and what they are. Returns these weights."""
+        weights = {key: value.detach().cpu().contiguous() for key, value in self.evaluated.state_dict().items()}
         if self.fabric.is_global_zero:
-            weights = {key: value.detach().cpu().contiguous() for key, value in self.evaluated.state_dict().items()}
             metadata = {
                 "run": self.run.name,
                 "epoch": str(self.step // self.steps),
@@ -493,3 +494,4 @@ class Training:
                 **ordered(weights),
             }
             write(self.run.folder / f"{name}.safetensors", save(weights, metadata))
+        return weights
