@@ -3,16 +3,24 @@
 import csv
 import io
 import unicodedata
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from safetensors.torch import save_file
 
 import orthokit as ok
+from made_up import made_up
 from orthokit.checks import printable, warn_once
 from orthokit.cli import main
+from orthokit.lab.comparison.comparison import compare
+from orthokit.lab.reporting.figures import figures
+from orthokit.lab.reporting.markup import latex, markdown
+from orthokit.lab.reporting.page import page
+from orthokit.lab.reporting.tables import numbers
 from orthokit.tables import to_csv
 
 HOSTILE = {
@@ -32,6 +40,11 @@ HOSTILE = {
     "html": "<script>alert(1)</script>",
     "image": "![x](http://example.org/x.png)",
     "link": "[x](javascript:alert(1))",
+    "reference": "[x][y]",
+    "address": "[x](http://example.org)",
+    "code": "a`b`c",
+    "escaped": "\\`b\\`",
+    "lines": "a\n# b",
     "pipe": "a|b",
 }
 
@@ -81,6 +94,31 @@ def test_layers_of_a_saved_network(tmp_path, capsys, name):
     captured = capsys.readouterr()
     assert not dangerous(captured.out + captured.err)
     assert captured.err.count("\n") == 1
+
+
+def compared(name):
+    return compare(made_up({"none": 0.0, name: 1.0}, seeds=2, parts=False), baseline="none", title=name, flagged=[name])
+
+
+@pytest.mark.parametrize("name", [*HOSTILE.values(), "a\udc80b"], ids=[*HOSTILE, "surrogate"])
+def test_names_of_arms_in_markdown_latex_and_csv(name):
+    comparison = compared(name)
+    for text in (markdown(comparison), latex(comparison), numbers(comparison).to_csv()):
+        assert not dangerous(text)
+        text.encode("utf-8")
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(markdown(comparison))
+    kinds = {child.type for token in tokens for child in (token, *(token.children or ()))}
+    assert not kinds & {"image", "link_open", "html_inline", "html_block", "code_inline"}
+
+
+def test_names_of_arms_in_pages_and_figures():
+    comparison = compared("".join(HOSTILE.values()) + "\udc80")
+    drawn = figures(comparison)
+    assert drawn
+    assert not dangerous(page(comparison, drawn=drawn))
+    for drawing in drawn.values():
+        ElementTree.fromstring(drawing.svg)
+        assert not dangerous(drawing.svg + drawing.alt)
 
 
 def test_errors_are_one_line_without_markup(tmp_path, capsys):

@@ -224,7 +224,7 @@ def test_what_is_trained_is_kept_when_its_evaluation_is_interrupted(lab, error):
             "runs differ in train.epochs, which is not the declared factor",
         ),
         ("none = {}", "none = {}\nzero = {}", "the arms none and zero have the same recipe"),
-        ("none = {}", '".." = {}', "'..' is no name for an arm"),
+        ("none = {}", '".." = {}', "'..' cannot name an arm"),
         ("title", 'metric = "pgd"\ntitle', "metric = 'pgd' needs 'attacks' among evaluate.parts"),
         ("[evaluate]", '[factors]\n"train.epochs" = [1, 1]\n[evaluate]', "factors.train.epochs must differ"),
         ("[evaluate]", '[factors]\n"train.epochs" = [1, 2]\n[evaluate]', "overrides what its panel is to have in common"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeVar
 
+from orthokit.checks import printable
 from orthokit.lab.comparison.comparability import Panel, flags, incomparable, refusals, repeated, under
 from orthokit.lab.comparison.inference import (
     Contrast,
@@ -389,16 +390,16 @@ def compare(
     cautions = [*refused, *flagged, *(each for panel in panels for each in flags(panel, baseline)), *left_out]
     pairs = tuple(pair_of(each, order) for each in contrasts)
     comparison = Comparison(
-        title,
+        printable(title),
         baseline,
         panels,
         tuple(factor),
         primary,
-        tuple(dict.fromkeys(cautions)),
+        tuple(dict.fromkeys(printable(each, lines=True) for each in cautions)),
         tuple(excluded),
         blocks=blocks,
         primary_contrasts=pairs,
-        question=question,
+        question=printable(question),
     )
     if not comparison.cells(primary):
         advice = f"; measure it with orthokit evaluate --parts {primary.part}" if primary.part else ""

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from orthokit.checks import printable
 from orthokit.lab.comparison.comparability import plain, under
 from orthokit.lab.recipes.recipe import Recipe
 from orthokit.lab.runs.results import Result
@@ -38,12 +39,14 @@ def _short(key: str, part: dict[str, str]) -> str:
 
 
 def arms_of(results: Sequence[Result], flat: Sequence[dict[str, str]], factor: Sequence[str]) -> list[str]:
-    """The arm of each result: a study's own name, or what tells it apart."""
+    """The arm of each result, printable: a study's own name, or what tells it apart."""
     penalties = any(key.split(".")[0] == "regularizer" for key in factor)
     keys = _varying(flat, [key for each in flat for key in each if under(key, factor) and not under(key, ["regularizer"])])
     return [
-        result.summary["study"].get("arm")
-        or ", ".join([*([_penalty(result.recipe)] if penalties else []), *(_short(key, part) for key in keys)])
+        printable(
+            result.summary["study"].get("arm")
+            or ", ".join([*([_penalty(result.recipe)] if penalties else []), *(_short(key, part) for key in keys)])
+        )
         for result, part in zip(results, flat, strict=True)
     ]
 
@@ -59,13 +62,14 @@ def _penalty(recipe: Recipe) -> str:
 
 
 def panels_of(results: Sequence[Result], flat: Sequence[dict[str, str]], keys: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """The panel of each result, and its values of the keys that vary: a study's own name, or these."""
+    """The panel of each result, printable, and its values of the keys that vary: a study's own name, or these."""
     varying = _varying(flat, keys)
     found = []
     for result, part in zip(results, flat, strict=True):
         words = [_short(key, part) for key in varying] or [plain(part["network.kind"]), "on", plain(part["data.name"])]
         name = result.summary["study"].get("panel") or (", " if varying else " ").join(words)
-        found.append((name, {key: json.loads(part[key]) if key in part else None for key in varying}))
+        values = {key: json.loads(part[key]) if key in part else None for key in varying}
+        found.append((printable(name), {key: printable(each) if isinstance(each, str) else each for key, each in values.items()}))
     return found
 
 
@@ -77,6 +81,7 @@ def baseline_of(wanted: str | None, arms: Sequence[str], results: Sequence[Resul
     """
     known = ", ".join(map(repr, dict.fromkeys(arms)))
     if wanted is not None:
+        wanted = printable(wanted)
         if wanted not in arms:
             raise ValueError(f"no arm {wanted!r} to be the baseline; there are {known}")
         return wanted

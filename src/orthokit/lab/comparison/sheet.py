@@ -222,15 +222,15 @@ def compare_lines(
     known = [_metric(name, place, direction(name, higher, lower), grouped) for place, name in enumerate(names)]
     primary = known[names.index(metric)] if metric else known[0]
     comparison = Comparison(
-        title,
+        printable(title),
         baseline,
         tuple(grouped),
         factor=(),
         primary=primary,
         flags=(*(each for panel in grouped for each in unequal(panel, baseline)), *lacking(grouped, known)),
         known=tuple(known),
-        sources=tuple(path.name for path in paths),
-        question=question,
+        sources=tuple(printable(path.name) for path in paths),
+        question=printable(question),
         blocks=blocks,
         primary_contrasts=tuple(pair_of(each, order) for each in contrasts),
     )

@@ -65,8 +65,9 @@ def _heading(table: Table) -> str:
 
 
 def _plain(text: str) -> str:
-    """``text`` on one line, in which nothing begins a tag, a link or a picture."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.split())).replace("](", r"]\(")
+    """``text`` on one line, in which nothing begins a tag, a link, a picture, code or a formula."""
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.split()))
+    return re.sub(r"[\\`$]|(?<=\])[(\[]", r"\\\g<0>", text)
 
 
 def _pipes(table: Table) -> str:

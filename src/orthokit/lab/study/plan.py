@@ -310,8 +310,8 @@ def _short(key: str, value: Any) -> str:
 
 def _slug(file: Path, name: str) -> str:
     """A name as part of a folder's."""
-    if not (plain := re.sub(r"[^\w.=+]+", "-", name).strip("-.")):
-        raise ValueError(f"{file}: {name!r} is no name for an arm or a network; it needs letters or digits")
+    if not name.isprintable() or not (plain := re.sub(r"[^\w.=+]+", "-", name).strip("-.")):
+        raise ValueError(f"{file}: {name!r} cannot name an arm or a network; it needs letters or digits, all printable")
     return plain
 
 
