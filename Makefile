@@ -44,7 +44,7 @@ bench: $(VENV)/.test ## what every penalty costs, into benchmarks/cost.json; abo
 	@$(BIN)/python benchmarks/cost.py
 
 docs: $(VENV)/.docs ## the documentation as a site in site/
-	@$(BIN)/sphinx-build -q -W --keep-going docs site
+	@$(WORK) $(BIN)/sphinx-build -q -W --keep-going docs site
 	@echo "open site/index.html"
 
 clean: ## remove the virtual environment and caches

@@ -1,24 +1,36 @@
 """Sphinx configuration; ``make docs`` builds the site."""
 
-import shutil
 import sys
-from importlib.metadata import version as _version
+from importlib.metadata import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import fill
+import generate
 
 import orthokit.lab.runs.summary  # noqa: F401  # pydantic builds its schemas before autodoc sets TYPE_CHECKING
 
+_about = metadata("orthokit")
 project = "orthokit"
 copyright = "2026, the orthokit authors"
-version = release = _version("orthokit")
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-source_suffix = {".md": "markdown"}
+version = release = _about["Version"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_design",
+    "sphinx_gallery.gen_gallery",
+]
+source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
+exclude_patterns = ["tutorials"]
 html_theme = "furo"
 html_title = f"orthokit {version}"
-myst_enable_extensions = ["colon_fence"]
+if _repository := dict(each.split(", ") for each in _about.get_all("Project-URL", [])).get("Repository"):
+    html_theme_options = {"source_repository": _repository, "source_branch": "main", "source_directory": "docs/"}
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": False}
@@ -28,14 +40,28 @@ napoleon_use_ivar = True
 napoleon_numpy_docstring = False
 python_use_unqualified_type_names = True
 nitpicky = False
+smartquotes = False  # "--root" is an option and not a dash
 
-# Copies, as links between pages are not found through a symbolic link, and as the numbers of cards are filled in anew.
-_docs = Path(__file__).parent
-shutil.rmtree(_docs / "evidence", ignore_errors=True)
-shutil.copytree(_docs.parent / "results", _docs / "evidence", ignore=shutil.ignore_patterns("runs", "tuning", "*.html", "*.tex"))
-shutil.rmtree(_docs / "penalties", ignore_errors=True)
-(_docs / "penalties").mkdir()
-for _card in fill.CARDS.glob("*.md"):
-    _text = fill.fill(_card.read_text("utf-8")).replace("../../../docs/", "../").replace("../../../results/", "../evidence/")
-    _pages = "\n```{toctree}\n:glob:\n:hidden:\n\n*\n```\n" if _card.stem == "index" else ""
-    (_docs / "penalties" / _card.name).write_text(_text + _pages, "utf-8")
+# The tutorials: Python files that are executed here, every time, and become pages and notebooks in docs/learn.
+sphinx_gallery_conf = {
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "learn",
+    "filename_pattern": r"\.py",
+    "run_stale_examples": True,
+    "abort_on_example_error": True,
+    "capture_repr": (),
+    "download_all_examples": False,
+    "show_signature": False,
+    "write_computation_times": False,
+    "copyfile_regex": r"",
+    "doc_module": ("orthokit",),
+    "backreferences_dir": "learn/used",
+    "reference_url": {"orthokit": None},
+    "inspect_global_variables": False,
+    "min_reported_time": 1,
+    "remove_config_comments": True,
+}
+
+generate.commands()
+generate.evidence()
+generate.cards()

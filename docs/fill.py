@@ -128,14 +128,15 @@ def cards() -> str:
 
 
 def modules() -> str:
-    """The reference of each penalty's module."""
-    names = dict.fromkeys(penalty.__module__ for penalty in ok.PENALTIES)
-    sections = [
-        f"## {' and '.join(penalty.name for penalty in ok.PENALTIES if penalty.__module__ == name)}\n\n"
-        f"```{{eval-rst}}\n.. automodule:: {name}\n```\n"
-        for name in names
-    ]
-    return "\n" + "\n".join(sections)
+    """The reference of each penalty: what its module says, then its classes and functions under the names people write."""
+    parts = [""]
+    for module in dict.fromkeys(penalty.__module__ for penalty in ok.PENALTIES):
+        public = [name for name in ok.__all__ if getattr(getattr(ok, name), "__module__", None) == module]
+        title = " and ".join(penalty.name for penalty in ok.PENALTIES if penalty.__module__ == module)
+        parts += [f"## {title}", "", "```{eval-rst}", f".. automodule:: {module}", "   :no-members:", "   :no-index:", ""]
+        parts += [f".. auto{'class' if isinstance(getattr(ok, name), type) else 'function'}:: orthokit.{name}" for name in public]
+        parts += ["```", ""]
+    return "\n".join(parts)
 
 
 VERBS = {
@@ -152,7 +153,7 @@ VERBS = {
 
 def files() -> list[Path]:
     """What is filled in."""
-    return [ROOT / "README.md", ROOT / "docs/reference.md", *sorted(CARDS.glob("*.md"))]
+    return [ROOT / "README.md", ROOT / "docs/reference/penalties.md", *sorted(CARDS.glob("*.md"))]
 
 
 def main() -> int:

@@ -1,0 +1,88 @@
+"""Pages of the site that are written when it is built: the commands, and the evidence."""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import fill
+import tyro
+
+from orthokit.cli import COMMANDS
+
+DOCS = Path(__file__).parent
+ITEM = re.compile(r"[│ ] (?P<name>(?:-|[A-Z{\[])\S*(?: \S+)*?)(?: {2,}(?P<text>.*))?")
+"""A line of a help text that begins an option or a positional argument."""
+MARKUP, MASKED = re.compile(r"[<>*_`|~\[\]\\]"), r"\\\g<0>"
+
+COMMANDS_PAGE = """\
+# Commands
+
+Every command of `orthokit`, with its options, as `orthokit COMMAND --help` prints them. Install the package first:
+[Install](install.md). Begin with `orthokit demo`, or with `orthokit report` on a checkpoint of yours.
+
+Exit status: 0 when all went well, 1 when a gate failed (`report --fail-if`), 2 for what you can put right, 3 when training
+diverged, 4 when one of several runs failed, 130 after Ctrl-C.
+"""
+
+
+def help_of(name: str) -> str:
+    """What ``orthokit NAME --help`` prints, on lines that are not broken."""
+    printed = io.StringIO()
+    with mock.patch.dict(os.environ, COLUMNS="1000"), contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        tyro.cli(COMMANDS[name], prog=f"orthokit {name}", args=["--help"], config=(tyro.conf.FlagCreatePairsOff,))
+    return printed.getvalue()
+
+
+def command(name: str) -> str:
+    """The section of a command: usage, description, and a definition for each option."""
+    usage, *lines = help_of(name).splitlines()
+    description: list[str] = []
+    items: list[tuple[str, str]] = []
+    for line in lines:
+        if (match := ITEM.fullmatch(line.rstrip(" │"))) is not None:
+            items.append((match["name"], match["text"] or ""))
+        elif items and line[1:].startswith(" " * 5) and line.strip(" │"):
+            items[-1] = items[-1][0], f"{items[-1][1]} {line.strip(' │')}".strip()
+        elif not items and line.strip() and not line.startswith((" ", "╭", "│")):
+            description.append(line)
+    if len(items) < 2:
+        raise ValueError(f"no options could be read from the help of {name!r}")
+    parts = [f"## orthokit {name}", f"```text\n{usage.removeprefix('usage: ')}\n```", *description]
+    return "\n\n".join([*parts, *(_definition(option, text) for option, text in items if option != "-h, --help")]) + "\n"
+
+
+def _definition(option: str, text: str) -> str:
+    text, _, default = text.rpartition(" (default: ") if text.endswith(")") and " (default: " in text else (text, "", "")
+    default = default.removesuffix(")")
+    shown = "" if default in ("", "None", "False") else f" Default: `{default}`."
+    option = option.replace("{None}|", "").replace("{None,", "{")
+    return f"`{option}`\n: {MARKUP.sub(MASKED, text)}{shown}"
+
+
+def commands() -> None:
+    """Write ``commands.md``."""
+    (DOCS / "commands.md").write_text("\n\n".join([COMMANDS_PAGE, *map(command, COMMANDS)]) + "\n", encoding="utf-8")
+
+
+def evidence() -> None:
+    """Copy the results, as links between pages are not found through a symbolic link; the overview lists the studies."""
+    shutil.rmtree(DOCS / "evidence", ignore_errors=True)
+    left_out = shutil.ignore_patterns("runs", "tuning", "*.html")
+    shutil.copytree(DOCS.parent / "results", DOCS / "evidence", ignore=left_out)
+    overview = DOCS / "evidence/STUDY.md"
+    studies = "\n```{toctree}\n:glob:\n:hidden:\n\n*/README\n```\n"
+    overview.write_text(overview.read_text("utf-8") + studies, encoding="utf-8")
+
+
+def cards() -> None:
+    """Copy the cards, their numbers filled in anew."""
+    shutil.rmtree(DOCS / "penalties", ignore_errors=True)
+    (DOCS / "penalties").mkdir()
+    for card in fill.CARDS.glob("*.md"):
+        text = fill.fill(card.read_text("utf-8")).replace("../../../docs/", "../").replace("../../../results/", "../evidence/")
+        pages = "\n```{toctree}\n:glob:\n:hidden:\n\n*\n```\n" if card.stem == "index" else ""
+        (DOCS / "penalties" / card.name).write_text(text + pages, encoding="utf-8")
