@@ -12,6 +12,8 @@ import fill
 import tyro
 
 from orthokit.cli import COMMANDS
+from orthokit.lab import study
+from orthokit.lab.reporting import markup, page, tables
 
 DOCS = Path(__file__).parent
 ITEM = re.compile(r"[│ ] (?P<name>(?:-|[A-Z{\[])\S*(?: \S+)*?)(?: {2,}(?P<text>.*))?")
@@ -69,13 +71,27 @@ def commands() -> None:
 
 
 def evidence() -> None:
-    """Copy the results, as links between pages are not found through a symbolic link; the overview lists the studies."""
+    """Copy the results, as links between pages are not found through a symbolic link, and build what is not kept beside them."""
     shutil.rmtree(DOCS / "evidence", ignore_errors=True)
-    left_out = shutil.ignore_patterns("runs", "tuning", "*.html")
-    shutil.copytree(DOCS.parent / "results", DOCS / "evidence", ignore=left_out)
+    shutil.copytree(DOCS.parent / "results", DOCS / "evidence", ignore=shutil.ignore_patterns("ledger"))
+    for readme in sorted((DOCS / "evidence").glob("*/README.md")):
+        _pages(readme)
     overview = DOCS / "evidence/STUDY.md"
-    studies = "\n```{toctree}\n:glob:\n:hidden:\n\n*/README\n```\n"
-    overview.write_text(overview.read_text("utf-8") + studies, encoding="utf-8")
+    pages = "\n```{toctree}\n:glob:\n:hidden:\n\nquestions/*\n*/README\n```\n"
+    overview.write_text(overview.read_text("utf-8") + pages, encoding="utf-8")
+
+
+def _pages(readme: Path) -> None:
+    """Beside the tables of a study: a page with every figure, the numbers, the tables for LaTeX; linked below its title."""
+    folder, root = readme.parent, DOCS.parent
+    plan = study.plan(root / "studies" / f"{folder.name}.toml", out=root / "runs", results=root / "results")
+    comparison = plan.comparison()
+    (folder / "page.html").write_text(page.page(comparison, command=plan.command), encoding="utf-8")
+    (folder / "numbers.csv").write_text(tables.numbers(comparison).to_csv(), encoding="utf-8")
+    (folder / "tables.tex").write_text(markup.latex(comparison), encoding="utf-8")
+    links = "[Every figure on one page](page.html) · [all numbers (CSV)](numbers.csv) · [tables (LaTeX)](tables.tex)"
+    title, rest = readme.read_text("utf-8").split("\n", 1)
+    readme.write_text(f"{title}\n\n{links}\n{rest}", encoding="utf-8")
 
 
 def cards() -> None:
@@ -83,6 +99,8 @@ def cards() -> None:
     shutil.rmtree(DOCS / "penalties", ignore_errors=True)
     (DOCS / "penalties").mkdir()
     for card in fill.CARDS.glob("*.md"):
+        if card.stem == "recommended":  # a part of other pages
+            continue
         text = fill.fill(card.read_text("utf-8")).replace("../../../docs/", "../").replace("../../../results/", "../evidence/")
         pages = "\n```{toctree}\n:glob:\n:hidden:\n\n*\n```\n" if card.stem == "index" else ""
         (DOCS / "penalties" / card.name).write_text(text + pages, encoding="utf-8")

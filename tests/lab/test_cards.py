@@ -11,6 +11,7 @@ import torch
 
 import orthokit as ok
 from orthokit.cards import read
+from orthokit.cli import main
 from orthokit.lab.recipes.compose import load
 from orthokit.spec import penalty_of
 
@@ -97,3 +98,13 @@ def test_the_first_screen(capsys):
     before, after = map(float, re.fullmatch(r"residual ([\d.]+) -> ([\d.]+)\n", capsys.readouterr().out).groups())
     assert before > 0.6
     assert after < 0.02
+
+
+@pytest.mark.results
+def test_what_is_recommended_stands_in_one_place(capsys):
+    """The evidence quotes it word by word, the guide includes it, and the list of penalties ends with it."""
+    recommended = (ROOT / "src/orthokit/cards/recommended.md").read_text("utf-8")
+    assert recommended.strip() in (ROOT / "results/STUDY.md").read_text("utf-8")
+    assert "{include} ../src/orthokit/cards/recommended.md" in (ROOT / "docs/guide.md").read_text("utf-8")
+    assert main(["list"]) == 0
+    assert "strict disentangled norm" in " ".join(capsys.readouterr().out.split())

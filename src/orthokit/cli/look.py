@@ -62,6 +62,8 @@ class List:
         for penalty in ok.PENALTIES:
             table.add_row(penalty.name, *map(escape, (penalty.long_name, penalty.use, penalty.source)))
         console.print(table)
+        console.print("What we recommend:")
+        console.print(Markdown(cards.read("recommended")))
         console.print(
             "orthokit list NAME has all about one. To begin: orthokit.Regularizer(model, orthokit.Disentangled(), strength=0.1)"
         )
