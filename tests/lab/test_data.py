@@ -15,7 +15,7 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from orthokit.lab.data import cifar
+from orthokit.lab.data import cifar, toy
 from orthokit.lab.data import images as data
 from orthokit.lab.data.images import SETS, Images, load
 from small_cifar import HUNDRED, TEN, contents, packed, unpacked
@@ -96,7 +96,7 @@ def test_patches_are_of_their_photographs_and_share_no_pixel():
     import skimage.io
 
     found, generator = once("patches"), torch.Generator().manual_seed(0)
-    for label, name in enumerate(data.PHOTOGRAPHS):
+    for label, name in enumerate(toy.PHOTOGRAPHS):
         photograph = skimage.io.imread(Path(skimage.__file__).parent / f"data/{name}.png")
         photograph = np.broadcast_to(np.atleast_3d(photograph), (*photograph.shape[:2], 3))
         covered = np.zeros((2, *photograph.shape[:2]), bool)

@@ -36,7 +36,7 @@ from orthokit.polar import polar
 SMALL = 64
 """Rows of a Gram matrix up to which it is formed: a few products with vectors take longer then than one with the matrix."""
 
-MOST = 1000
+MOST = 100_000
 """Steps of power iteration; two or three are usual."""
 
 

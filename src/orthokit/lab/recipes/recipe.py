@@ -46,13 +46,13 @@ class TrainSection(Section):
     """Passes over the training images."""
     batch: int = Field(128, ge=1, le=10**6)
     """Images in a step, over all processes together; what does not fill a batch waits for the next epoch."""
-    lr: float = Field(0.1, gt=0, le=1e6)
+    lr: float = Field(0.1, gt=0, le=1e30)
     """Largest learning rate."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Of SGD."""
     nesterov: bool = True
     """Nesterov's form of it."""
-    weight_decay: float = Field(5e-4, ge=0, le=1e6)
+    weight_decay: float = Field(5e-4, ge=0, le=1e30)
     """On every parameter; see ``decay`` of ``[regularizer]``."""
     schedule: Literal["cosine", "step"] = "cosine"
     """Of the learning rate: half a cosine to 0, or a factor ``gamma`` at each of ``milestones``."""

@@ -154,7 +154,7 @@ def sections(table: Table) -> list[tuple[str, list[Row]]]:
     """The rows of each panel, in order."""
     panels: dict[str, list[Row]] = {}
     for row in table.rows:
-        panels.setdefault(row["panel"], []).append(row)
+        panels.setdefault(str(row.get("panel", "")), []).append(row)
     return list(panels.items())
 
 
