@@ -100,7 +100,7 @@ def test_patches_are_of_their_photographs_and_share_no_pixel():
         photograph = skimage.io.imread(Path(skimage.__file__).parent / f"data/{name}.png")
         photograph = np.broadcast_to(np.atleast_3d(photograph), (*photograph.shape[:2], 3))
         covered = np.zeros((2, *photograph.shape[:2]), bool)
-        corners = data._corners(*photograph.shape[:2], generator)
+        corners = toy._corners(*photograph.shape[:2], generator)
         for part, (images, places) in enumerate(zip((found.train, found.test), corners, strict=True)):
             for image, (y, x) in zip(images.pixels[images.labels == label], places.tolist(), strict=True):
                 assert np.array_equal(image.permute(1, 2, 0), photograph[y : y + 32, x : x + 32])

@@ -134,6 +134,22 @@ def test_attacks_are_on_a_fixed_part_of_the_test_images_of_every_class_alike(run
     assert len(everything.some) == len(everything.data.test)
 
 
+def without_digest(run):
+    """A run of a version that did not write down what its weights are."""
+    path = run / "summary.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "weights"}))
+
+
+def test_a_changed_bit_is_noticed(runs, capsys):
+    path = runs / "so/0/last.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert main(["evaluate", str(runs), "--parts", "accuracy", "--jobs", "1"]) == 4
+    assert "so/0/last.safetensors is damaged" in words(capsys.readouterr().out)
+    assert (runs / "so/1/evaluation.json").is_file()
+
+
 def test_parts_are_not_measured_again(runs, capsys, monkeypatch):
     command = ["evaluate", str(runs), "--images", "20", "--jobs", "1"]
     assert main([*command, "--parts", "accuracy", "orthogonality"]) == 0
@@ -150,6 +166,10 @@ def test_parts_are_not_measured_again(runs, capsys, monkeypatch):
     with torch.no_grad():
         other["fc.bias"] += 1
     save_file(other, runs / "so/1/last.safetensors", {"recipe": json.dumps(Recipe.of(RAW).to_dict())})
+    assert main([*command, "--parts", "accuracy"]) == 4
+    assert "so/1/last.safetensors is damaged: its weights are not those that the run wrote" in words(capsys.readouterr().out)
+    assert measured[4:] == []
+    without_digest(runs / "so/1")
     assert main([*command, "--parts", "accuracy"]) == 0
     assert measured[4:] == ["accuracy"]  # the other weights'
     assert list(json.loads((runs / "so/1/evaluation.json").read_text())["parts"]) == ["accuracy"]
@@ -255,6 +275,8 @@ def test_what_goes_wrong_is_told_and_the_rest_is_done(trained, runs, tmp_path, c
     weights = load_file(runs / "so/0/last.safetensors")
     weights["fc.weight"] = weights["fc.weight"][:5].clone()
     save_file(weights, runs / "so/0/last.safetensors", {"recipe": json.dumps(Recipe.of(RAW).to_dict())})
+    for run in ("so/0", "so/1"):
+        without_digest(runs / run)
     assert main(["evaluate", str(runs), "--parts", "accuracy", "--jobs", "1"]) == 4
     said = words(capsys.readouterr().out)
     assert "so/0 accuracy: ValueError:" in said
