@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import time
 import tomllib
 from pathlib import Path
 
@@ -322,3 +323,41 @@ def test_files_that_nest_too_deep_are_one_line_and_byte_order_marks_are_read(tmp
     with pytest.raises(ValueError, match="inside each other"):
         load(deep)
     assert read_toml(marked) == {"a": 1}
+
+
+BASE = 'extends = "nano+digits+strict"\n'
+HOSTILE = {
+    "lists": ("x = " + "[" * 5000 + "]" * 5000, "inside each other"),
+    "dotted keys": (".".join(["a"] * 5000) + " = 1", "inside each other"),
+    "tables": ("x = " + "{a=" * 3000 + "1" + "}" * 3000, "inside each other"),
+    "a header": ("[" + ".".join(["a"] * 3000) + "]", "inside each other"),
+    "keys": ("\n".join(f"k{i} = 1" for i in range(3000)), "and 90 more"),
+    "more keys": ("\n".join(f"k{i} = 1" for i in range(100_000)), "of at most 262,144"),
+    "a learning rate": ("train.lr = 1e300", r"train\.lr"),
+    "an integer": ("train.epochs = " + "9" * 5000, "Exceeds the limit"),
+    "a large integer": ("network.depth = " + "9" * 400, r"network\.depth: should be a finite number"),
+    "padding": ("data.pad = 1000000", r"data\.pad"),
+    "steps": ("regularizer.penalty = {name = 'srip', steps = 1000000000000}", "at most 100,000"),
+    "operators": ("regularizer.where = '" + "~" * 5000 + "convs'", "2,000 characters"),
+    "fewer operators": ("regularizer.where = '" + "~" * 900 + "convs'", "100 operators"),
+    "a text": ("network.kind = '" + "x" * 20_000 + "'", "20,000 characters"),
+    "a date": ("network.depth = 1979-05-27", "got date"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_documents_end_in_one_line_at_once(tmp_path, name):
+    text, message = HOSTILE[name]
+    (path := tmp_path / "x.toml").write_text(BASE + text)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    assert time.process_time() - start < 5
+
+
+def test_a_recipe_that_is_data_holds_what_toml_can_hold():
+    for extra in (None, {"y": [None]}, float("nan"), 10**400):
+        raw = {"data": {"name": "digits"}, "network": {"kind": "resnet", "x": extra}, "train": {"epochs": 1}}
+        with pytest.raises(ValueError, match=r"recipe: network\.x"):
+            Recipe.of(raw)

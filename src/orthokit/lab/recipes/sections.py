@@ -175,7 +175,7 @@ def _inside(key: str, value: Any, source: str) -> list[tuple[str, Any]]:
     elif isinstance(value, bool):
         problem = ""
     elif isinstance(value, int | float):
-        fine = math.isfinite(value) and abs(value) <= LARGEST
+        fine = abs(value) <= LARGEST  # which NaN is not, nor an integer too large for a float
         problem = "" if fine else f"should be a finite number, at most {LARGEST:g}; got {printable(repr(value), 60)}"
     else:
         problem = f"a text, number, boolean, list or table is wanted; got {type(value).__name__}"
