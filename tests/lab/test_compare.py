@@ -386,6 +386,8 @@ def test_arms_and_panels_without_a_study():
         ValueError, match=r"which arm is the baseline\? name it with --baseline; there are 'init=default', 'init="
     ):
         compare([*plain, *orthogonal], factor=["train.init"])
+    named = [changed(run, study={"arm": arm}) for arm, each in (("Baseline", plain), ("other", orthogonal)) for run in each]
+    assert compare(named, factor=["train.init"]).baseline == "Baseline"
 
 
 def test_what_differs_besides_the_factor_is_refused():

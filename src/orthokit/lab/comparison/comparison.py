@@ -371,7 +371,8 @@ def compare(
         raise ValueError(f"no recipe of these runs has the key {unknown[0]!r}; --factor and --by take keys that a recipe sets")
     arms = arms_of(results, flat, factor)
     names = panels_of(results, flat, [key for each in flat for key in each if under(key, by) and not under(key, factor)])
-    baseline = baseline_of(baseline, arms, results)
+    bare = [arm for arm, result in zip(arms, results, strict=True) if result.recipe.regularizer is None]
+    baseline = baseline_of(baseline, arms, bare)
     grouped: dict[str, dict[str, list[Result]]] = {}
     for (name, _), arm, result in zip(names, arms, results, strict=True):
         grouped.setdefault(name, {}).setdefault(arm, []).append(result)

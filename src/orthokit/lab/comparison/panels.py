@@ -73,8 +73,12 @@ def panels_of(results: Sequence[Result], flat: Sequence[dict[str, str]], keys: S
     return found
 
 
-def baseline_of(wanted: str | None, arms: Sequence[str], results: Sequence[Result]) -> str:
-    """The arm that is asked for, or the only one without a regularizer.
+BASELINES = ("none", "baseline")
+"""What a baseline is called, where that cannot be told otherwise."""
+
+
+def baseline_of(wanted: str | None, arms: Sequence[str], bare: Collection[str] = ()) -> str:
+    """The arm that is asked for, or the only one of those without a penalty, ``bare``, or the only one called none or baseline.
 
     Raises:
         ValueError: there is none, or more than one.
@@ -85,7 +89,9 @@ def baseline_of(wanted: str | None, arms: Sequence[str], results: Sequence[Resul
         if wanted not in arms:
             raise ValueError(f"no arm {wanted!r} to be the baseline; there are {known}")
         return wanted
-    bare = dict.fromkeys(arm for arm, result in zip(arms, results, strict=True) if result.recipe.regularizer is None)
+    bare = dict.fromkeys(bare)
+    if len(bare) != 1:
+        bare = dict.fromkeys(arm for arm in arms if arm.lower() in BASELINES)
     if len(bare) != 1:
         raise ValueError(f"which arm is the baseline? name it with --baseline; there are {known}")
     return next(iter(bare))

@@ -24,7 +24,7 @@ from orthokit.lab.comparison.comparability import Panel, lacking, unequal
 from orthokit.lab.comparison.comparison import Blocks, Comparison
 from orthokit.lab.comparison.inference import Sample, pooled_sd
 from orthokit.lab.comparison.metrics import METRICS, Metric
-from orthokit.lab.comparison.panels import pair_of
+from orthokit.lab.comparison.panels import baseline_of, pair_of
 from orthokit.lab.runs.results import Row
 
 KEYS = ("arm", "seed")
@@ -205,7 +205,7 @@ def compare_lines(
     arms = list(dict.fromkeys(line.arm for line in lines))
     if len(arms) < 2:
         raise ValueError(f"there is only one arm, {arms[0]}; the column arm must hold two or more")
-    baseline = _baseline(baseline, arms)
+    baseline = baseline_of(baseline, arms)
     order = [baseline, *(arm for arm in arms if arm != baseline)]
     keys = list(dict.fromkeys(line.panel for line in lines))
     if all(isinstance(_plain(value), float | int) for key in keys for value in key):
@@ -242,16 +242,6 @@ def compare_lines(
 def _plain(value: str) -> float | int | str:
     number = _number(value)
     return value if number is None or not math.isfinite(number) else int(number) if number.is_integer() else number
-
-
-def _baseline(wanted: str | None, arms: Sequence[str]) -> str:
-    known = ", ".join(map(repr, arms))
-    if wanted is not None and wanted not in arms:
-        raise ValueError(f"no arm {wanted!r} to be the baseline; there are {known}")
-    usual = [arm for arm in arms if arm.lower() in ("none", "baseline")]
-    if wanted is None and len(usual) != 1:
-        raise ValueError(f"which arm is the baseline? name it with --baseline; there are {known}")
-    return wanted or usual[0]
 
 
 def _metric(name: str, place: int, better: Literal[-1, 0, 1], panels: Sequence[Panel]) -> Metric:

@@ -1,7 +1,6 @@
 """The tables ``[data]`` and ``[network]`` of a recipe: what is trained on what."""
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
