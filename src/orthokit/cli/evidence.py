@@ -346,11 +346,10 @@ class Study:
             from orthokit.lab.reporting.terminal import Shown
 
         machine = self.machine
-        title = study.plan(self.file, out=machine.out, results=self.results).study.title
 
         def tell(event: "study.Event") -> None:
             if event.kind == "left":
-                console.print(f"[bold]{escape(title)}[/]: {event.text}", highlight=False, soft_wrap=True)
+                console.print(f"[bold]{escape(event.title)}[/]: {event.text}", highlight=False, soft_wrap=True)
             else:
                 say(console, event.text)
 

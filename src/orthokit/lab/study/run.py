@@ -32,6 +32,8 @@ class Event:
     kind: Kind
     """``left``: what is to do; ``chosen``: a strength; ``damaged``: what cannot be read; ``empty``: why nothing is compared."""
     text: str
+    title: str = ""
+    """The study's."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _advance(work: Plan, train: Train, measure: Measure, only_keep: bool, on_eve
     left, status = work.left(), 0
     damaged = [task for task in left if task.run.damage()]
     untrained = [task.run for task in left if task in damaged or task.run.summary() is None]
-    on_event(Event("left", _summary(work, len(untrained), len(left))))
+    on_event(Event("left", _summary(work, len(untrained), len(left)), work.study.title))
     try:
         if only_keep:
             return 4 * any(not task.done() for task in _kept(work, left, on_event))
