@@ -13,6 +13,8 @@ from orthokit.layers import Layer
 from orthokit.penalties.base import is_squared
 from orthokit.schedules import Schedule, cosine, linear, warmup
 
+__all__ = ["check_shape", "named", "warn_of_long_filters"]
+
 LONG = 4.0
 """Length from which on a filter is longer than the usual initialisations make it (up to 3.5, of 1x1 convolutions with six times
 fewer outputs than inputs). Filters of pretrained networks are 5 to 20 times longer than 1."""

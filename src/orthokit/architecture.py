@@ -20,6 +20,8 @@ from orthokit.checkpoint.statedict import Layers, bare, layers_of, pick
 from orthokit.kernel import has_kernel
 from orthokit.wrappers import unwrap
 
+__all__ = ["Network", "build", "configured", "filled", "opened"]
+
 Network = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 """A model, a state dict (or a checkpoint that holds one), or the path of a saved network."""
 

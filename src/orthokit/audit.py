@@ -12,6 +12,8 @@ from orthokit.kernel import has_kernel, is_embedding, stored_sources
 from orthokit.layers import Layer, layers_in
 from orthokit.wrappers import named_modules
 
+__all__ = ["Edge", "Unread", "check_places", "edges_to", "unread_parameters", "warn_of_selection"]
+
 
 class Unread(NamedTuple):
     """Weights of a model that no kernel view reads.

@@ -12,6 +12,18 @@ from collections.abc import Callable, Collection
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_flag",
+    "check_number",
+    "check_options",
+    "did_you_mean",
+    "printable",
+    "short_repr",
+    "warn_once",
+]
+
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""

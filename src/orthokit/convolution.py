@@ -20,6 +20,8 @@ from orthokit.gram import (
     sum_of_squares,
 )
 
+__all__ = ["convolution_distance", "self_convolution"]
+
 
 def self_convolution(weight: Float[Tensor, "..."], stride: tuple[int, ...]) -> Float[Tensor, "*b o o lags"]:
     """Inner products of all filters with all filters shifted: the Gram matrix of a convolution operator.

@@ -23,6 +23,8 @@ from orthokit.kernel import kernel_of
 from orthokit.layers import Layer, Where, convs, select
 from orthokit.wrappers import unwrap
 
+__all__ = ["Moments", "components", "estimate", "orthonormal_filters"]
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 KINDS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)

@@ -10,6 +10,8 @@ from orthokit.checks import check_flag, check_number
 from orthokit.layers import Layer
 from orthokit.wrappers import reshard
 
+__all__ = ["Regularized", "param_groups"]
+
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+__all__ = ["computed_weight", "is_overridden"]
+
 TORCH = "torch.nn.modules.conv", "torch.nn.modules.linear"
 WEIGHTED: frozenset[Any] = frozenset(
     (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)

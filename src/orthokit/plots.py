@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = ["COLOURS", "INK", "detail", "details", "draw", "new_figure", "overview", "own_style", "side_by_side"]
+
 COLOURS = ("#8a8a8a", "#d1711f", "#2166ac", "#7b3294", "#1a9850", "#b2182b", "#01665e", "#a6611a")
 WORDS = {
     "copies": "#b2182b",

@@ -23,6 +23,24 @@ from orthokit.gram import welch_bound
 from orthokit.layers import Where, convs, select
 from orthokit.tables import Column, Row, Table
 
+__all__ = [
+    "COUNTS",
+    "Count",
+    "Policy",
+    "cardinality",
+    "check_policy",
+    "expected_cardinality",
+    "feasible",
+    "fraction",
+    "plan",
+    "ranks",
+    "relaxed_budget",
+    "relaxed_ceiling",
+    "share",
+    "transition_dimension",
+    "welch",
+]
+
 Count = Literal["expected", "fewest"]
 COUNTS: tuple[Count, ...] = ("expected", "fewest")
 

@@ -12,6 +12,8 @@ from typing import cast
 
 from orthokit.checks import check_count, check_number
 
+__all__ = ["Schedule", "as_schedule", "chain", "check_strength", "constant", "cosine", "linear", "piecewise", "warmup"]
+
 Schedule = Callable[[int], float]
 
 

@@ -33,6 +33,8 @@ from orthokit.penalties import PENALTIES
 from orthokit.relax import feasible, fraction, ranks, share, welch
 from orthokit.schedules import Schedule, as_schedule, chain, constant, cosine, linear, piecewise, warmup
 
+__all__ = ["POLICIES", "PREDICATES", "SCHEDULES", "config_of", "penalty_of", "schedule_of", "where_of"]
+
 POLICIES: tuple[type, ...] = (feasible, fraction, share, ranks)
 SCHEDULES: tuple[type, ...] = (constant, piecewise, linear, cosine, warmup, chain)
 NESTED: dict[str, tuple[type, ...]] = {"relax": POLICIES, "ceiling": (welch,), "schedule": SCHEDULES, "parts": SCHEDULES}

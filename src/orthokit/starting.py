@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 
+__all__ = ["done"]
+
 
 def _is_command() -> bool:
     """Whether this process was started as ``orthokit`` or ``python -m orthokit.cli``."""

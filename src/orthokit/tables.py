@@ -19,6 +19,8 @@ from rich.text import Text
 
 from orthokit.checks import printable
 
+__all__ = ["Column", "Row", "Table", "to_csv"]
+
 Row = dict[str, Any]
 FOLDED = 32
 """Width from which the first column is folded before another column is left out."""

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from orthokit.kernel import Kernel, KernelMeasure, kernel_of
 
+__all__ = ["check_penalty"]
+
 Invariance = Literal["order", "sign", "rotation", "length"]
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {

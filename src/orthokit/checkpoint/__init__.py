@@ -35,6 +35,8 @@ from orthokit.checkpoint.torchfiles import (
     zip_archive,
 )
 
+__all__ = ["metadata", "ordered", "read"]
+
 
 def read(path: str | os.PathLike[str], key: str | None = None) -> tuple[dict[str, Any], list[str]]:
     """The state dict in a file or folder, and what is to be known about it: other networks there, what was left out.

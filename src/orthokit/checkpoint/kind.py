@@ -7,6 +7,8 @@ from pathlib import Path
 
 from orthokit.checkpoint.pickles import plain_name
 
+__all__ = ["HEADER", "archive_kind", "kind_of", "regular"]
+
 HEADER = 10**8
 """Bytes of the header of a safetensors file, as the format has it."""
 SUFFIXES = ".pt, .pth, .bin, .ckpt or .safetensors"

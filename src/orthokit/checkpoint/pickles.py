@@ -18,6 +18,8 @@ from torch import Tensor
 
 from orthokit.checks import printable
 
+__all__ = ["DamagedError", "Global", "Storage", "Thing", "plain_name", "read", "storage_type"]
+
 LONGEST = 10_000_000
 """Most instructions of a pickle; a checkpoint of 20,000 layers has about a million."""
 ELEMENTS = 2**48

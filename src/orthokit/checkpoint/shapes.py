@@ -13,6 +13,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from orthokit.checkpoint.pickles import plain_name
 
+__all__ = ["Conv1D", "Reading", "Unit", "natural", "some"]
+
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """A sorting key with which ``blocks.2`` comes before ``blocks.10``.

@@ -15,6 +15,8 @@ from orthokit.checkpoint.pickles import Thing, plain_name
 from orthokit.checkpoint.shapes import Reading, Unit, natural, some
 from orthokit.kernel import has_kernel, is_embedding
 
+__all__ = ["Layers", "bare", "layers_of", "networks", "pick"]
+
 LARGEST = 2**30
 """Most elements of a weight that is read: 8 GiB in float64."""
 EXPANDED = 2**24

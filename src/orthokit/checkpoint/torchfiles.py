@@ -17,6 +17,8 @@ from orthokit.checkpoint import pickles
 from orthokit.checkpoint.kind import archive_kind
 from orthokit.checkpoint.pickles import DamagedError, Storage, Thing, plain_name
 
+__all__ = ["Content", "as_tensor", "is_module", "legacy", "mapped_bytes", "module_in", "whole_module", "zip_archive"]
+
 UNPACKED = 2**30
 """Bytes that the compressed parts of a file may unpack to, unless that is less than 20 times the file."""
 PICKLE = 2**28

@@ -24,6 +24,8 @@ from orthokit.cli.lab import Demo, Sweep, Train
 from orthokit.cli.look import List, Plan, Report
 from orthokit.lab import own
 
+__all__ = ["COMMANDS", "main"]
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
     "list": List,

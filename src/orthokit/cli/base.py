@@ -15,6 +15,20 @@ from orthokit.tables import Table
 if TYPE_CHECKING:
     from orthokit.lab.data.images import ImageSet
 
+__all__ = [
+    "Format",
+    "Terminal",
+    "UsageError",
+    "check_positive",
+    "demo_images",
+    "folders_of_runs",
+    "needing",
+    "say",
+    "show",
+    "suggest",
+    "write_text",
+]
+
 Format = Literal["table", "json", "csv"]
 
 

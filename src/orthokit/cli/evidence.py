@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from orthokit.lab.evaluation.evaluate import Subject
     from orthokit.lab.runs.results import Result
 
+__all__ = ["Compare", "Evaluate", "Power", "Study", "measured"]
+
 Part = Literal["attacks", "corruptions", "noise", "features", "accuracy", "orthogonality"]
 PARTS: tuple[Part, ...] = get_args(Part)
 

@@ -15,6 +15,8 @@ from orthokit.cli.base import UsageError, check_positive, needing, say
 if TYPE_CHECKING:
     from orthokit.lab.runs.run import Run
 
+__all__ = ["Demo", "Machine", "Sweep", "Train"]
+
 
 MOST_THREADS = 1024
 """Of one process; far more make OpenMP fail as it starts them."""

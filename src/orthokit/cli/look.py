@@ -31,6 +31,8 @@ from orthokit.report.measure import SPECTRAL
 from orthokit.spec import where_of
 from orthokit.tables import Table
 
+__all__ = ["List", "Plan", "Relaxation", "Report"]
+
 
 @dataclass(frozen=True)
 class List:

@@ -10,6 +10,8 @@ from torch import Tensor
 from orthokit.checks import check_count
 from orthokit.gram import directions, frobenius, full_precision, inverse_lengths
 
+__all__ = ["COPY", "Angles", "angles", "frame_tightness", "random_cosine"]
+
 COPY = 0.99
 """Two filters with ``|c_ij|`` above this are copies of each other."""
 

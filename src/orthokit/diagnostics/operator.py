@@ -16,6 +16,8 @@ from torch import Tensor
 from orthokit.diagnostics.spectrum import singular_values
 from orthokit.kernel import Kernel
 
+__all__ = ["operator_singular_values"]
+
 ENTRIES = 2**22
 """Complex numbers held at once."""
 POSITIONS = 2**22

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from orthokit.gram import full_precision, gram
 
+__all__ = ["effective_rank", "singular_values", "spectrum_of", "stable_rank"]
+
 EXACT = 2048
 """Size of the smaller side up to which singular values far below the largest are exact."""
 

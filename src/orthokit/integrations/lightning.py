@@ -33,6 +33,8 @@ else:
             message = "OrthoCallback needs Lightning: pip install 'orthokit[lightning]'"
             raise ModuleNotFoundError(message, name="lightning") from None
 
+__all__ = ["OrthoCallback"]
+
 # Their processes hold shards of the weights, or an optimizer of another kind than PyTorch's.
 SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 NEW: dict[str, Any] = {"steps": 0, "calls": {}}

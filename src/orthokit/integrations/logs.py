@@ -20,6 +20,8 @@ from orthokit.layers import Layer
 from orthokit.regularizer import Regularizer
 from orthokit.wrappers import reshard
 
+__all__ = ["log", "measured", "write_to"]
+
 DICTIONARIES = "log_metrics", "log_dict", "log"
 """Methods of loggers that take a dictionary and ``step=``: Lightning's and MLflow's, Fabric's, those of W&B and Accelerate."""
 

@@ -12,6 +12,8 @@ from orthokit.checks import warn_once
 from orthokit.regularizer import Regularizer
 from orthokit.wrappers import reshard
 
+__all__ = ["add_in_step", "attach", "check_trained"]
+
 
 def attach(ortho: Regularizer, optimizer: Any) -> RemovableHandle:
     """Add the gradient of ``ortho`` whenever ``optimizer.step()`` runs, as if the penalty were part of the loss.

@@ -14,6 +14,8 @@ from orthokit.layers import Where, convs
 from orthokit.regularizer import Regularizer
 from orthokit.schedules import Schedule
 
+__all__ = ["OrthoTrainerCallback"]
+
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ModuleNotFoundError as error:

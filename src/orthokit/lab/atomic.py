@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+__all__ = ["IDLE", "part_of", "read_checkpoint", "remove_parts", "replacing", "to_json", "write", "write_checkpoint"]
+
 IDLE = 3600.0
 """A part that nobody has written to for so many seconds was left by a process that was killed."""
 

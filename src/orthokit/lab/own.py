@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from orthokit.checks import did_you_mean
 
+__all__ = ["TOLD", "Code", "accepted", "check_options", "check_outputs", "function", "is_own", "refusal"]
+
 _IMPORTED: dict[str, str | None] = {}
 """Top-level modules that were imported here, and the files they are from."""
 TOLD: set[tuple[str, tuple[Path, ...]]] = set()

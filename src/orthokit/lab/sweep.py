@@ -42,6 +42,8 @@ from orthokit.lab.recipes.sections import Section
 from orthokit.lab.runs.run import Run, Seeds
 from orthokit.tables import Column, Table
 
+__all__ = ["Interval", "Point", "Search", "Sweep", "best", "edges", "read", "run", "save", "table"]
+
 Settings = dict[str, Any]
 
 

@@ -10,6 +10,8 @@ from orthokit.checks import did_you_mean, printable
 from orthokit.report.measure import is_measured
 from orthokit.tables import Column, Row
 
+__all__ = ["Condition"]
+
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,

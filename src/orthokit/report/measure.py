@@ -14,6 +14,8 @@ from orthokit.layers import Layer
 from orthokit.report.words import word_of
 from orthokit.tables import Column, Row
 
+__all__ = ["COLUMNS", "SPECTRAL", "is_measured", "row_of", "totals_of"]
+
 COLUMNS = (
     Column("layer", "layer", "s"),
     Column("kind", "kind", "s", shown=False),

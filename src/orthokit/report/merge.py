@@ -15,6 +15,8 @@ from orthokit.gram import directions
 from orthokit.in_use import is_overridden
 from orthokit.kernel import Kernel
 
+__all__ = ["Pair", "merge_copies", "pairs_of"]
+
 ROWS = 2**22
 """Cosines held at once."""
 

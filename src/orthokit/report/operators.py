@@ -14,6 +14,8 @@ from orthokit.kernel import evaluating
 from orthokit.layers import Layer, Where, layers, select
 from orthokit.tables import Column, Row, Table
 
+__all__ = ["operators"]
+
 COLUMNS = (
     Column("layer", "layer", "s"),
     Column("size", "input size", "s"),

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from orthokit.report import Report
 
+__all__ = ["escape", "fragment", "page"]
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --soft: #6b6b6b; --line: #dddddd; --ground: #ffffff; --raised: #f5f6f8 }
 @media (prefers-color-scheme: dark) {

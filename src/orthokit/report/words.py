@@ -11,6 +11,8 @@ from glob import escape
 from orthokit.checks import printable
 from orthokit.tables import Row
 
+__all__ = ["CORRELATED", "NEAR", "ORTHOGONAL", "WORDS", "action_of", "ranked", "sentence_of", "word_of"]
+
 WORDS = ("copies", "correlated", "like random", "near-orthogonal", "orthogonal")
 """From what to mend first to what is done."""
 ORTHOGONAL = 0.01

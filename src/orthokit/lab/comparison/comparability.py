@@ -16,6 +16,20 @@ from orthokit.layers import select
 from orthokit.penalties import Disentangled
 from orthokit.spec import penalty_of, where_of
 
+__all__ = [
+    "Panel",
+    "flags",
+    "incomparable",
+    "lacking",
+    "listed",
+    "plain",
+    "refusals",
+    "repeated",
+    "undeclared",
+    "under",
+    "unequal",
+]
+
 
 @dataclass(frozen=True, eq=False)
 class Panel:

@@ -17,6 +17,26 @@ from scipy import optimize, stats
 
 from orthokit.checks import check_count, check_number
 
+__all__ = [
+    "ALPHA",
+    "POWER",
+    "Blocked",
+    "Contrast",
+    "Difference",
+    "Sample",
+    "blocked",
+    "contrast",
+    "detectable",
+    "differences",
+    "holm",
+    "intraclass",
+    "paired",
+    "per_doubling",
+    "pooled_sd",
+    "power",
+    "seeds_needed",
+]
+
 ALPHA = 0.05
 """Risk of a wrong verdict among all comparisons of a metric; intervals have a level of ``1 - ALPHA``."""
 POWER = 0.8

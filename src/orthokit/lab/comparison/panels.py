@@ -11,6 +11,8 @@ from orthokit.lab.recipes.recipe import Recipe
 from orthokit.lab.runs.results import Result
 from orthokit.spec import penalty_of
 
+__all__ = ["arms_of", "baseline_of", "pair_of", "panels_of", "sortable"]
+
 
 def pair_of(text: str, arms: Collection[str]) -> tuple[str, str]:
     """The two arms of ``"<arm> - <arm>"``.

@@ -27,6 +27,8 @@ from orthokit.lab.comparison.metrics import METRICS, Metric
 from orthokit.lab.comparison.panels import baseline_of, pair_of
 from orthokit.lab.runs.results import Row
 
+__all__ = ["Line", "compare_lines", "direction", "lines_of"]
+
 KEYS = ("arm", "seed")
 PANELS = ("panel", "network")
 MORE = {

@@ -10,6 +10,8 @@ from orthokit.lab.comparison.metrics import Metric, metric_of
 from orthokit.lab.comparison.sheet import lines_of
 from orthokit.lab.runs import collect
 
+__all__ = ["Spread", "spreads", "typical"]
+
 
 @dataclass(frozen=True)
 class Spread:

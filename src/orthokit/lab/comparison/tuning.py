@@ -34,6 +34,8 @@ from orthokit.lab.recipes.sections import Section
 from orthokit.lab.runs.results import Result
 from orthokit.lab.runs.run import Seeds
 
+__all__ = ["RULE", "STRENGTH", "VALIDATION", "Choice", "Trial", "Tune", "cautions", "distinct"]
+
 RULE = (
     "Chosen (*), by a rule of ours: the strongest value whose mean validation accuracy in the last epoch lies within one "
     "standard error (the sd of the tuning seeds, pooled over the arm's values, by the root of their number) of the best mean; "

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from orthokit.lab.data.images import ImageSet
 
+__all__ = ["Augment", "Batches", "key_of", "scrambled"]
+
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 """The odd constant of SplitMix64 (Steele, Lea, Flood 2014), as a signed integer: distinct counters, well spread."""
 

@@ -30,6 +30,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
+__all__ = ["PUBLISHED", "WAITS", "Layout", "Parts", "Published", "Source", "download", "find", "read"]
+
 PIXELS = 3 * 32 * 32
 WAITS = (1.0, 2.0, 5.0, 10.0)
 """Seconds before each new attempt to go on with a download that broke off; after progress they are counted anew."""

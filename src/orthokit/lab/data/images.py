@@ -23,6 +23,8 @@ from orthokit.lab.data import cifar
 from orthokit.lab.data.cifar import PUBLISHED, Parts
 from orthokit.lab.data.toy import TOYS, need
 
+__all__ = ["SETS", "ImageSet", "Images", "Source", "arranged", "choose", "fingerprint_of", "load"]
+
 SETS = {
     "cifar10": "CIFAR-10: 50,000 + 10,000 photographs of 10 kinds of objects, 32x32 RGB; in --root, or with --download",
     "cifar100": "CIFAR-100: 50,000 + 10,000 photographs of 100 kinds of objects, 32x32 RGB; in --root, or with --download",

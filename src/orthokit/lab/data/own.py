@@ -16,6 +16,8 @@ from orthokit.lab.data.images import Images, ImageSet, Source, choose, fingerpri
 from orthokit.lab.data.toy import need
 from orthokit.lab.own import Code, accepted, check_options
 
+__all__ = ["FOLDER", "of_folder", "of_function", "place"]
+
 FOLDER = "folder"
 """The name of a set that is a folder of files."""
 SUFFIXES = (".png", ".jpg", ".jpeg")

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from orthokit.lab.data.cifar import Parts
 
+__all__ = ["PHOTOGRAPHS", "TOYS", "digits", "need", "patches", "synthetic"]
+
 PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "ihc", "motorcycle_left")
 """The classes of ``patches``: losslessly stored pictures inside the scikit-image wheel."""
 

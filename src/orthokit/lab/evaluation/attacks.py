@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from orthokit.checks import check_choice, check_count, check_number
 from orthokit.kernel import evaluating
 
+__all__ = ["L2", "LINF", "SIGMAS", "Pixels", "clean", "fgsm", "frozen", "noise", "noisy", "pgd"]
+
 Norm = Literal["linf", "l2"]
 NORMS: tuple[Norm, ...] = ("linf", "l2")
 

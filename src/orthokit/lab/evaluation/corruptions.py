@@ -34,6 +34,22 @@ from orthokit.checks import check_count, did_you_mean
 from orthokit.lab.atomic import replacing
 from orthokit.lab.data.toy import need
 
+__all__ = [
+    "CORRUPTIONS",
+    "SEVERITIES",
+    "VERSION",
+    "brightness",
+    "contrast",
+    "corrupt",
+    "corrupted",
+    "gaussian_blur",
+    "gaussian_noise",
+    "impulse_noise",
+    "jpeg_compression",
+    "pixelate",
+    "shot_noise",
+]
+
 SEVERITIES = (1, 2, 3, 4, 5)
 
 VERSION = 1

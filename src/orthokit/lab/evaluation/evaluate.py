@@ -38,6 +38,21 @@ from orthokit.lab.runs.results import RECORD, Result, digest, digest_of, read_su
 from orthokit.lab.runs.run import SUMMARY
 from orthokit.lab.runs.summary import DamagedError, Evaluation, parsed, read
 
+__all__ = [
+    "PARTS",
+    "Bench",
+    "Subject",
+    "calibration_error",
+    "check_parts",
+    "device_of",
+    "evaluate",
+    "known",
+    "result",
+    "settings",
+    "some",
+    "subjects",
+]
+
 STEPS, PATH = 20, 5.0
 """Of projected gradient descent: steps, and the length of all of them in radii."""
 BINS = 15

@@ -21,6 +21,8 @@ from orthokit.checks import check_count
 from orthokit.diagnostics import effective_rank
 from orthokit.lab.evaluation.attacks import frozen
 
+__all__ = ["Figures", "Moments", "collect"]
+
 ROWS = 2**16
 """Feature vectors held at once as 64-bit floats."""
 

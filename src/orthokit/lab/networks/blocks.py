@@ -7,6 +7,8 @@ from torch import nn
 
 from orthokit.checks import check_choice, check_count
 
+__all__ = ["DEEPEST", "NORMS", "WIDEST", "Norm", "check_sizes", "conv", "he_", "norm_of", "stages"]
+
 Norm = Literal["batch", "group", "none"]
 NORMS: tuple[Norm, ...] = ("batch", "group", "none")
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+__all__ = ["orthogonal_"]
+
 
 def _set(module: nn.Module, weight: Tensor) -> None:
     """Set a layer's weight, or what the hooks of ``torch.nn.utils`` (spectral_norm, weight_norm) compute the weight from."""

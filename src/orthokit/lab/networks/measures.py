@@ -11,6 +11,8 @@ from orthokit.layers import convs, layers
 from orthokit.report import report
 from orthokit.tables import Row
 
+__all__ = ["flops", "orthogonality"]
+
 
 def flops(model: nn.Module, input_shape: Iterable[int]) -> int:
     """Multiply-adds of one forward pass of one input: what papers on small networks call FLOPs.

@@ -10,6 +10,8 @@ from orthokit.lab.networks.resnet import ImageNetResNet, ResNet
 from orthokit.lab.networks.wide_resnet import WideResNet
 from orthokit.lab.own import accepted, check_options
 
+__all__ = ["ARGUMENTS", "NETWORKS", "build"]
+
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet": ResNet,
     "imagenet_resnet": ImageNetResNet,

@@ -12,6 +12,8 @@ from orthokit.checkpoint.statedict import bare, pick
 from orthokit.checks import check_choice, check_count
 from orthokit.lab.networks.blocks import DEEPEST, Norm, check_sizes, conv, he_, norm_of, stages
 
+__all__ = ["SHORTCUTS", "BasicBlock", "Bottleneck", "ImageNetResNet", "PadShortcut", "ResNet", "unwrapped"]
+
 Shortcut = Literal["projection", "identity"]
 Block = Literal["basic", "bottleneck"]
 SHORTCUTS: tuple[Shortcut, ...] = ("projection", "identity")

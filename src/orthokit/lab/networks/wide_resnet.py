@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from orthokit.checks import check_count, check_number
 from orthokit.lab.networks.blocks import DEEPEST, WIDEST, Norm, check_sizes, conv, he_, norm_of, stages
 
+__all__ = ["WideBlock", "WideResNet"]
+
 
 class WideBlock(nn.Module):
     """Normalise, rectify, convolve, twice, with dropout before the second convolution; nothing after the sum.

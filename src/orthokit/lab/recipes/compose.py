@@ -18,6 +18,23 @@ from orthokit.lab.own import Code
 from orthokit.lab.recipes.recipe import Recipe, flattened
 from orthokit.lab.recipes.sections import DEEPEST, Keys, S, Section, problems_of, valid
 
+__all__ = [
+    "KINDS",
+    "NAMED",
+    "Part",
+    "inline",
+    "joined",
+    "label",
+    "load",
+    "merged",
+    "name_of",
+    "overview",
+    "parsed",
+    "parts",
+    "read_section",
+    "read_toml",
+]
+
 NAMED = ("name", "kind")
 """A table that gives another name than the one it is merged into replaces it, as their options have nothing in common."""
 KINDS = {"budget": ("train.epochs",), "network": ("network.kind",), "data": ("data.name", "data.kind"), "penalty": ()}

@@ -36,6 +36,8 @@ from orthokit.lab.recipes.sections import DataSection, NetworkSection, Section, 
 from orthokit.regularizer import Regularizer, sqrt_filters
 from orthokit.spec import config_of, penalty_of, schedule_of, where_of
 
+__all__ = ["Recipe", "RegularizerSection", "TrainSection", "check_all", "differences", "flattened"]
+
 SCALES = {"sqrt_filters": sqrt_filters}
 
 

@@ -17,6 +17,8 @@ from orthokit.lab.data.own import FOLDER, of_folder, of_function, place
 from orthokit.lab.networks import registry as models
 from orthokit.lab.own import Code, function, is_own
 
+__all__ = ["DEEPEST", "DataSection", "Keys", "NetworkSection", "S", "Section", "check_plain", "problems_of", "valid"]
+
 Keys = tuple[str, ...]
 """From the top of a file to a value in it."""
 DEEPEST, MOST, LONGEST, LARGEST = 32, 5_000, 10_000, 1e30

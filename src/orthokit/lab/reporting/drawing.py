@@ -17,6 +17,32 @@ from orthokit.lab.comparison.inference import Contrast, Difference
 from orthokit.lab.runs.results import Result
 from orthokit.plots import COLOURS
 
+__all__ = [
+    "LINES",
+    "STYLE",
+    "WIDTH",
+    "Drawing",
+    "bands",
+    "bare",
+    "capital",
+    "curves_of",
+    "dodge",
+    "effect_row",
+    "finished",
+    "log_axis",
+    "looks",
+    "mean_mark",
+    "name_ticks",
+    "of_panel",
+    "panel_title",
+    "seed_marks",
+    "sheet",
+    "short",
+    "shortened",
+    "spread_words",
+    "wrapped",
+]
+
 WIDTH = 4.2
 """Inches, of every figure."""
 MARKERS = "osD^vPX"

@@ -42,6 +42,8 @@ from orthokit.lab.reporting.drawing import (
 )
 from orthokit.lab.runs.results import Result
 
+__all__ = ["arm_colours", "best", "few", "figures"]
+
 CURVES = 4
 """Of more panels than these, curves are drawn of the first, the middle and the last."""
 ROWS = 14

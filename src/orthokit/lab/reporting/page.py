@@ -20,7 +20,7 @@ from orthokit.lab.reporting.figures import arm_colours, few, figures
 from orthokit.lab.reporting.tables import sections, tables, verdict_of
 from orthokit.tables import Table
 
-__all__ = ["page"]
+__all__ = ["Part", "Shown", "page"]
 
 CURVES = ("robustness", "features")
 """Groups whose figures are drawn of a few panels, where there are many."""

@@ -15,7 +15,7 @@ from orthokit.lab.comparison.tuning import RULE, VALIDATION, Choice, Trial
 from orthokit.lab.reporting import words
 from orthokit.tables import Column, Row, Table
 
-__all__ = ["GROUPS", "Effect", "Ends", "Name", "P", "Spread", "numbers", "sections", "tables", "verdict_of"]
+__all__ = ["GROUPS", "Effect", "Ends", "Name", "P", "Spread", "Tried", "numbers", "sections", "tables", "verdict_of"]
 
 GROUPS: dict[Group, str] = {
     "result": "Result",

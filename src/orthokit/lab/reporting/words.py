@@ -13,7 +13,7 @@ from orthokit.lab.runs.results import Result
 from orthokit.penalties import SO, Disentangled
 from orthokit.spec import penalty_of
 
-__all__ = ["answer", "counts", "explanation", "label", "labels", "notes", "power", "verdicts"]
+__all__ = ["answer", "columns", "counts", "explanation", "label", "labels", "legend", "notes", "power", "verdicts"]
 
 COLUMNS = (
     "Wide layers can be orthogonal; tall layers have more filters than weights per filter and cannot. Copies: pairs with "

@@ -9,6 +9,8 @@ from typing import Any
 
 from orthokit.lab.runs.run import SERVES
 
+__all__ = ["Stop", "follow"]
+
 LOOK_EVERY = 1.0
 """Seconds between two looks of a worker at whether its parent still lives."""
 

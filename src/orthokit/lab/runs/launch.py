@@ -32,6 +32,8 @@ from orthokit.lab.runs.progress import Display
 from orthokit.lab.runs.run import LATER, SERVES, Run
 from orthokit.lab.runs.summary import DamagedError
 
+__all__ = ["QUEUED", "Pool", "run_all", "workers"]
+
 Backend = Literal["local", "ray"]
 INTERRUPTED = 130
 QUEUED = "queued.toml"

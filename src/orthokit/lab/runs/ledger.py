@@ -23,7 +23,7 @@ from orthokit.lab.runs.results import Result, result_of
 from orthokit.lab.runs.run import SUMMARY
 from orthokit.lab.runs.summary import DamagedError, Record, Seed, Summary, checked, parsed, read_text
 
-__all__ = ["Ledger", "entries", "is_ledger"]
+__all__ = ["Divergent", "Head", "Ledger", "entries", "is_ledger"]
 
 VERSION = 1
 LOCK = ".lock"

@@ -17,6 +17,8 @@ from orthokit.lab.atomic import write
 from orthokit.lab.runs.progress import Watch
 from orthokit.lab.runs.run import Run
 
+__all__ = ["Kind", "Log", "check_installed", "numbers"]
+
 Kind = Literal["tensorboard", "wandb", "csv"]
 Add = Callable[[Sequence[dict[str, float]]], object]
 """Writes further rows to a log."""

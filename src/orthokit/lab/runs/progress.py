@@ -10,6 +10,8 @@ from rich.table import Column
 
 from orthokit.lab.runs.run import Run
 
+__all__ = ["Display", "Watch", "bars", "result", "shown"]
+
 
 class Watch:
     """What is told of a run as it goes; this one listens to nothing."""

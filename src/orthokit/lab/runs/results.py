@@ -14,6 +14,8 @@ from orthokit.lab.recipes.recipe import Recipe, flattened
 from orthokit.lab.runs.summary import DamagedError, Epoch, Evaluation, Summary, read_lines
 from orthokit.lab.runs.summary import read as read_record
 
+__all__ = ["RECORD", "Result", "Row", "digest", "digest_of", "numbers_at", "read_one", "read_summary", "result_of", "thinned"]
+
 RECORD = "evaluation.json"
 """In a run's folder: what ``orthokit evaluate`` has measured."""
 

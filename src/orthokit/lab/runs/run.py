@@ -31,6 +31,8 @@ from orthokit.lab.recipes.compose import read_toml
 from orthokit.lab.recipes.recipe import Recipe, differences
 from orthokit.lab.runs.summary import Begun, DamagedError, Divergence, Epoch, Seed, Summary, read, read_lines
 
+__all__ = ["LATER", "SERVES", "SUMMARY", "HeldError", "Run", "Seeds"]
+
 Seeds = Annotated[list[Seed], Field(min_length=1)]
 """In files of sweeps and studies."""
 SUMMARY, DIVERGED = "summary.json", "diverged.json"

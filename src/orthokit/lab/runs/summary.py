@@ -14,6 +14,36 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orthokit.checks import printable
 
+__all__ = [
+    "HUGE",
+    "SEEDS",
+    "Accuracy",
+    "Attacks",
+    "Begun",
+    "Corruptions",
+    "DamagedError",
+    "Divergence",
+    "Environment",
+    "Epoch",
+    "Evaluation",
+    "Features",
+    "Noise",
+    "Part",
+    "Parts",
+    "Place",
+    "Record",
+    "Scores",
+    "Seed",
+    "Spectrum",
+    "Summary",
+    "Thinned",
+    "checked",
+    "parsed",
+    "read",
+    "read_lines",
+    "read_text",
+]
+
 LARGEST = 2**26
 """Bytes of a document; a summary with its history has 20,000."""
 DEEPEST = 32

@@ -22,6 +22,8 @@ from orthokit.lab.runs.run import SUMMARY, Run
 from orthokit.lab.runs.summary import DamagedError, Divergence, read, read_text
 from orthokit.lab.study.schema import Partial, Study
 
+__all__ = ["LEDGER", "Plan", "Task", "plan"]
+
 SHOWN = re.compile(r"\]\((figures/[^/)]+\.svg)\)")
 """A figure in a README."""
 LEDGER = "ledger"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+__all__ = ["Clock"]
+
 
 class Clock:
     """Seconds by part of the work."""

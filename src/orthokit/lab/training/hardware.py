@@ -16,6 +16,8 @@ import orthokit
 from orthokit.lab.training.fabric import Fabric
 from orthokit.lab.training.fabric import __version__ as fabric_version
 
+__all__ = ["Hardware", "environment", "fast_bfloat16"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:

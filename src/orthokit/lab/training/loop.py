@@ -35,6 +35,8 @@ from orthokit.lab.training.fabric import Fabric, seed_everything
 from orthokit.lab.training.hardware import Hardware, environment
 from orthokit.schedules import Schedule
 
+__all__ = ["DivergenceError", "Interrupted", "Training", "learning_rate", "shapes", "train"]
+
 SAVE_EVERY = 600.0
 """Seconds between checkpoints within an epoch; every epoch ends with one."""
 SHOW_EVERY = 0.2
