@@ -1,4 +1,4 @@
-"""What a Regularizer says of weights: too long for its penalty, resized since, NaN or infinite."""
+"""Warnings and errors about weights: too long for their penalty, resized, NaN or infinite."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,21 +16,21 @@ from orthokit.schedules import Schedule, cosine, linear, warmup
 __all__ = ["check_shape", "named", "warn_of_long_filters"]
 
 LONG = 4.0
-"""Length from which on a filter is longer than the usual initialisations make it (up to 3.5, of 1x1 convolutions with six times
-fewer outputs than inputs). Filters of pretrained networks are 5 to 20 times longer than 1."""
+"""The usual initialisations make shorter filters (up to 3.5, in 1x1 convolutions with six times fewer outputs than inputs).
+Filters of pretrained networks are 5 to 20 times longer than 1."""
 
 
 def warn_of_long_filters(penalty: KernelMeasure, schedule: Schedule, layers: Iterable[Layer], ranks: Mapping[str, int]) -> None:
     """Warn where a squared penalty meets long filters and would throw them away.
 
-    Its gradient grows with the cube of the length: for ``||K K^T - I||^2`` and filters of length ``l`` a step moves a kernel by
-    ``4 * strength * (l^2 - 1)`` times its own length times the learning rate. The warning comes where that is more than a tenth
-    at a learning rate of 0.1 with momentum 0.9, which in the long run makes a rate of 1: at half a ResNet-8 forgot all, at a
-    twentieth nothing (docs/fine-tuning.md).
+    The gradient of a squared penalty grows with the cube of the length. For ``||K K^T - I||^2`` and filters of length ``l`` a
+    step moves a kernel by ``4 * strength * (l^2 - 1)`` times its own length times the learning rate. A learning rate of 0.1 with
+    momentum 0.9 makes a rate of 1 in the long run. The warning comes where a step then moves a kernel by more than a tenth: a
+    ResNet-8 forgot everything at a half, and nothing at a twentieth (docs/fine-tuning.md).
     """
     if not is_squared(penalty, otherwise=False):
         return
-    # Weights that are computed are left out: others train, and a spectral norm is far off before its first iterations.
+    # Computed weights are left out: other weights train behind them, and a spectral norm is far off before its first steps.
     plain = (layer for layer in layers if plain_weight(layer.module, layer.weight) is not None and not layer.frozen)
     kernels = ((layer.name, replace(layer.kernel, rank=ranks.get(layer.name))) for layer in plain)
     long = [(name, kernel, length) for name, kernel in kernels if LONG < (length := lengths(_matrix(kernel))).max() < torch.inf]
@@ -39,7 +39,7 @@ def warn_of_long_filters(penalty: KernelMeasure, schedule: Schedule, layers: Ite
     steps = [_step(penalty, kernel) for _, kernel, _ in long]
     end = schedule.steps if isinstance(schedule, (warmup, linear, cosine)) else 0  # a warm-up begins with 0
     strength = max(schedule(0), schedule(end))
-    worst = max(range(len(long)), key=lambda place: steps[place][1])
+    worst = max(range(len(long)), key=lambda index: steps[index][1])
     name, _, length = long[worst]
     if (step := strength * steps[worst][1]) > 0.1:
         warn_once(
@@ -69,7 +69,7 @@ def _step(penalty: KernelMeasure, kernel: Kernel) -> tuple[float, float]:
 
 
 def check_shape(layer: Layer, rank: object, before: torch.Size | None, now: torch.Size) -> None:
-    """Raise ``ValueError`` where a layer was resized for whose former shape a transition dimension was chosen."""
+    """Raise ``ValueError`` where a layer was resized after a transition dimension was chosen for its shape."""
     if rank is not None and before is not None and before != now:
         raise ValueError(
             f"layer {layer.name!r} had a weight of shape {tuple(before)} when this Regularizer was made, and has {tuple(now)} "
@@ -78,6 +78,6 @@ def check_shape(layer: Layer, rank: object, before: torch.Size | None, now: torc
 
 
 def named(layers: Sequence[Layer], error: FloatingPointError) -> FloatingPointError:
-    """The same error with the names of the layers that hold NaN or infinite weights, or of all of them."""
-    broken = [layer.name for layer in layers if not layer.kernel.weight.isfinite().all()]
-    return FloatingPointError(f"layer {', '.join(broken or [layer.name for layer in layers])}: {error}")
+    """``error`` with the names of the layers that hold NaN or infinite weights, or of all ``layers`` where none does."""
+    names = [layer.name for layer in layers if not layer.kernel.weight.isfinite().all()]
+    return FloatingPointError(f"layer {', '.join(names or [layer.name for layer in layers])}: {error}")

@@ -1,4 +1,4 @@
-"""A saved network whose architecture is given: a model to fill with its weights, so that nothing has to be guessed."""
+"""Saved networks read into a model of their architecture, so that nothing has to be guessed."""
 
 import copy
 import importlib
@@ -20,13 +20,13 @@ from orthokit.checkpoint.statedict import Layers, bare, layers_of, pick
 from orthokit.kernel import has_kernel
 from orthokit.wrappers import unwrap
 
-__all__ = ["Network", "build", "configured", "filled", "opened"]
+__all__ = ["Network", "build", "fill", "model_of_config", "open_network"]
 
 Network = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 """A model, a state dict (or a checkpoint that holds one), or the path of a saved network."""
 
 
-def opened(network: Network, like: nn.Module | None = None, key: str | None = None) -> tuple[nn.Module | Layers, list[str]]:
+def open_network(network: Network, like: nn.Module | None = None, key: str | None = None) -> tuple[nn.Module | Layers, list[str]]:
     """The layers of a network, and remarks on how it was read.
 
     Args:
@@ -35,8 +35,8 @@ def opened(network: Network, like: nn.Module | None = None, key: str | None = No
         key: which of several networks in a checkpoint.
 
     Raises:
-        TypeError: it is none of these, or ``like`` and ``key`` come with a model.
-        ValueError: it cannot be read, or does not fit ``like``.
+        TypeError: ``network`` is none of these, or ``like`` and ``key`` come with a model.
+        ValueError: ``network`` cannot be read, or does not fit ``like``.
     """
     notes: list[str] = []
     if isinstance(network, (str, os.PathLike)):
@@ -56,25 +56,25 @@ def opened(network: Network, like: nn.Module | None = None, key: str | None = No
         layers = layers_of(network, key)
         return layers, notes + list(layers.notes)
     state, more = pick(network, key)
-    model, left = filled(like, state)
+    model, remarks = fill(like, state)
     whole = {
         name: module
         for name, module in unwrap(model).named_modules()
         if not (has_kernel(module) and any(parameter.is_meta for parameter in module.parameters()))
     }
-    return Layers(whole), notes + more + left
+    return Layers(whole), notes + more + remarks
 
 
 def _of_folder(folder: Path) -> tuple[nn.Module | None, str]:
-    """The model that a folder describes, or why its weights are read without."""
+    """The model that a folder describes, or None; and a remark on how its weights are read."""
     try:
-        model = configured(folder)
+        model = model_of_config(folder)
     except (ModuleNotFoundError, ValueError) as error:
         return None, f"read as a state dict, without the architecture in config.json: {error}"
     return model, f"read as {type(model).__name__}, as config.json says"
 
 
-def filled(like: nn.Module, state: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
+def fill(like: nn.Module, state: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
     """A copy of ``like`` with the weights of ``state``, and remarks on what did not match. No weight of ``like`` is copied.
 
     Weights that ``state`` lacks are on the meta device.
@@ -85,28 +85,28 @@ def filled(like: nn.Module, state: Mapping[str, Any]) -> tuple[nn.Module, list[s
     """
     if not isinstance(like, nn.Module):
         raise TypeError(f"like must be a model, a torch.nn.Module; got {type(like).__name__}")
-    held = [*like.named_parameters(remove_duplicate=False), *like.named_buffers(remove_duplicate=False)]
+    tensors = [*like.named_parameters(remove_duplicate=False), *like.named_buffers(remove_duplicate=False)]
     empty: dict[int, Any] = {}
-    for _, tensor in held:
+    for _, tensor in tensors:
         blank = torch.empty_like(tensor, device="meta")
         empty.setdefault(id(tensor), nn.Parameter(blank, False) if isinstance(tensor, nn.Parameter) else blank)
     for module in like.modules():  # what hooks compute, such as the old weight_norm, is an attribute and cannot be copied
-        computed = [value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
-        empty |= {id(value): torch.empty_like(value, device="meta") for value in computed}
+        values = [value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
+        empty |= {id(value): torch.empty_like(value, device="meta") for value in values}
     try:
         model = copy.deepcopy(like, dict(empty))
     except Exception as error:  # of anybody's module
         raise TypeError(
             f"{type(like).__name__} cannot be copied ({error}); load the weights into it and report the model"
         ) from None
-    entries, names = bare(state), bare(dict(held))
+    entries, names = bare(state), bare(dict(tensors))
     matches = {name: entries[name] for name in names if isinstance(entries.get(name), Tensor)}
     if not matches:
         raise ValueError(
-            f"no entry of the state dict belongs to {type(like).__name__}, which has {_shown(names)}; "
-            f"the state dict has {_shown(entries)}"
+            f"no entry of the state dict belongs to {type(like).__name__}, which has {_some_of(names)}; "
+            f"the state dict has {_some_of(entries)}"
         )
-    tied: dict[int, nn.Parameter | Tensor] = {}
+    replacements: dict[int, nn.Parameter | Tensor] = {}
     for name, tensor in names.items():
         if (value := matches.get(name)) is None:
             continue
@@ -115,20 +115,20 @@ def filled(like: nn.Module, state: Mapping[str, Any]) -> tuple[nn.Module, list[s
                 f"the state dict does not fit {type(like).__name__}: "
                 f"{plain_name(name)} is {tuple(value.shape)}, not {tuple(tensor.shape)}"
             )
-        tied[id(tensor)] = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
-    for name, tensor in held:
-        if id(tensor) in tied:
+        replacements[id(tensor)] = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
+    for name, tensor in tensors:
+        if id(tensor) in replacements:
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)
-            (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tied[id(tensor)]  # type: ignore[assignment]
-    missing = [name for name, tensor in names.items() if isinstance(tensor, nn.Parameter) and id(tensor) not in tied]
+            (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = replacements[id(tensor)]  # type: ignore[assignment]
+    missing = [name for name, tensor in names.items() if isinstance(tensor, nn.Parameter) and id(tensor) not in replacements]
     strange = [name for name in entries if name not in names and isinstance(entries[name], Tensor)]
-    notes = [f"not in the file, left out: {_shown(missing)}"] if missing else []
-    notes += [f"not in {type(like).__name__}, not read: {_shown(strange)}"] if strange else []
+    notes = [f"not in the file, left out: {_some_of(missing)}"] if missing else []
+    notes += [f"not in {type(like).__name__}, not read: {_some_of(strange)}"] if strange else []
     return model, notes
 
 
-def _shown(names: Any) -> str:
+def _some_of(names: Any) -> str:
     names = list(names)
     return ", ".join(map(plain_name, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -139,7 +139,7 @@ def build(spec: str, say: Callable[[str], object]) -> nn.Module:
     Args:
         spec: ``torchvision:resnet50``, ``timm:vit_tiny_patch16_224``, ``package.module:function`` for a function of your own
             without arguments, or a folder with the ``config.json`` of a Hugging Face model.
-        say: told before code is imported which, and why.
+        say: called before code is imported, with a sentence that says which code and why.
 
     Raises:
         ValueError: no such model, module or function, or one that makes no model.
@@ -147,7 +147,7 @@ def build(spec: str, say: Callable[[str], object]) -> nn.Module:
     """
     if (folder := Path(spec)).is_dir() or folder.name == "config.json":
         say(f"building the model of {spec} with transformers")
-        return configured(folder if folder.is_dir() else folder.parent)
+        return model_of_config(folder if folder.is_dir() else folder.parent)
     library, separator, name = spec.partition(":")
     if not separator or not all(part.isidentifier() for part in library.split(".")) or not name:
         raise ValueError(
@@ -164,20 +164,20 @@ def build(spec: str, say: Callable[[str], object]) -> nn.Module:
         ) from None
     with torch.device("meta"):
         if library == "torchvision":
-            model = _called(spec, module.models.get_model, name, weights=None, **_no_backbone(module, name))
+            model = _call(spec, module.models.get_model, name, weights=None, **_no_backbone(module, name))
         elif library == "timm":
-            model = _called(spec, module.create_model, name, pretrained=False)
+            model = _call(spec, module.create_model, name, pretrained=False)
         else:
             if not callable(make := getattr(module, name, None)):
                 raise ValueError(f"module {library!r} ({getattr(module, '__file__', 'built in')}) has no function {name!r}")
-            model = _called(spec, make)
+            model = _call(spec, make)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec} must make a torch.nn.Module; it made a {type(model).__name__}")
     return model
 
 
 def _no_backbone(torchvision: Any, name: str) -> dict[str, None]:
-    """Detection models of torchvision download a backbone unless told otherwise."""
+    """Options without which torchvision's detection models download a backbone."""
     try:
         takes = inspect.signature(torchvision.models.get_model_builder(name)).parameters
     except ValueError:
@@ -185,7 +185,7 @@ def _no_backbone(torchvision: Any, name: str) -> dict[str, None]:
     return {"weights_backbone": None} if "weights_backbone" in takes else {}
 
 
-def _called(spec: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def _call(spec: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     try:
         return make(*arguments, **options)
     except Exception as error:  # of anybody's function
@@ -194,7 +194,7 @@ def _called(spec: str, make: Callable[..., Any], *arguments: Any, **options: Any
 
 
 MOST = 2000
-"""Layers, blocks or experts of a model that a file may ask for."""
+"""Most layers, blocks or experts that a file may ask for."""
 
 
 def _check_config(path: Path) -> None:
@@ -214,16 +214,16 @@ def _check_config(path: Path) -> None:
             raise ValueError(f"{path} asks for {plain_name(key)} = {plain_name(str(value)[:20])}, more than {MOST:,}")
 
 
-def configured(folder: Path) -> nn.Module:
+def model_of_config(folder: Path) -> nn.Module:
     """The transformers model that a folder's ``config.json`` describes, on the meta device; code in the folder is never run."""
     _check_config(folder / "config.json")
     try:
         transformers = importlib.import_module("transformers")
     except ModuleNotFoundError:
         raise ModuleNotFoundError("models of Hugging Face need transformers: pip install transformers") from None
-    config = _called(str(folder), transformers.AutoConfig.from_pretrained, folder, trust_remote_code=False, local_files_only=True)
+    config = _call(str(folder), transformers.AutoConfig.from_pretrained, folder, trust_remote_code=False, local_files_only=True)
     kind = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModel"])[0], None)
     with torch.device("meta"):
         if isinstance(kind, type) and issubclass(kind, nn.Module):
-            return _called(str(folder), kind, config)  # type: ignore[no-any-return]
-        return _called(str(folder), transformers.AutoModel.from_config, config, trust_remote_code=False)  # type: ignore[no-any-return]
+            return _call(str(folder), kind, config)  # type: ignore[no-any-return]
+        return _call(str(folder), transformers.AutoModel.from_config, config, trust_remote_code=False)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What a selection of layers leaves out, what is odd about it, and whether its layers are still the model's."""
+"""Checks of a selection of layers: what it leaves out, what is odd about it, whether its layers are still the model's."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ class Unread(NamedTuple):
     A weight is a parameter with at least two dimensions larger than 1; one with fewer is a vector.
 
     Attributes:
-        parameters: their names and themselves, in the model's order.
+        parameters: pairs of name and tensor, in the model's order.
         kinds: how many there are of each kind, the largest kind first: ``{"in_proj_weight": 12, "pos_embed": 1}``.
         numbers: how many numbers they hold together.
         total: how many numbers all weights of the model hold.
@@ -36,11 +36,11 @@ class Unread(NamedTuple):
         """``not read: 12 in_proj_weight, 1 pos_embed (21.3 of 86.4 M weights)``; empty where all is read."""
         if not self.parameters:
             return ""
-        shown = [f"{count} {kind}" for kind, count in self.kinds.items()]
-        more = [f"{len(shown) - MOST} more kinds"] if len(shown) > MOST else []
+        parts = [f"{count} {kind}" for kind, count in self.kinds.items()]
+        more = [f"{len(parts) - MOST} more kinds"] if len(parts) > MOST else []
         million = self.total >= 1e5
         numbers = f"{self.numbers / 1e6:.1f} of {self.total / 1e6:.1f} M" if million else f"{self.numbers:,} of {self.total:,}"
-        return f"not read: {', '.join(shown[:MOST] + more)} ({numbers} weights)"
+        return f"not read: {', '.join(parts[:MOST] + more)} ({numbers} weights)"
 
 
 MOST = 5
@@ -50,14 +50,14 @@ MOST = 5
 def unread_parameters(model: nn.Module, layers: Iterable[Layer] = ()) -> Unread:
     """The weights of ``model`` that no kernel view reads: recurrent ones, stacks of experts, embeddings, whatever is not a layer.
 
-    Layers that ``where=`` left out are not among them: they can be read. Embeddings are, unless they are in ``layers``.
+    Layers that ``where=`` left out can be read, so they do not count. Embeddings count unless they are in ``layers``.
 
     >>> str(unread_parameters(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 3))))
     'not read: 1 weight_ih_l0, 1 weight_hh_l0 (84 of 100 weights)'
     """
     modules = dict(named_modules(model))
-    known = [layer for path, m in modules.items() if has_kernel(m) and not is_embedding(m) for layer in layers_in(path, m)]
-    read = {id(parameter) for layer in [*known, *layers] for parameter in _behind(layer)}
+    readable = [layer for path, m in modules.items() if has_kernel(m) and not is_embedding(m) for layer in layers_in(path, m)]
+    read_ids = {id(parameter) for layer in [*readable, *layers] for parameter in _behind(layer)}
     weights: dict[int, tuple[str, str, Tensor]] = {}
     for path, module in modules.items():
         for name, parameter in module._parameters.items():
@@ -69,7 +69,7 @@ def unread_parameters(model: nn.Module, layers: Iterable[Layer] = ()) -> Unread:
                 continue
             kind = "embedding" if is_embedding(module) else f"{type(module).__name__}.{name}" if name == "weight" else name
             weights.setdefault(id(parameter), (f"{path}.{name}".lstrip("."), kind, parameter))
-    unread = {key: entry for key, entry in weights.items() if key not in read}
+    unread = {key: entry for key, entry in weights.items() if key not in read_ids}
     sizes: Counter[str] = Counter()
     for _, kind, weight in unread.values():
         sizes[kind] += weight.numel()
@@ -85,7 +85,7 @@ def unread_parameters(model: nn.Module, layers: Iterable[Layer] = ()) -> Unread:
 def _behind(layer: Layer) -> tuple[Tensor, ...]:
     try:
         return stored_sources(layer.module, layer.weight)
-    except (TypeError, ValueError):  # it cannot be read now: on the meta device, of integers, not yet initialised
+    except (TypeError, ValueError):  # the layer cannot be read now: on the meta device, of integers, not yet initialised
         return tuple(layer.module.parameters())
 
 
@@ -94,7 +94,7 @@ def warn_of_selection(model: nn.Module, layers: Sequence[Layer], zero: Sequence[
     count = len(layers)
     if zero:
         warn_once(
-            f"{len(zero)} of {count} selected layers are all zero ({_shown(zero)}): the penalty moves their filters to "
+            f"{len(zero)} of {count} selected layers are all zero ({_names_of(zero)}): the penalty moves their filters to "
             "length 1 as soon as they train; if they are to stay near zero, as ControlNet's zero convolutions or LoRA's B, "
             "leave them out with where=... & ~orthokit.zeros"
         )
@@ -103,21 +103,21 @@ def warn_of_selection(model: nn.Module, layers: Sequence[Layer], zero: Sequence[
     if bases and adapters:
         warn_once(
             f"{len(bases)} of {count} selected layers are frozen base layers and do not count; {len(adapters)} are the adapters "
-            f"beside them ({_shown(adapters)}), and the penalty acts on these low-rank matrices by themselves, not on base plus "
-            "adapter; leave them out with where=, or unfreeze the base layers"
+            f"beside them ({_names_of(adapters)}), and the penalty acts on these low-rank matrices by themselves, not on base "
+            "plus adapter; leave them out with where=, or unfreeze the base layers"
         )
     entries = {id(p): path for path, m in named_modules(model) if is_embedding(m) for p in m.parameters(recurse=False)}
-    trained = [layer for layer in layers if not (is_embedding(layer.module) or layer.frozen)]
-    shared = [layer for layer in trained if any(id(p) in entries for p in layer.sources)]
-    if shared:
-        tables = sorted({entries[id(p)] for layer in shared for p in layer.sources if id(p) in entries})
+    trainable = [layer for layer in layers if not (is_embedding(layer.module) or layer.frozen)]
+    sharers = [layer for layer in trainable if any(id(p) in entries for p in layer.sources)]
+    if sharers:
+        tables = sorted({entries[id(p)] for layer in sharers for p in layer.sources if id(p) in entries})
         warn_once(
-            f"{len(shared)} of {count} selected layers ({_shown(shared)}) have the weight of an embedding ({', '.join(tables)}), "
-            "which the penalty then acts on, too; leave them out with where=... & ~orthokit.tied"
+            f"{len(sharers)} of {count} selected layers ({_names_of(sharers)}) have the weight of an embedding "
+            f"({', '.join(tables)}), which the penalty then acts on, too; leave them out with where=... & ~orthokit.tied"
         )
 
 
-def _shown(layers: Sequence[Layer]) -> str:
+def _names_of(layers: Sequence[Layer]) -> str:
     return ", ".join(repr(layer.name) for layer in layers[:3]) + (", ..." if len(layers) > 3 else "")
 
 
@@ -130,14 +130,14 @@ class Edge(NamedTuple):
 
 
 def edges_to(model: nn.Module, layers: Sequence[Layer]) -> list[Edge]:
-    """All entries on the ways from the model to the layers. While each still holds, so do the layers' places."""
+    """All entries on the ways from the model to the layers. While each still holds its module, no layer has moved."""
     leads: dict[nn.Module, bool] = {}
-    wanted = {layer.module for layer in layers}
+    targets = {layer.module for layer in layers}
     edges: list[Edge] = []
 
     def visit(module: nn.Module) -> bool:
         if module not in leads:
-            leads[module] = module in wanted
+            leads[module] = module in targets
             for name, part in module._modules.items():
                 if part is not None and visit(part):
                     edges.append(Edge(module._modules, name, part))
@@ -151,20 +151,20 @@ def edges_to(model: nn.Module, layers: Sequence[Layer]) -> list[Edge]:
 def check_places(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Raise ``ValueError`` for layers that are no longer in the model, or were moved in it and frozen."""
     now = {module: path for path, module in named_modules(model)}
-    gone = [layer for layer in layers if layer.module not in now]
-    moved = [layer for layer in layers if layer not in gone and layer.frozen and not _is_named(layer, now[layer.module])]
-    if not gone and not moved:
+    missing = [layer for layer in layers if layer.module not in now]
+    strays = [layer for layer in layers if layer not in missing and layer.frozen and not _is_named(layer, now[layer.module])]
+    if not missing and not strays:
         return
     inside = dict(named_modules(model))
-    whats: Iterator[str] = (
+    losses: Iterator[str] = (
         f"{layer.name!r} is now {type(inside[layer.name]).__name__}" if layer.name in inside else f"{layer.name!r} is gone"
-        for layer in gone
+        for layer in missing
     )
-    where = [f"{layer.name!r} is now {now[layer.module]!r}, frozen" for layer in moved]
-    shown = [*whats, *where]
+    moves = [f"{layer.name!r} is now {now[layer.module]!r}, frozen" for layer in strays]
+    changes = [*losses, *moves]
     raise ValueError(
-        f"the model has changed since this Regularizer was made: {', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''} "
-        f"({len(shown)} of {len(layers)} layers). Make the Regularizer when the model is complete: after get_peft_model, after "
+        f"the model has changed since this Regularizer was made: {', '.join(changes[:3])}{', ...' if len(changes) > 3 else ''} "
+        f"({len(changes)} of {len(layers)} layers). Make the Regularizer when the model is complete: after get_peft_model, after "
         "replacing layers"
     )
 

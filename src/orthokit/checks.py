@@ -45,12 +45,12 @@ def check_number(name: str, value: object, low: float = 0.0, high: float = math.
 
 
 def check_count(name: str, value: object, low: int = 1, high: float = math.inf, *, most: float = math.inf) -> None:
-    """Raise unless ``value`` is an integer in ``low..high``, and at most ``most``, beyond which nobody can mean it."""
+    """Raise unless ``value`` is an integer in ``low..high``, and at most ``most``: a larger one can only be a mistake."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer; got {value!r}")
     if not low <= int(value) <= high:
-        wanted = f"at least {low}" if high == math.inf else f"from {low} to {high:g}"
-        raise ValueError(f"{name} must be an integer, {wanted}; got {_digits(int(value))}")
+        interval = f"at least {low}" if high == math.inf else f"from {low} to {high:g}"
+        raise ValueError(f"{name} must be an integer, {interval}; got {_digits(int(value))}")
     if int(value) > most:
         raise ValueError(f"{name} must be an integer, at most {most:,g}; got {_digits(int(value))}")
 
@@ -78,8 +78,8 @@ def check_options(self: Any) -> None:
             raise error(f"{option.name} must be {_in_words(option.type)}; got {value!r:.200}")
 
 
-def _fits(value: object, wanted: Any) -> bool:
-    kind, parts = get_origin(wanted), get_args(wanted)
+def _fits(value: object, annotation: Any) -> bool:
+    kind, parts = get_origin(annotation), get_args(annotation)
     if kind in (Union, UnionType):
         return any(_fits(value, part) for part in parts)
     if kind is Literal:
@@ -88,13 +88,13 @@ def _fits(value: object, wanted: Any) -> bool:
         return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
     if kind is Callable:
         return callable(value) and not isinstance(value, type)
-    if wanted in (int, float):  # True is an integer to Python
-        return isinstance(value, numbers.Integral if wanted is int else numbers.Real) and not isinstance(value, bool)
-    return isinstance(value, wanted)
+    if annotation in (int, float):  # True is an integer to Python
+        return isinstance(value, numbers.Integral if annotation is int else numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, annotation)
 
 
-def _in_words(wanted: Any) -> str:
-    kind, parts = get_origin(wanted), get_args(wanted)
+def _in_words(annotation: Any) -> str:
+    kind, parts = get_origin(annotation), get_args(annotation)
     if kind in (Union, UnionType):
         return " or ".join(map(_in_words, parts))
     if kind is Literal:
@@ -102,13 +102,13 @@ def _in_words(wanted: Any) -> str:
     if kind is tuple:
         return f"a tuple ({', '.join(map(_in_words, parts))})"
     words = {bool: "True or False", int: "an integer", float: "a number", type(None): "None", Callable: "a function"}
-    return words.get(kind or wanted) or f"{wanted.__name__}()"
+    return words.get(kind or annotation) or f"{annotation.__name__}()"
 
 
-def did_you_mean(name: str, known: Collection[str]) -> str:
-    """``; did you mean 'steps'?``, or all of ``known`` where none is near."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(map(repr, known)) or 'none'}"
+def did_you_mean(name: str, names: Collection[str]) -> str:
+    """The end of an error: ``; did you mean 'steps'?``, or all ``names`` where none is near."""
+    near = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(map(repr, names)) or 'none'}"
 
 
 @functools.cache
@@ -155,5 +155,5 @@ def printable(text: object, most: int = 2000, *, lines: bool = False) -> str:
         whole = f"{whole[: most // 2]} … {whole[len(whole) - most // 2 :]}"
     if whole.isprintable():
         return whole
-    kept = "\n" if lines else ""
-    return "".join(c if c.isprintable() or c in kept or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in whole)
+    allowed = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c in allowed or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in whole)

@@ -1,4 +1,4 @@
-"""Self-convolutions: all filters of a convolution with all its filters shifted, by the cheapest way to them."""
+"""Self-convolutions: inner products of all filters of a convolution with all shifted filters, the cheapest way."""
 
 import functools
 import math
@@ -49,16 +49,16 @@ def self_convolution(weight: Float[Tensor, "..."], stride: tuple[int, ...]) -> F
 
 
 def convolution_distance(weight: Float[Tensor, "..."], stride: tuple[int, ...], less: int = 0) -> Float[Tensor, "*b"]:
-    """``||conv(K, K) - I_0||_F^2 - less``: :func:`self_convolution` less the identity at lag zero, by the cheapest way to it.
+    """``||conv(K, K) - I_0||_F^2 - less``: :func:`self_convolution` less the identity at lag zero, the cheapest way.
 
-    Where filters meet at lag zero alone, one Gram matrix. At stride 1, by Parseval's theorem, the mean over the frequencies of
-    a grid as large as the lags, of each ``||A A^H - I||^2`` with ``A`` the kernel's transform there: 37 products of the size
-    ``o x o x i`` instead of 81 for a kernel of 3x3, and of the smaller side.
+    Filters that overlap at lag zero alone need one Gram matrix. At stride 1 the value is, by Parseval's theorem, the mean of
+    ``||A A^H - I||^2`` over the frequencies of a grid as large as the lags, with ``A`` the kernel's transform there. A kernel of
+    3x3 then takes 37 products of the size ``o x o x i`` instead of 81, on the smaller side of ``A``.
 
     Args:
         weight: ``(*b, o, i, *spatial)``.
         stride: one entry per spatial dimension, in taps.
-        less: what is subtracted; where it is the least possible value, no rounding remains of it.
+        less: subtracted from the value; the least possible value here leaves no rounding error of its own size.
     """
     size = weight.shape[weight.ndim - len(stride) :]
     if all(k <= s for k, s in zip(size, stride, strict=True)):
@@ -70,23 +70,23 @@ def convolution_distance(weight: Float[Tensor, "..."], stride: tuple[int, ...], 
     flat = weight.flatten(weight.ndim - len(stride))
     *batch, o, i, taps = flat.shape
     table = _transform(tuple(size), weight.dtype, weight.device)
-    transformed = (table @ flat.reshape(-1, taps).mT).reshape(-1, *batch, o, i)
+    spectrum = (table @ flat.reshape(-1, taps).mT).reshape(-1, *batch, o, i)
     if o > i:
-        transformed = transformed.mT
-    real, pairs = transformed[0], len(transformed) // 2
-    value = _of_spectrum(transformed[1 : 1 + pairs], transformed[1 + pairs :])
-    return (distance_to_identity(real) + 2 * value) / len(transformed) + (max(0, o - i) - less)
+        spectrum = spectrum.mT
+    real, pairs = spectrum[0], len(spectrum) // 2
+    value = _of_spectrum(spectrum[1 : 1 + pairs], spectrum[1 + pairs :])
+    return (distance_to_identity(real) + 2 * value) / len(spectrum) + (max(0, o - i) - less)
 
 
 @functools.lru_cache(64)
 def _transform(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Float[Tensor, "frequencies taps"]:
     """The discrete Fourier transform of a real kernel, on ``2 k - 1`` points a dimension, as a matrix of real rows.
 
-    Frequency zero; the real parts of half of the others, as the rest are their conjugates; their imaginary parts.
+    Rows: frequency zero; the real parts of half of the other frequencies, whose conjugates the rest are; their imaginary parts.
     """
     grid = torch.cartesian_prod(*(torch.arange(1 - k, k, dtype=torch.float64) / (2 * k - 1) for k in size)).reshape(-1, len(size))
     taps = torch.cartesian_prod(*(torch.arange(k, dtype=torch.float64) for k in size)).reshape(-1, len(size))
-    half = 2 * math.pi * grid[len(grid) // 2 + 1 :] @ taps.T  # from the end, the rest are their negatives
+    half = 2 * math.pi * grid[len(grid) // 2 + 1 :] @ taps.T  # the second half of the grid; the first half is its negative
     table = torch.cat([torch.ones(1, len(taps), dtype=torch.float64), half.cos(), -half.sin()])
     return table.to(device, dtype)
 
@@ -119,5 +119,5 @@ class _OfSpectrum(torch.autograd.Function):
 
 def _complex_residual(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Real and imaginary part of ``A A^H - I``: three products."""
-    crossed = y @ x.mT
-    return less_identity(x @ x.mT + y @ y.mT), crossed - crossed.mT
+    product = y @ x.mT
+    return less_identity(x @ x.mT + y @ y.mT), product - product.mT

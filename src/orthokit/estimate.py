@@ -1,6 +1,6 @@
 """Transition dimensions measured from data: how many dimensions a layer's outputs fill when its filters choose none of them.
 
-What "with K replaced" means is ours: each selected layer sees its true input, computed by the trained weights before it, and
+Our reading of "with K replaced": each selected layer sees its true input, computed by the trained weights before it, and
 only its own kernel is replaced, on the side; what flows on through the network is not altered. Hence a layer is measured by what
 reaches it and not by the rank its own filters already have, which would only ever shrink if it were fed back into training.
 """
@@ -40,8 +40,8 @@ CHUNK = 2**22
 def orthonormal_filters(groups: int, o: int, n: int, generator: torch.Generator) -> Float[Tensor, "{groups} {o} {n}"]:
     """Random filters, uniformly rotated: orthonormal for ``o <= n``, else a tight frame; float64, on the CPU.
 
-    Lengths are 1; on tall layers in the mean square (the columns are orthogonal and of equal length ``sqrt(o / n)``), where
-    outputs then keep all distances between inputs up to that factor.
+    Filters have length 1, on tall layers in the mean square: their columns are orthogonal and of equal length ``sqrt(o / n)``,
+    so that outputs keep all distances between inputs up to this factor.
 
     >>> tall = orthonormal_filters(1, 6, 3, torch.Generator().manual_seed(0))[0]
     >>> torch.allclose(tall.T @ tall, 2 * torch.eye(3, dtype=torch.float64))
@@ -68,9 +68,9 @@ def components(covariance: Float[Tensor, "*b o o"], energy: float) -> Int[Tensor
     (tensor(2), tensor(4))
     """
     check_number("energy", energy, 0, 1, open_low=True)
-    held = torch.linalg.eigvalsh(covariance).flip(-1).clamp(min=0).cumsum(-1)
-    found: Tensor = (held < (energy - PRECISION) * held[..., -1:]).sum(-1) + 1
-    return found
+    energies = torch.linalg.eigvalsh(covariance).flip(-1).clamp(min=0).cumsum(-1)
+    count: Tensor = (energies < (energy - PRECISION) * energies[..., -1:]).sum(-1) + 1
+    return count
 
 
 class Moments:
@@ -95,7 +95,7 @@ class Moments:
 
     def add(self, vectors: Float[Tensor, "m groups o"]) -> None:
         """Take in ``m`` vectors of each group."""
-        device = torch.device("cpu") if vectors.device.type == "mps" else vectors.device  # which has no float64
+        device = torch.device("cpu") if vectors.device.type == "mps" else vectors.device  # MPS has no float64
         self.mean, self.scatter = self.mean.to(device), self.scatter.to(device)
         for part in vectors.split(max(1, CHUNK // vectors.shape[1:].numel())):
             m = len(part)
@@ -145,10 +145,10 @@ class _Probe:
         groups, o, _, *spatial = self.shape
         y = y if y.ndim > len(spatial) + 1 else y.unsqueeze(0)
         y = y.movedim(-1 - len(spatial), -1)
-        places = y.shape[1:-1].numel()
-        y = y.reshape(len(y), places, groups, o)
-        if self.positions is not None and places > self.positions:
-            y = y[:, torch.randperm(places, generator=self.generator, device="cpu")[: self.positions].to(y.device)]
+        available = y.shape[1:-1].numel()
+        y = y.reshape(len(y), available, groups, o)
+        if self.positions is not None and available > self.positions:
+            y = y[:, torch.randperm(available, generator=self.generator, device="cpu")[: self.positions].to(y.device)]
         if not (x.isfinite().all() and y.isfinite().all()):
             raise FloatingPointError(
                 f"layer {self.layer.name!r}: NaN or infinite activations reach it. Look for them in the data and in the weights "
@@ -253,7 +253,7 @@ def estimate(
         raise ValueError("the model has lazy layers without weights yet; run one batch through it first")
     count = 0
     with ExitStack() as stack:
-        stack.enter_context(_unchanged(model))
+        stack.enter_context(_preserving(model))
         stack.enter_context(torch.no_grad())
         for probe in probes:
             handle = probe.layer.module.register_forward_hook(probe, with_kwargs=True)
@@ -271,21 +271,21 @@ def estimate(
     return {probe.layer.name: probe.rank(energy) for probe in probes if probe.moments.count}
 
 
-def _input_of(batch: Any, key: Any, place: int) -> Tensor:
+def _input_of(batch: Any, key: Any, index: int) -> Tensor:
     if isinstance(batch, Tensor):
         return batch
-    found = batch
+    value = batch
     if key is not None:
         try:
-            found = batch[key]
+            value = batch[key]
         except (LookupError, TypeError):
-            raise ValueError(f"batch {place}, a {type(batch).__name__}, has no entry key={key!r}") from None
+            raise ValueError(f"batch {index}, a {type(batch).__name__}, has no entry key={key!r}") from None
     elif isinstance(batch, (tuple, list)) and batch:
-        found = batch[0]
-    if not isinstance(found, Tensor):
-        hint = f"; pick it by key=, one of {', '.join(map(repr, found))}" if isinstance(found, Mapping) else ""
-        raise TypeError(f"a batch must be the input tensor, or hold it first; batch {place} gave a {type(found).__name__}{hint}")
-    return found
+        value = batch[0]
+    if not isinstance(value, Tensor):
+        hint = f"; pick it by key=, one of {', '.join(map(repr, value))}" if isinstance(value, Mapping) else ""
+        raise TypeError(f"a batch must be the input tensor, or hold it first; batch {index} gave a {type(value).__name__}{hint}")
+    return value
 
 
 @contextmanager
@@ -295,7 +295,7 @@ def _bar(progress: bool) -> Iterator[Callable[[Iterable[Any], int | None], Itera
     columns = (TextColumn("estimating ranks"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
 
-        def passed_on(loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
+        def pass_on(loader: Iterable[Any], limit: int | None) -> Iterator[Any]:
             try:
                 total = len(loader) if isinstance(loader, Sized) else None
             except TypeError:  # a DataLoader over a stream
@@ -305,15 +305,15 @@ def _bar(progress: bool) -> Iterator[Callable[[Iterable[Any], int | None], Itera
                 yield batch
                 bar.advance(task)
 
-        yield passed_on
+        yield pass_on
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def _preserving(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, in eager execution; whatever a forward pass changes in modules or generators is put back after it."""
     modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     # Whether a buffer was written to is read off its version; an inference tensor has none and cannot be written to here.
-    saved = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
+    values = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(cuda))
@@ -332,6 +332,6 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 module._buffers.clear()
                 module._buffers.update(buffers)
             with torch.no_grad():
-                for buffer, version, value in saved:
+                for buffer, version, value in values:
                     if buffer._version != version:
                         buffer.copy_(value)

@@ -10,21 +10,21 @@ from orthokit.checks import check_flag, check_number
 from orthokit.layers import Layer
 from orthokit.wrappers import reshard
 
-__all__ = ["Regularized", "param_groups"]
+__all__ = ["HasLayers", "param_groups"]
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @runtime_checkable
-class Regularized(Protocol):
-    """A :class:`~orthokit.Regularizer`, as far as it matters here."""
+class HasLayers(Protocol):
+    """The part of a :class:`~orthokit.Regularizer` that parameter groups need."""
 
     @property
     def layers(self) -> tuple[Layer, ...]: ...
 
 
 def param_groups(
-    model: nn.Module, *regularizers: Regularized, weight_decay: float, decay_biases_and_norms: bool = True
+    model: nn.Module, *regularizers: HasLayers, weight_decay: float, decay_biases_and_norms: bool = True
 ) -> list[dict[str, Any]]:
     """The parameters of ``model`` for an optimizer, each once, with weight decay on all but the regularized kernels.
 
@@ -33,7 +33,7 @@ def param_groups(
     Args:
         model: the model that the regularizers were made for.
         regularizers: one or more; a kernel that any of them regularizes is not decayed.
-        weight_decay: of the first group.
+        weight_decay: the decay of the first group.
         decay_biases_and_norms: False puts parameters of fewer than two dimensions, and all of normalisation layers, into a group
             without decay.
 
@@ -53,18 +53,18 @@ def param_groups(
     check_flag("decay_biases_and_norms", decay_biases_and_norms)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    if not regularizers or not all(isinstance(each, Regularized) for each in regularizers):
+    if not regularizers or not all(isinstance(each, HasLayers) for each in regularizers):
         raise TypeError(f"param_groups takes a model and one or more Regularizers; got {regularizers!r:.200}")
     reshard(model)
-    own = set(model.parameters())
+    parameters = set(model.parameters())
     kernels: set[Tensor] = set()
     for each in regularizers:
-        found = {parameter for layer in each.layers for parameter in layer.sources}
-        if not found & own:
+        sources = {parameter for layer in each.layers for parameter in layer.sources}
+        if not sources & parameters:
             raise ValueError(
                 f"{type(model).__name__} holds none of the regularized kernels; pass the model that was selected from"
             )
-        kernels |= found
+        kernels |= sources
     others = set() if decay_biases_and_norms else set(_biases_and_norms(model)) - kernels
     groups = [
         {"params": [p for p in model.parameters() if p not in kernels and p not in others], "weight_decay": weight_decay},

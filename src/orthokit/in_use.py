@@ -24,7 +24,7 @@ PRODUCTS = frozenset(("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm
 
 
 def is_overridden(layer: nn.Module) -> bool:
-    """Whether somebody else than torch wrote the forward pass of this Linear or convolution."""
+    """Whether anyone but torch wrote the forward pass of this Linear or convolution."""
     if not isinstance(layer, (nn.Linear, _ConvNd)):
         return False
     methods = (getattr(type(layer), name, None) for name in ("forward", "_conv_forward"))
@@ -32,7 +32,7 @@ def is_overridden(layer: nn.Module) -> bool:
 
 
 def computed_weight(layer: nn.Module, stored: Tensor) -> Tensor | None:
-    """The weight that the forward pass computes from ``stored``, the layer's weight; None where it uses that as it is.
+    """The weight that the forward pass computes from ``stored``, the layer's weight; None where ``stored`` is used as it is.
 
     The layer is left as it was: the copy has its own parameters and buffers, through which gradients reach the layer's.
 
@@ -52,8 +52,8 @@ def computed_weight(layer: nn.Module, stored: Tensor) -> Tensor | None:
             reason = f"on an input of zeros it fails with {type(error).__name__}: {str(error).partition(chr(10))[0]:.120}"
     weights = [weight for weight in watch.weights if weight.shape == stored.shape]
     if weights and all(_is_same(weight, weights[0]) for weight in weights):
-        return None if any(_is_same(weights[0], own) for own in (twin.weight, stored)) else weights[0]
-    if not weights and watch.multiplied:
+        return None if any(_is_same(weights[0], candidate) for candidate in (twin.weight, stored)) else weights[0]
+    if not weights and watch.is_multiplied:
         return None
     name = type(layer).__name__
     if weights:
@@ -65,11 +65,11 @@ def computed_weight(layer: nn.Module, stored: Tensor) -> Tensor | None:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the weights that torch's convolution and linear functions get, and whether ``own`` is multiplied as it is."""
+    """Notes the weights that torch's convolution and linear functions get, and whether ``weight`` is multiplied as it is."""
 
-    def __init__(self, own: Tensor) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.own, self.multiplied = own, False
+        self.weight, self.is_multiplied = weight, False
         self.weights: list[Tensor] = []
 
     def __torch_function__(
@@ -81,8 +81,8 @@ class _Watch(TorchFunctionMode):
             with torch.no_grad():
                 return func(*args, **kwargs)
         if getattr(func, "__name__", "") in PRODUCTS:
-            given = [each for arg in args for each in (arg if isinstance(arg, (list, tuple)) else [arg])]
-            self.multiplied |= any(isinstance(each, Tensor) and _shares(each, self.own) for each in given)
+            tensors = [each for arg in args for each in (arg if isinstance(arg, (list, tuple)) else [arg])]
+            self.is_multiplied |= any(isinstance(each, Tensor) and _shares(each, self.weight) for each in tensors)
         return func(*args, **kwargs)
 
 
@@ -109,8 +109,8 @@ def _tiny_input(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _shares(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are all of the same numbers."""
-    if torch.compiler.is_compiling():  # which knows no storages
+    """Whether two tensors are the same numbers in memory, all of them."""
+    if torch.compiler.is_compiling():  # compiled code knows no storages
         return one is other
     return one.numel() == other.numel() and one.untyped_storage()._cdata == other.untyped_storage()._cdata
 

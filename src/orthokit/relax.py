@@ -101,7 +101,7 @@ def relaxed_budget(o: int, r: int | Tensor) -> float | Tensor:
     return (o * (o - r) / (2 * r)) ** 0.5
 
 
-def _raised(r: int, o: int, n: int, floor: int | None) -> int:
+def _at_least(r: int, o: int, n: int, floor: int | None) -> int:
     """``r``, or ``floor`` (the classes of the data set) where that is more and the layer has room for it."""
     return max(r, min(o, n, floor or 1))
 
@@ -146,7 +146,7 @@ class fraction:
         check_number("rho", self.rho, 0, 1, open_low=True)
 
     def __call__(self, o: int, n: int, name: str = "") -> int:
-        return _raised(max(1, math.floor(self.rho * min(o, n) + 0.5)), o, n, self.floor)
+        return _at_least(max(1, math.floor(self.rho * min(o, n) + 0.5)), o, n, self.floor)
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class share:
         below = bisect_left(range(1, most + 1), -target, key=lambda r: -expected_cardinality(o, r)) + 1
         around = (r for r in (below - 1, below) if 1 <= r <= most)
         nearest = min(around, key=lambda r: (abs(expected_cardinality(o, r) - target), -r))
-        return _raised(nearest, o, n, self.floor)
+        return _at_least(nearest, o, n, self.floor)
 
 
 @dataclass(frozen=True, init=False)
@@ -202,21 +202,21 @@ class ranks:
         return f"ranks({dict(self.by_name)}{f', floor={self.floor}' if self.floor else ''})"
 
     def __call__(self, o: int, n: int, name: str = "") -> int:
-        known = dict(self.by_name)
-        if name not in known:
+        by_name = dict(self.by_name)
+        if name not in by_name:
             raise ValueError(
-                f"ranks has no entry for layer {name!r}; it has {', '.join(map(repr, known)) or 'none'}"
+                f"ranks has no entry for layer {name!r}; it has {', '.join(map(repr, by_name)) or 'none'}"
                 if name
                 else "ranks needs the layer's name; use it through a Regularizer or plan(model, ...)"
             )
-        return _raised(known[name], o, n, self.floor)
+        return _at_least(by_name[name], o, n, self.floor)
 
 
 @dataclass(frozen=True)
 class welch:
-    """As ``ceiling=``: the least ``max |c_ij|`` a layer's shape allows, :func:`orthokit.gram.welch_bound`.
+    """The least ``max |c_ij|`` a layer's shape allows, :func:`orthokit.gram.welch_bound`; for ``ceiling=``.
 
-    It is 0 on layers that are not tall: there the ceiling counts every correlation, relaxed or not.
+    The bound is 0 on layers that are not tall: there the ceiling counts every correlation, relaxed or not.
 
     >>> round(welch()(64, 16), 3), welch()(16, 64)
     (0.218, 0.0)
@@ -236,7 +236,7 @@ def transition_dimension(relax: Policy | None, o: int, n: int, name: str = "") -
     """The ``r`` that ``relax`` chooses for a layer; ``o``, the strict form, for None.
 
     Raises:
-        ValueError: the policy leaves ``1 <= r <= min(o, n)``.
+        ValueError: the policy's ``r`` is outside ``1 <= r <= min(o, n)``.
     """
     check_policy(relax)
     if relax is None:
@@ -267,7 +267,7 @@ def plan(
     where: Where = convs,
     count: Count = "expected",
 ) -> Table:
-    """What ``relax`` asks of each layer of a model or state dict; print it before training. Shapes suffice: a meta model will do.
+    """A table of what ``relax`` asks of each layer of a model or state dict, to print before training. A meta model will do.
 
     Columns: filters ``o`` and weights per filter ``n`` (of each group), wide or tall, the transition dimension
     ``r``, how many pairs ``form="pairs"`` leaves free of how many, and the ceiling ``w_r`` of ``form="welch"``. Two arms of
@@ -275,11 +275,11 @@ def plan(
     matrices ``o x o`` per group in float32. Where all pairs count, a tall layer of 256 filters or more needs ``n x n`` only.
 
     Raises:
-        ValueError: ``where`` selects nothing, or the policy leaves ``1 <= r <= min(o, n)``.
+        ValueError: ``where`` selects nothing, or the policy's ``r`` is outside ``1 <= r <= min(o, n)``.
     """
     rows: list[Row] = []
-    chosen = select(model, where)
-    for layer in chosen:
+    layers = select(model, where)
+    for layer in layers:
         groups, o, n = layer.size
         r = transition_dimension(relax, o, n, layer.name)
         rows.append(
@@ -297,7 +297,7 @@ def plan(
             }
         )
     total = {"free": sum(row["free"] for row in rows), "pairs": sum(row["pairs"] for row in rows)}
-    notes = tuple(filter(None, [str(unread_parameters(model, chosen))])) if isinstance(model, nn.Module) else ()
+    notes = tuple(filter(None, [str(unread_parameters(model, layers))])) if isinstance(model, nn.Module) else ()
     # The ranks themselves are in the table.
     name = "ranks({...})" if isinstance(relax, ranks) else repr(relax) if relax else "strict orthogonality"
     return Table(f"plan of {name}", PLAN_COLUMNS, tuple(rows), {f"{len(rows)} layers": total}, notes)

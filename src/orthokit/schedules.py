@@ -36,7 +36,7 @@ class constant:
 
 @dataclass(frozen=True, init=False)
 class piecewise:
-    """Jumps: from each given step on, the strength given for it. Step 0 must be there.
+    """Jumps: each step of ``pieces`` begins a new strength. Step 0 must be there.
 
     >>> drop = piecewise({0: 1e-2, 150: 0.0})
     >>> drop(149), drop(150)
@@ -134,14 +134,14 @@ class chain:
     last: Schedule | float
 
     def __init__(self, *parts: tuple[Schedule | float, int] | Schedule | float) -> None:
-        *timed, last = parts or (None,)
-        for part in timed:
+        *pairs, last = parts or (None,)
+        for part in pairs:
             if not (isinstance(part, tuple) and len(part) == 2):
                 raise TypeError(f"chain takes pairs (schedule, steps) and a last schedule without steps; got {part!r}")
             as_schedule(part[0])
             check_count("the steps of chain", part[1])
         as_schedule(last)
-        object.__setattr__(self, "parts", tuple(timed))
+        object.__setattr__(self, "parts", tuple(pairs))
         object.__setattr__(self, "last", last)
 
     def __repr__(self) -> str:
@@ -165,7 +165,7 @@ def check_strength(name: str, value: object) -> None:
 
 
 def as_schedule(strength: object) -> Schedule:
-    """A schedule as it is, a number as a constant one."""
+    """The schedule ``strength`` itself, or a constant one of a number."""
     if callable(strength) and not isinstance(strength, type):
         return strength
     if isinstance(strength, numbers.Real):

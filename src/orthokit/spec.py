@@ -38,9 +38,9 @@ __all__ = ["POLICIES", "PREDICATES", "SCHEDULES", "config_of", "penalty_of", "sc
 POLICIES: tuple[type, ...] = (feasible, fraction, share, ranks)
 SCHEDULES: tuple[type, ...] = (constant, piecewise, linear, cosine, warmup, chain)
 NESTED: dict[str, tuple[type, ...]] = {"relax": POLICIES, "ceiling": (welch,), "schedule": SCHEDULES, "parts": SCHEDULES}
-"""Options that take another such value."""
+"""Options whose value is itself a name or a table, and the classes it may name."""
 LONGEST, DEEPEST = 2000, 100
-"""Of an expression of layers: characters, and operators inside each other."""
+"""Limits of an expression of layers: its characters, and its operators inside each other."""
 PREDICATES = {
     predicate.name: predicate
     for predicate in (convs, linears, layers, spatial, pointwise, depthwise, stem, tall, zeros, embeddings, tied, head)
@@ -95,7 +95,7 @@ def config_of(value: object) -> Any:
 
 
 def where_of(text: str) -> Predicate:
-    """The layers that an expression of the predicates' names chooses, the way it is written in Python and printed.
+    """The predicate that an expression of predicates' names describes, as written in Python and as printed.
 
     Raises:
         ValueError: something else than names of predicates, ``matching("...")``, ``&``, ``|``, ``~`` and brackets.
@@ -139,14 +139,14 @@ def _build(config: object, classes: tuple[type, ...], kind: str) -> object:
         config = {"name": config}
     if not isinstance(config, Mapping) or not isinstance(name := config.get("name"), str):
         raise ValueError(f"a {kind} is a name, or a table with a name and options; got {config!r}")
-    known = {cls.__name__.lower(): cls for cls in classes}
-    if (cls := known.get(name.lower())) is None:
-        raise ValueError(f"no {kind} {name!r}{did_you_mean(name.lower(), known)}")
-    accepted = inspect.signature(cls).parameters
+    classes_by_name = {cls.__name__.lower(): cls for cls in classes}
+    if (cls := classes_by_name.get(name.lower())) is None:
+        raise ValueError(f"no {kind} {name!r}{did_you_mean(name.lower(), classes_by_name)}")
+    parameters = inspect.signature(cls).parameters
     options = {key: _option(key, value) for key, value in config.items() if key != "name"}
     for key in options:
-        if key not in accepted:
-            raise ValueError(f"{kind} {name} has no option {key!r}{did_you_mean(key, accepted)}")
+        if key not in parameters:
+            raise ValueError(f"{kind} {name} has no option {key!r}{did_you_mean(key, parameters)}")
     try:
         return cls(*options["parts"]) if cls is chain and options else cls(**options)
     except TypeError as error:  # a missing option, or a value of the wrong kind

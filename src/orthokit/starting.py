@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-__all__ = ["done"]
+__all__ = ["finish"]
 
 
 def _is_command() -> bool:
@@ -23,7 +23,7 @@ def _leave(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
-def done() -> None:
+def finish() -> None:
     """Let Ctrl-C raise ``KeyboardInterrupt`` again: from here on the command line catches it."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)

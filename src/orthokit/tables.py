@@ -64,11 +64,11 @@ class Table:
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
         """The dictionary as JSON; NaN and infinity, which JSON lacks, become null. Written to ``path`` if given."""
-        return _written(json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False) + "\n", path)
+        return _write(json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False) + "\n", path)
 
     def to_csv(self, path: str | PathLike[str] | None = None) -> str:
         """One line per layer, every column; see :func:`to_csv`. Written to ``path`` if given."""
-        return _written(to_csv([column.key for column in self.columns], self.rows), path)
+        return _write(to_csv([column.key for column in self.columns], self.rows), path)
 
     def to_pandas(self) -> Any:
         """A ``pandas.DataFrame`` with a row per layer and every column.
@@ -86,28 +86,28 @@ class Table:
         every = [*self.rows, *self.totals.values()]
         columns = [c for c in self.columns if c.shown and any(row.get(c.key) is not None for row in every)]
         left_out, wide = list[str](), options.update(width=1000)
-        while len(columns) > 2 and Measurement.get(console, wide, self._drawn(columns, FOLDED)).maximum > options.max_width:
+        while len(columns) > 2 and Measurement.get(console, wide, self._drawing(columns, FOLDED)).maximum > options.max_width:
             left_out.insert(0, columns.pop().header)
-        yield self._drawn(columns)
+        yield self._drawing(columns)
         yield from (Text(printable(note)) for note in self.notes)
         if left_out:
             yield Text(f"not shown at this width: {', '.join(left_out)}; a wider terminal, to_dict() or --format json has them")
 
-    def _drawn(self, columns: list[Column], first: int | None = None) -> RichTable:
-        """As drawn by rich; ``first`` limits the width of the first column, which is folded where it is longer."""
-        drawn = RichTable(title=Text(printable(self.title)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        for place, column in enumerate(columns):
-            most = None if place else first
-            drawn.add_column(
-                column.header, justify="right" if place else "left", no_wrap=bool(place), overflow="fold", max_width=most
+    def _drawing(self, columns: list[Column], first: int | None = None) -> RichTable:
+        """The table for rich; ``first`` limits the width of the first column, which is folded where it is longer."""
+        table = RichTable(title=Text(printable(self.title)), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        for index, column in enumerate(columns):
+            most = None if index else first
+            table.add_column(
+                column.header, justify="right" if index else "left", no_wrap=bool(index), overflow="fold", max_width=most
             )
-        for place, row in enumerate(self.rows, 1):
-            drawn.add_row(*(Text(c.show(row.get(c.key))) for c in columns), end_section=place == len(self.rows))
+        for index, row in enumerate(self.rows, 1):
+            table.add_row(*(Text(c.show(row.get(c.key))) for c in columns), end_section=index == len(self.rows))
         for name, row in self.totals.items():
-            drawn.add_row(
+            table.add_row(
                 row.get("label", name), *(c.show(row[c.key]) if c.key in row else "" for c in columns[1:]), style="bold"
             )
-        return drawn
+        return table
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -134,8 +134,8 @@ def to_csv(keys: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 def _cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    shown = printable(value, lines=True).replace("\n", " ")
-    return f"'{shown}" if shown.lstrip().startswith(("=", "+", "-", "@")) and not all(map(_is_number, shown.split())) else shown
+    text = printable(value, lines=True).replace("\n", " ")
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) and not all(map(_is_number, text.split())) else text
 
 
 def _is_number(word: str) -> bool:
@@ -154,7 +154,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _written(text: str, path: str | PathLike[str] | None) -> str:
+def _write(text: str, path: str | PathLike[str] | None) -> str:
     if path is not None:
         Path(path).write_text(text, encoding="utf-8")
     return text

@@ -44,8 +44,8 @@ def check_penalty(
 ) -> None:
     """Check a penalty on every kind of layer in :data:`LAYERS`, in float64.
 
-    It must give one value per leading dimension, equal to the slow ``reference``; pass ``torch.autograd.gradcheck``; give the
-    same for a stack as for each kernel alone; fall along its negative gradient; keep float64 and float32, and compute in
+    The penalty must give one value per leading dimension, equal to the slow ``reference``; pass ``torch.autograd.gradcheck``;
+    give the same for a stack as for each kernel alone; fall along its negative gradient; keep float64 and float32, and compute in
     float32 for lower precisions and under autocast; have finite gradients at zero, equal and orthonormal filters; have its
     ``minimum``; and not change under its ``invariances``.
 
@@ -87,13 +87,13 @@ class _Checks:
     def of_matrix(self, matrix: Tensor) -> Tensor:
         return self.of(matrix.to(self.kernel.weight.dtype).reshape(self.kernel.weight.shape))
 
-    def require(self, passed: bool, what: str) -> None:
-        if not passed:
-            raise AssertionError(f"{self.penalty!r} on the {self.kind} layer: {what}")
+    def require(self, holds: bool, message: str) -> None:
+        if not holds:
+            raise AssertionError(f"{self.penalty!r} on the {self.kind} layer: {message}")
 
-    def close(self, found: Tensor, wanted: Tensor, what: str) -> None:
-        error = ((found - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
-        self.require(error <= self.tolerance, f"{what}: off by {error:.1e}, {found.tolist()} instead of {wanted.tolist()}")
+    def close(self, value: Tensor, expected: Tensor, message: str) -> None:
+        error = ((value - expected).abs() / expected.abs().clamp(min=1)).max().item()
+        self.require(error <= self.tolerance, f"{message}: off by {error:.1e}, {value.tolist()} instead of {expected.tolist()}")
 
     def value(self, reference: Callable[[Kernel], float]) -> None:
         shape = self.kernel.weight.shape[:1]
@@ -111,8 +111,8 @@ class _Checks:
 
     def batch(self) -> None:
         other = replace(self.kernel, weight=0.7 * self.kernel.weight.flip(-1))
-        stacked = self.penalty(Kernel.stack([self.kernel, other]))
-        self.close(stacked, torch.stack([self.values, self.penalty(other)]), "a stack differs from its kernels alone")
+        together = self.penalty(Kernel.stack([self.kernel, other]))
+        self.close(together, torch.stack([self.values, self.penalty(other)]), "a stack differs from its kernels alone")
 
     def precision(self) -> None:
         self.require(self.values.dtype == torch.float64, f"float64 became {self.values.dtype}")
@@ -159,9 +159,9 @@ class _Checks:
         least = minimum(o, n)
         if least is None:
             return
-        found = torch.stack([self.of_matrix(best.expand(groups, o, n)) for best in _best_kernels(o, n)]).amin(0)
-        attained = bool((found <= least + 1e-7).all())
-        self.require(attained, f"the minimum {least} is not attained: {found.tolist()} is the least found")
+        lowest = torch.stack([self.of_matrix(best.expand(groups, o, n)) for best in _best_kernels(o, n)]).amin(0)
+        is_attained = bool((lowest <= least + 1e-7).all())
+        self.require(is_attained, f"the minimum {least} is not attained: {lowest.tolist()} is the least found")
         weight = self.kernel.weight.clone().requires_grad_()
         for step in range(40):
             value = self.of(weight)
@@ -174,14 +174,14 @@ class _Checks:
         matrix = self.kernel.matrix
         _, o, n = matrix.shape
         if invariance == "order":
-            changed = matrix.flip(-2)
+            variant = matrix.flip(-2)
         elif invariance == "sign":
-            changed = matrix * torch.tensor([1.0, -1.0], dtype=matrix.dtype).repeat(o)[:o].unsqueeze(-1)
+            variant = matrix * torch.tensor([1.0, -1.0], dtype=matrix.dtype).repeat(o)[:o].unsqueeze(-1)
         elif invariance == "length":
-            changed = matrix * torch.linspace(0.5, 2.0, o, dtype=matrix.dtype).unsqueeze(-1)
+            variant = matrix * torch.linspace(0.5, 2.0, o, dtype=matrix.dtype).unsqueeze(-1)
         else:
-            changed = matrix @ _orthonormal(_normal(n, n))
-        self.close(self.of_matrix(changed), self.values, f"changes with the {invariance} of its filters")
+            variant = matrix @ _orthonormal(_normal(n, n))
+        self.close(self.of_matrix(variant), self.values, f"changes with the {invariance} of its filters")
 
 
 def _normal(*shape: int) -> Tensor:
@@ -206,9 +206,9 @@ def _best_kernels(o: int, n: int) -> list[Tensor]:
     rows = torch.eye(min(o, n), n, dtype=torch.float64)
     if o <= n:
         return [rows]
-    padded = torch.eye(o, n, dtype=torch.float64)
+    with_zeros = torch.eye(o, n, dtype=torch.float64)
     copies = rows[torch.arange(o) % n]
-    return [_orthonormal(_normal(o, n)), _tight_frame(o, n), padded, copies]
+    return [_orthonormal(_normal(o, n)), _tight_frame(o, n), with_zeros, copies]
 
 
 def _tight_frame(o: int, n: int) -> Tensor:

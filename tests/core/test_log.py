@@ -15,7 +15,7 @@ from torch import nn
 
 import orthokit as ok
 from orthokit.cli import main
-from orthokit.integrations.logs import measured
+from orthokit.integrations.logs import measure
 from orthokit.lab.recipes.recipe import Recipe
 from orthokit.lab.runs.logs import Log, check_installed
 from orthokit.lab.runs.progress import Watch
@@ -214,7 +214,7 @@ def events(folder):
 
 
 def test_measured_takes_a_strength(ortho):
-    values = measured(ortho, 0.25, "x", report=True)
+    values = measure(ortho, 0.25, "x", report=True)
     assert values["x/strength"] == 0.25
     assert values["x/total"] == 0.25 * sum(ortho.per_layer().values())
     assert "x/wide/max_cos" in values

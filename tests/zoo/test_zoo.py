@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import orthokit as ok
-from orthokit.architecture import opened
+from orthokit.architecture import open_network
 from orthokit.in_use import is_overridden
 from zoo.networks import NEEDED, NETWORKS
 
@@ -100,10 +100,10 @@ def test_a_state_dict_gives_the_rows_of_the_model_or_says_what_it_guessed(networ
     model = network.build()
     state = copy.copy(model.state_dict())
     layers = ok.select(model, ok.layers)
-    read, notes = opened(state)
+    read, notes = open_network(state)
     differing = set(sizes(layers)) ^ set(sizes(ok.select(read, ok.layers)))
     assert not differing or notes
-    assert set(sizes(ok.select(opened(state, like=on_meta(network))[0], ok.layers))) == set(sizes(layers))
+    assert set(sizes(ok.select(open_network(state, like=on_meta(network))[0], ok.layers))) == set(sizes(layers))
 
 
 def test_a_step_of_training(network):

@@ -39,7 +39,7 @@ __all__ = ["metadata", "ordered", "read"]
 
 
 def read(path: str | os.PathLike[str], key: str | None = None) -> tuple[dict[str, Any], list[str]]:
-    """The state dict in a file or folder, and what is to be known about it: other networks there, what was left out.
+    """The state dict in a file or folder, and remarks: other networks in it, what was left out.
 
     Args:
         path: a file of PyTorch (a state dict, or a checkpoint that holds one; TorchScript) or of safetensors, whatever its
@@ -48,7 +48,7 @@ def read(path: str | os.PathLike[str], key: str | None = None) -> tuple[dict[str
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is none of these; the message says what it is.
+        ValueError: the file is none of these; the message says what it is.
     """
     path = Path(path)
     content = _folder(path) if path.is_dir() else _index(path) if path.name.lower().endswith(".index.json") else _file(path)
@@ -64,8 +64,8 @@ def read(path: str | os.PathLike[str], key: str | None = None) -> tuple[dict[str
     state, notes = pick(content.value, key)
     if content.others:
         kinds = list(dict.fromkeys("numpy" if name.startswith("numpy.") else plain_name(name) for name in content.others))
-        shown = ", ".join(kinds[:5]) + (f" and {len(kinds) - 5} more" if len(kinds) > 5 else "")
-        content.notes.append(f"Python objects in the file, left out as nothing in it is executed: {shown}")
+        text = ", ".join(kinds[:5]) + (f" and {len(kinds) - 5} more" if len(kinds) > 5 else "")
+        content.notes.append(f"Python objects in the file, left out as nothing in it is executed: {text}")
     return state, content.notes + notes
 
 
@@ -80,7 +80,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def _file(path: Path) -> Content:
-    """What a file holds."""
+    """The content of a file."""
     size = regular(path)
     with path.open("rb") as file:
         kind = kind_of(path, file.read(512), size)
@@ -111,12 +111,12 @@ def _header(path: Path, file: io.BufferedReader, size: int) -> tuple[dict[str, A
         raise ValueError(f"{path} is a safetensors file that was cut off: its header alone has {length:,} bytes; get it again")
     try:
         header = json.loads(file.read(length))
-        carried = header.pop("__metadata__", {})
+        metadata_texts = header.pop("__metadata__", {})
         entries: dict[str, tuple[str, list[int], int, int]] = {}
         for name, entry in header.items():
             start, end = map(int, entry["data_offsets"])
             entries[name] = (str(entry["dtype"]), [int(n) for n in entry["shape"]], start, end)
-        if not all(isinstance(text, str) for text in carried.values()):
+        if not all(isinstance(text, str) for text in metadata_texts.values()):
             raise ValueError("its header is not one of safetensors")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
@@ -127,14 +127,14 @@ def _header(path: Path, file: io.BufferedReader, size: int) -> tuple[dict[str, A
             f"{path} is a safetensors file that was cut off or damaged: its tensors need {longest + length + 8:,} bytes, "
             f"it has {size:,}; get it again"
         )
-    return entries, carried, length + 8
+    return entries, metadata_texts, length + 8
 
 
 def _safetensors(path: Path, file: io.BufferedReader, size: int) -> Content:
-    entries, carried, begin = _header(path, file, size)
-    mapped = mapped_bytes(file)
+    entries, metadata_texts, begin = _header(path, file, size)
+    view = mapped_bytes(file)
     state: dict[str, Any] = {}
-    for name in _order(list(entries), carried):
+    for name in _order(list(entries), metadata_texts):
         kind, shape, start, end = entries[name]
         dtype = _NAMES.get(kind)
         if dtype is None:
@@ -144,13 +144,13 @@ def _safetensors(path: Path, file: io.BufferedReader, size: int) -> Content:
         elif start == end:
             state[name] = torch.empty(shape, dtype=dtype)
         else:
-            numbers = as_tensor(mapped[begin + start : begin + end])
+            numbers = as_tensor(view[begin + start : begin + end])
             state[name] = numbers.view(dtype).view(shape)
     return Content(state)
 
 
 ORDER = "order"
-"""The metadata of a safetensors file that keeps the order of its entries, which the format sorts: their names, one a line."""
+"""The key of the metadata in which a safetensors file keeps the order of its entries, which the format sorts."""
 
 
 def ordered(names: Iterable[str]) -> dict[str, str]:
@@ -158,9 +158,9 @@ def ordered(names: Iterable[str]) -> dict[str, str]:
     return {ORDER: "\n".join(names)}
 
 
-def _order(names: list[str], carried: dict[str, str]) -> list[str]:
-    place = {name: index for index, name in enumerate(carried.get(ORDER, "").split("\n"))}
-    return sorted(names, key=lambda name: (place.get(name, len(place)), natural(name)))
+def _order(names: list[str], metadata_texts: dict[str, str]) -> list[str]:
+    positions = {name: index for index, name in enumerate(metadata_texts.get(ORDER, "").split("\n"))}
+    return sorted(names, key=lambda name: (positions.get(name, len(positions)), natural(name)))
 
 
 # Networks in several files
@@ -177,10 +177,10 @@ def _index(path: Path) -> Content:
         raise ValueError(f"{path} is not the index of a network in parts (JSON with a weight_map)") from None
     if strange or not names:
         raise ValueError(f"{path} names parts that are not files beside it: {plain_name(str(strange[:1]))}")
-    return _joined([path.with_name(name) for name in names])
+    return _join([path.with_name(name) for name in names])
 
 
-def _joined(parts: list[Path]) -> Content:
+def _join(parts: list[Path]) -> Content:
     there, content = [part for part in parts if part.is_file()], Content({})
     if not there:
         raise FileNotFoundError(f"none of the {len(parts)} parts of the network is in {parts[0].parent}, such as {parts[0].name}")
@@ -191,9 +191,10 @@ def _joined(parts: list[Path]) -> Content:
         content.others |= one.others
         content.notes += one.notes
     if len(there) < len(parts):
-        gone = next(part.name for part in parts if part not in there)
+        missing = next(part.name for part in parts if part not in there)
         content.notes.append(
-            f"{len(parts) - len(there)} of {len(parts)} parts are missing, such as {plain_name(gone)}: their layers are not read"
+            f"{len(parts) - len(there)} of {len(parts)} parts are missing, such as {plain_name(missing)}: their layers are "
+            "not read"
         )
     content.value = {name: content.value[name] for name in sorted(content.value, key=lambda name: natural(str(name)))}
     return content
@@ -203,7 +204,7 @@ _PREFERRED = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_mode
 
 
 def _folder(path: Path) -> Content:
-    """What a folder as Hugging Face has them holds: one file, or parts with their index."""
+    """The content of a folder as Hugging Face has them: one file, or parts with their index."""
     with contextlib.suppress(PermissionError):
         files = sorted(file for file in path.iterdir() if file.is_file())
         indices = [file for file in files if file.name.endswith((".safetensors.index.json", ".bin.index.json"))]
@@ -218,12 +219,12 @@ def _folder(path: Path) -> Content:
         parts = [re.fullmatch(r"(.+)-\d+-of-(\d+)", file.stem) for file in weights]
         if weights and all(part is not None for part in parts) and len({part[1] for part in parts if part}) == 1:
             total = max(int(part[2]) for part in parts if part)
-            content = _joined(weights)
+            content = _join(weights)
             if total > len(weights):
                 content.notes.append(f"{len(weights)} of {total} parts are in the folder: the other layers are not read")
             return content
         if len(weights) == 1:
             return _file(weights[0])
-        shown = ", ".join(plain_name(file.name) for file in weights[:4]) or "none"
-        raise ValueError(f"{path} is a folder with {len(weights)} files of weights ({shown}); name one of them")
+        text = ", ".join(plain_name(file.name) for file in weights[:4]) or "none"
+        raise ValueError(f"{path} is a folder with {len(weights)} files of weights ({text}); name one of them")
     raise PermissionError(f"{path} is a folder that cannot be read")

@@ -1,4 +1,4 @@
-"""What kind of file a file is, told from its first bytes rather than from its name."""
+"""The kind of a file, told from its first bytes rather than from its name."""
 
 import re
 import stat
@@ -10,7 +10,7 @@ from orthokit.checkpoint.pickles import plain_name
 __all__ = ["HEADER", "archive_kind", "kind_of", "regular"]
 
 HEADER = 10**8
-"""Bytes of the header of a safetensors file, as the format has it."""
+"""Most bytes of the header of a safetensors file, by the format."""
 SUFFIXES = ".pt, .pth, .bin, .ckpt or .safetensors"
 
 
@@ -51,7 +51,7 @@ def kind_of(path: Path, head: bytes, size: int) -> str:
     """``zip``, ``safetensors`` or ``pickle``.
 
     Raises:
-        ValueError: something else, which the message names.
+        ValueError: the file is something else, which the message names.
     """
     if not size:
         raise ValueError(f"{path} is empty (0 bytes); download or save it again")
@@ -83,7 +83,7 @@ def kind_of(path: Path, head: bytes, size: int) -> str:
 
 
 def _text(head: bytes) -> str | None:
-    """What kind of text begins so; None if it is not text, or the oldest kind of pickle."""
+    """The kind of text that ``head`` begins; None if it is not text, or the oldest kind of pickle."""
     try:
         start = head.decode("utf-8", "strict" if len(head) < 512 else "ignore").lstrip("\ufeff \t\r\n").lower()
     except UnicodeDecodeError:
@@ -100,7 +100,7 @@ def _text(head: bytes) -> str | None:
 
 
 def archive_kind(names: Iterable[str]) -> str:
-    """What a zip archive without PyTorch's ``data.pkl`` is."""
+    """The kind of a zip archive without PyTorch's ``data.pkl``, in words."""
     names = list(names)
     if names and all(name.endswith(".npy") for name in names):
         return "a NumPy archive (.npz); save the weights with torch.save or safetensors"

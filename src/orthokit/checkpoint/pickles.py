@@ -35,12 +35,12 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Thing:
-    """A Python object that the file describes: its class, its arguments, its state; nothing is made of them.
+    """A Python object that the file describes: its class, its arguments, its state; nothing is built from them.
 
     Attributes:
-        name: of its class, or of the function that would have made it.
+        name: the object's class, or the function that would have made the object.
         state: what the object would have been given as attributes.
-        entries: what it would have been given as a mapping.
+        entries: what the object would have been given as a mapping.
     """
 
     name: str
@@ -70,7 +70,7 @@ _STORAGES = {
 
 
 class DamagedError(ValueError):
-    """The bytes are no pickle, or not all of one."""
+    """The bytes are not a pickle, or not all of one."""
 
 
 Stream = io.BytesIO | io.BufferedReader
@@ -89,10 +89,10 @@ def read(stream: Stream, storage: Opener, others: dict[str, None]) -> Any:
     Args:
         stream: read up to the pickle's end.
         storage: opens what persistent identifiers name.
-        others: gets the names of the classes and functions of which nothing was made.
+        others: gets the names of the classes and functions that were not run.
 
     Raises:
-        DamagedError: it cannot be read to its end.
+        DamagedError: the pickle cannot be read to its end.
     """
     try:
         with warnings.catch_warnings():
@@ -102,10 +102,6 @@ def read(stream: Stream, storage: Opener, others: dict[str, None]) -> Any:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise DamagedError(" ".join(str(error).split())[:200] or type(error).__name__) from None
-
-
-class _Mark(list[Any]):
-    """What was on the stack when a MARK was pushed."""
 
 
 class _Machine:
@@ -131,7 +127,7 @@ class _Machine:
                 instructions[name](argument)
         raise DamagedError("it has no end")
 
-    def marked(self) -> list[Any]:
+    def pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
         return items
 
@@ -147,10 +143,10 @@ class _Machine:
         if self.stack:
             self.stack.pop()
         else:
-            self.marked()
+            self.pop_mark()
 
     def do_pop_mark(self, argument: None) -> None:
-        self.marked()
+        self.pop_mark()
 
     def do_dup(self, argument: None) -> None:
         self.stack.append(self.stack[-1])
@@ -190,11 +186,11 @@ class _Machine:
         self.stack.append(Thing("builtins.set"))
 
     def do_list(self, argument: None) -> None:
-        items = self.marked()
+        items = self.pop_mark()
         self.stack.append(items)
 
     def do_tuple(self, argument: None) -> None:
-        items = tuple(self.marked())
+        items = tuple(self.pop_mark())
         self.stack.append(items)
 
     def do_tuple1(self, argument: None) -> None:
@@ -207,12 +203,12 @@ class _Machine:
         self.stack[-3:] = [(self.stack[-3], self.stack[-2], self.stack[-1])]
 
     def do_frozenset(self, argument: None) -> None:
-        self.marked()
+        self.pop_mark()
         self.stack.append(Thing("builtins.frozenset"))
 
     def do_dict(self, argument: None) -> None:
-        items = self.marked()
-        self.stack.append(_filled({}, zip(items[::2], items[1::2], strict=True)))
+        items = self.pop_mark()
+        self.stack.append(_fill({}, zip(items[::2], items[1::2], strict=True)))
 
     def do_append(self, argument: None) -> None:
         value = self.stack.pop()
@@ -220,24 +216,24 @@ class _Machine:
             self.stack[-1].append(value)
 
     def do_appends(self, argument: None) -> None:
-        items = self.marked()
+        items = self.pop_mark()
         if isinstance(self.stack[-1], list):
             self.stack[-1].extend(items)
 
     def do_additems(self, argument: None) -> None:
-        self.marked()
+        self.pop_mark()
 
     def do_setitem(self, argument: None) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self.enter([(key, value)])
 
     def do_setitems(self, argument: None) -> None:
-        items = self.marked()
+        items = self.pop_mark()
         self.enter(zip(items[::2], items[1::2], strict=True))
 
     def enter(self, items: Iterable[tuple[Any, Any]]) -> None:
         target = self.stack[-1]
-        _filled(target.entries if isinstance(target, Thing) else target if isinstance(target, dict) else {}, items)
+        _fill(target.entries if isinstance(target, Thing) else target if isinstance(target, dict) else {}, items)
 
     def do_global(self, argument: str) -> None:
         self.stack.append(Global(".".join(argument.split(" ", 1))))
@@ -263,7 +259,7 @@ class _Machine:
 
     def do_reduce(self, argument: None) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        self.stack.append(self.made(function, arguments))
+        self.stack.append(self.describe(function, arguments))
 
     do_newobj = do_reduce
 
@@ -272,20 +268,20 @@ class _Machine:
         self.do_reduce(None)
 
     def do_inst(self, argument: str) -> None:
-        arguments = tuple(self.marked())
-        self.stack.append(self.made(Global(".".join(argument.split(" ", 1))), arguments))
+        arguments = tuple(self.pop_mark())
+        self.stack.append(self.describe(Global(".".join(argument.split(" ", 1))), arguments))
 
     def do_obj(self, argument: None) -> None:
-        function, *arguments = self.marked()
-        self.stack.append(self.made(function, tuple(arguments)))
+        function, *arguments = self.pop_mark()
+        self.stack.append(self.describe(function, tuple(arguments)))
 
     def do_build(self, argument: None) -> None:
         state = self.stack.pop()
         if isinstance(self.stack[-1], Thing):
             self.stack[-1].state = state
 
-    def made(self, function: Any, arguments: Any) -> Any:
-        """What stands for a call."""
+    def describe(self, function: Any, arguments: Any) -> Any:
+        """The value of a call that is known here, or a description of the call."""
         name = function.name if isinstance(function, Global) else "?"
         if name in _FROM_TYPE and isinstance(arguments, tuple) and len(arguments) == 4:  # (function, type, arguments, state)
             function, _, arguments, _ = arguments
@@ -323,7 +319,7 @@ _TENSORS = {
 """Functions that make tensors that are not read."""
 
 
-def _filled(target: dict[Any, Any], items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+def _fill(target: dict[Any, Any], items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     """``target`` with the items that have a plain key. Hashing a deeply nested tuple would end the process."""
     target.update((key, value) for key, value in items if isinstance(key, (str, int, float, bytes, type(None))))
     return target
@@ -335,7 +331,7 @@ def _mapping(*arguments: Any) -> dict[Any, Any]:
     if isinstance(content, dict):
         return dict(content)
     pairs = content if isinstance(content, list) else []
-    return _filled({}, [tuple(pair) for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2])
+    return _fill({}, [tuple(pair) for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2])
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any, dtype: torch.dtype | None = None) -> Any:
@@ -364,7 +360,7 @@ def _first(value: Any = None, *rest: Any) -> Any:
     return value
 
 
-def _encoded(text: Any = "", encoding: Any = "latin1") -> Any:
+def _encode(text: Any = "", encoding: Any = "latin1") -> Any:
     return text.encode("latin1") if isinstance(text, str) and encoding == "latin1" else Thing("bytes")
 
 
@@ -379,7 +375,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "torch.nn.parameter.Parameter": _first,
     "torch.Size": _first,
     "torch.serialization._get_layout": _first,
-    "_codecs.encode": _encoded,
+    "_codecs.encode": _encode,
     **dict.fromkeys((f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("list", "tuple")), _first),
 }
 

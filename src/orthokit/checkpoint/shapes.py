@@ -1,4 +1,4 @@
-"""What shapes, biases and neighbouring sizes tell about the layers of a state dict, which records names and tensors only."""
+"""Layers concluded from the shapes, biases and neighbours in a state dict, which records names and tensors only."""
 
 import math
 import re
@@ -31,7 +31,7 @@ class Unit:
     """The entries of one module.
 
     Attributes:
-        out: channels it gives, where known: the size of a normalisation, too.
+        out: channels that the module gives, where known; the size of a normalisation.
     """
 
     name: str
@@ -60,10 +60,10 @@ class Unit:
         return self.weight is not None and self.weight.ndim > 1 and self.weight.shape[1] == channels
 
     @property
-    def numbered(self) -> str:
+    def pattern(self) -> str:
         """The name with its last number left out; empty where it has none."""
         parts = self.name.split(".")
-        numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+        numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
         return ".".join([*parts[: numbers[-1]], "#", *parts[numbers[-1] + 1 :]]) if numbers else ""
 
     @property
@@ -84,7 +84,7 @@ _UPWARD = {"up", "ups", "deconv", "upconv", "convt", "transpose", "transposed", 
 
 
 NEAR = 50
-"""Units before or after another that are looked at."""
+"""Number of units before and after another that are compared with it."""
 
 
 def _is_sorted(names: list[str]) -> bool:
@@ -106,20 +106,20 @@ def _is_squeeze(one: Unit, two: Unit) -> bool:
 
 
 class Reading:
-    """What the sizes in a state dict tell, unit after unit in its order."""
+    """Conclusions from the sizes in a state dict, unit after unit in its order."""
 
     def __init__(self, units: list[Unit]) -> None:
         self.sequence = [unit for unit in units if unit.weight is not None]
-        self.place = {id(unit): place for place, unit in enumerate(self.sequence)}
+        self.index = {id(unit): index for index, unit in enumerate(self.sequence)}
         self.parameters: dict[tuple[int, torch.Size], nn.Parameter] = {}
-        self.sorted = _is_sorted([unit.name for unit in self.sequence])
+        self.is_sorted = _is_sorted([unit.name for unit in self.sequence])
         self.squeezes = {id(one) for one, two in pairwise(self.sequence) if _is_squeeze(one, two)}
         self.channels = {len(unit.weight) for unit in self.sequence if unit.weight is not None and id(unit) not in self.squeezes}
         self.single = [unit for unit in self.sequence if self._is_spatial(unit, 1)]
         self.image = any(self._is_spatial(unit, 3) for unit in self.sequence)
         self.attention = {unit.name for unit in units if {"in_proj_weight", "q_proj_weight"} & unit.parts.keys()}
         self.conv1d = any(self._is_conv1d(unit) for unit in self.sequence)
-        self.given: set[int] = set()  # channels that the units so far give
+        self.channels_so_far: set[int] = set()  # channels that the units so far give
         self.upward: set[str] = set()  # modules with transposed convolutions
         self.sure: set[tuple[str, int]] = set()
         self.guesses: dict[str, list[str]] = {"grouped": [], "transposed": [], "Conv1D": [], "undecided": []}
@@ -138,7 +138,7 @@ class Reading:
         """The layer, with its weight; None for a normalisation, and for what is not a layer."""
         module = self._module(unit)
         if unit.out is not None and id(unit) not in self.squeezes:
-            self.given.add(unit.out)
+            self.channels_so_far.add(unit.out)
         return module
 
     def _module(self, unit: Unit) -> nn.Module | None:
@@ -151,17 +151,17 @@ class Reading:
         if not 2 <= weight.ndim <= 5 or (weight.ndim > 2 and "experts" in unit.name.split(".")):
             return None
         module = self._matrix(unit, weight) if weight.ndim == 2 else self._convolution(unit, weight)
-        # Tied entries share their storage. Of a sharded weight it is not known, and its part on this rank may be empty.
-        tied = (weight.data_ptr() or id(weight), weight.shape)
-        module.weight = self.parameters.setdefault(tied, nn.Parameter(weight, requires_grad=False))
+        # Tied entries share their storage. That of a sharded weight is not known, and its part in this process may be empty.
+        identity = (weight.data_ptr() or id(weight), weight.shape)
+        module.weight = self.parameters.setdefault(identity, nn.Parameter(weight, requires_grad=False))
         return module
 
     def _attention(self, unit: Unit) -> nn.Module | None:
         """Attention's projections, packed or not."""
         parts = {name: unit.parts.get(f"{name}_proj_weight") for name in ("in", "q", "k", "v")}
-        packed, q, k, v = parts.values()
-        if packed is not None and packed.ndim == 2 and packed.shape[0] == 3 * packed.shape[1]:
-            module, names = nn.MultiheadAttention(packed.shape[1], 1, bias=False, device="meta"), ["in"]
+        joint, q, k, v = parts.values()
+        if joint is not None and joint.ndim == 2 and joint.shape[0] == 3 * joint.shape[1]:
+            module, names = nn.MultiheadAttention(joint.shape[1], 1, bias=False, device="meta"), ["in"]
         elif q is not None and k is not None and v is not None and q.ndim == k.ndim == v.ndim == 2:
             width, names = q.shape[0], ["q", "k", "v"]
             module = nn.MultiheadAttention(width, 1, bias=False, kdim=k.shape[1], vdim=v.shape[1], device="meta")
@@ -170,16 +170,18 @@ class Reading:
         module._modules.clear()  # its other projection is an entry of its own
         for name in ("in", "q", "k", "v"):
             weight = parts[name]
-            chosen = nn.Parameter(weight, requires_grad=False) if name in names and weight is not None else None
-            setattr(module, f"{name}_proj_weight", chosen)
+            parameter = nn.Parameter(weight, requires_grad=False) if name in names and weight is not None else None
+            setattr(module, f"{name}_proj_weight", parameter)
         return module
 
     def _matrix(self, unit: Unit, weight: Tensor) -> nn.Module:
         o, i = weight.shape
         unit.out = o
-        named, other = bool(unit.words & _EMBEDDINGS), bool(unit.words & _NOT_EMBEDDINGS)
-        vocabulary = self.place[id(unit)] == 0 and o >= max(4096, 8 * i) and i >= 16
-        if unit.bias is None and (((named or vocabulary) and not other) or unit.name.endswith("relative_attention_bias")):
+        is_embedding, is_other = bool(unit.words & _EMBEDDINGS), bool(unit.words & _NOT_EMBEDDINGS)
+        vocabulary = self.index[id(unit)] == 0 and o >= max(4096, 8 * i) and i >= 16
+        if unit.bias is None and (
+            ((is_embedding or vocabulary) and not is_other) or unit.name.endswith("relative_attention_bias")
+        ):
             unit.out = i
             return nn.Embedding(o, i, device="meta")
         names = ("c_attn", "c_proj", "c_fc", "q_attn")
@@ -193,7 +195,7 @@ class Reading:
 
     def _convolution(self, unit: Unit, weight: Tensor) -> nn.Module:
         first, second, *size = weight.shape
-        if (groups := self._transposed(unit, first, second)) is not None:
+        if (groups := self._transposed_groups(unit, first, second)) is not None:
             unit.out = second * groups
             self.guesses["transposed"].append(unit.name)
             self.upward.add(unit.parent)
@@ -207,10 +209,10 @@ class Reading:
 
     def _before(self, unit: Unit) -> int | None:
         """Channels that the unit before gives."""
-        place = self.place[id(unit)]
-        return self.sequence[place - 1].out if place else None
+        index = self.index[id(unit)]
+        return self.sequence[index - 1].out if index else None
 
-    def _transposed(self, unit: Unit, first: int, second: int) -> int | None:
+    def _transposed_groups(self, unit: Unit, first: int, second: int) -> int | None:
         """Groups of a transposed convolution ``(in, out / groups, ...)``; None of a convolution."""
         bias = unit.bias
         if bias is not None and bias != first:
@@ -221,13 +223,13 @@ class Reading:
             return 1 if unit.words & _UPWARD else None
         if bias is not None:
             return None
-        after = next(iter(self.sequence[self.place[id(unit)] + 1 :]), None)
+        after = next(iter(self.sequence[self.index[id(unit)] + 1 :]), None)
         near = after is not None and after.parent.startswith(unit.parent.rpartition(".")[0])
         follows = (
             len(after.weight) if near and after is not None and after.weight is not None and after.weight.ndim == 1 else None
         )
         before = self._before(unit)
-        if before == second or follows == first or self.sorted:
+        if before == second or follows == first or self.is_sorted:
             return None
         if follows == second or (before == first and unit.parent in self.upward and follows is None):
             return 1
@@ -241,19 +243,19 @@ class Reading:
         # Three channels are an image's.
         if before is None or before <= i or before % i or o % (before // i) or i == 3 or self._is_split(unit, i):
             return 1
-        groups, earlier = before // i, self.sequence[max(0, self.place[id(unit)] - NEAR) : self.place[id(unit)]]
+        groups, earlier = before // i, self.sequence[max(0, self.index[id(unit)] - NEAR) : self.index[id(unit)]]
         home = next((h for h in (unit.parent, unit.parent.rpartition(".")[0]) if self._layers_in(h, earlier)), "")
         here = self._layers_in(home, earlier)
         if i in {other.out for other in here if other.out != before}:
             return 1
-        seen = self.given if spatial and not self.sorted else self.channels
-        follows = bool(here) and here[-1].out == before and not here[-1].reads(i) and (home == unit.parent or not self.sorted)
-        separable = not self.sorted and bool(here) and here[-1].reads(1) and here[-1].parent == unit.parent
-        chained = follows and (here[-1].taps == 1 if spatial else separable)
+        widths = self.channels_so_far if spatial and not self.is_sorted else self.channels
+        follows = bool(here) and here[-1].out == before and not here[-1].reads(i) and (home == unit.parent or not self.is_sorted)
+        separable = not self.is_sorted and bool(here) and here[-1].reads(1) and here[-1].parent == unit.parent
+        follows_on = follows and (here[-1].taps == 1 if spatial else separable)
         if o < before:  # rather some of the channels
-            self.guesses["undecided"] += [unit.name] if spatial and i not in seen else []
+            self.guesses["undecided"] += [unit.name] if spatial and i not in widths else []
             return 1
-        if i not in seen or chained or (spatial and {("groups", groups), ("width", i)} & self.sure):
+        if i not in widths or follows_on or (spatial and {("groups", groups), ("width", i)} & self.sure):
             self.sure |= {("groups", groups), ("width", i)}
             return groups
         if spatial:
@@ -267,14 +269,14 @@ class Reading:
 
     def _is_split(self, unit: Unit, i: int) -> bool:
         """Whether the unit is one of several in parallel, ``x.0``, ``x.1``, that share the channels out among them."""
-        key, place = unit.numbered, self.place[id(unit)]
+        key, index = unit.pattern, self.index[id(unit)]
         if not key:
             return False
-        low, high = max(0, place - NEAR), min(len(self.sequence), place + NEAR)
-        first, last = place, place + 1
-        while first > low and (not self.sequence[first - 1].taps or self.sequence[first - 1].numbered == key):
+        low, high = max(0, index - NEAR), min(len(self.sequence), index + NEAR)
+        first, last = index, index + 1
+        while first > low and (not self.sequence[first - 1].taps or self.sequence[first - 1].pattern == key):
             first -= 1
-        while last < high and (not self.sequence[last].taps or self.sequence[last].numbered == key):
+        while last < high and (not self.sequence[last].taps or self.sequence[last].pattern == key):
             last += 1
         run = [other.weight.shape[1] for other in self.sequence[first:last] if other.taps and other.weight is not None]
         return len(run) > 1 and sum(run) == (self.sequence[first - 1].out if first else None)
@@ -282,31 +284,31 @@ class Reading:
     def _depthwise(self, unit: Unit, o: int, before: int | None) -> int:
         """Groups of a convolution whose filters read one channel: the first of a network may read grey images."""
         alone = len(self.single) == 1 and not self.image
-        if o == 1 or before == 1 or (alone and (before is None or self.sorted)):
+        if o == 1 or before == 1 or (alone and (before is None or self.is_sorted)):
             return 1
         if before is None and not self.image and unit is self.single[0]:
             self.guesses["undecided"].append(unit.name)
             return 1
-        if before is None or self.sorted or o % before or before == o:
+        if before is None or self.is_sorted or o % before or before == o:
             return o
-        if unit.parent == self.sequence[self.place[id(unit)] - 1].parent:
+        if unit.parent == self.sequence[self.index[id(unit)] - 1].parent:
             return before
         self.guesses["undecided"].append(unit.name)
         return o
 
     def notes(self, modules: Mapping[str, nn.Module]) -> list[str]:
-        """What was concluded, in a line each."""
+        """The conclusions, one a line."""
         notes = []
         if any(isinstance(module, nn.modules.conv._ConvNd) for module in modules.values()):
             notes.append(
                 "a state dict does not record groups, strides or dilation; where sizes do not tell, a weight is read as ungrouped"
             )
         for kind, names in self.guesses.items():
-            told = f"read as {kind} by their sizes"
+            remark = f"read as {kind} by their sizes"
             if kind == "undecided":
-                told = "groups or transposition are not told by sizes and perhaps misread"
+                remark = "groups or transposition are not told by sizes and perhaps misread"
             if names:
-                notes.append(f"{told}: {some(names)}")
+                notes.append(f"{remark}: {some(names)}")
         return notes
 
 

@@ -1,6 +1,6 @@
-"""State dicts as layers: which network of a checkpoint, whose names, and what shapes and biases tell about each layer.
+"""State dicts as layers: which network of a checkpoint, its names, and what shapes and biases tell about each layer.
 
-A state dict records names and tensors, not layers. Whatever had to be concluded from sizes or names is said in the notes.
+A state dict records names and tensors, not layers. Notes say what had to be concluded from sizes or names.
 """
 
 import re
@@ -20,9 +20,9 @@ __all__ = ["Layers", "bare", "layers_of", "networks", "pick"]
 LARGEST = 2**30
 """Most elements of a weight that is read: 8 GiB in float64."""
 EXPANDED = 2**24
-"""Most elements of a weight that says more than it holds: ``expand`` makes any number of elements of four bytes."""
+"""Most elements of a weight with fewer in memory: ``expand`` makes any number of elements of four bytes."""
 DEEPEST = 64
-"""How many mappings inside one another are looked into."""
+"""Most mappings inside one another that are searched."""
 COPIES = re.compile(r"(^|[._-])(ema|.*_ema|ema_.*|swa|averaged?|shadow|teacher|target|old|previous|momentum)", re.I)
 
 
@@ -31,7 +31,7 @@ COPIES = re.compile(r"(^|[._-])(ema|.*_ema|ema_.*|swa|averaged?|shadow|teacher|t
 
 def networks(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
     """The state dicts in a checkpoint by the names that lead to them, joined by dots; the checkpoint itself is ``""``."""
-    levels, seen, result = [("", checkpoint)], {id(checkpoint)}, {}
+    levels, visits, result = [("", checkpoint)], {id(checkpoint)}, {}
     for _ in range(DEEPEST):
         below: list[tuple[str, Any]] = []
         for path, mapping in levels:
@@ -41,8 +41,8 @@ def networks(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
                 inner = value.entries if isinstance(value, Thing) else value
                 if isinstance(inner, (list, tuple)):
                     inner = dict(enumerate(inner)) if any(isinstance(item, Mapping) for item in inner) else None
-                if isinstance(inner, Mapping) and id(value) not in seen:
-                    seen.add(id(value))
+                if isinstance(inner, Mapping) and id(value) not in visits:
+                    visits.add(id(value))
                     below.append((f"{path}.{key}" if path else str(key), inner))
         levels = below
     return result
@@ -53,31 +53,31 @@ def pick(checkpoint: Mapping[Any, Any], key: str | None = None) -> tuple[dict[st
 
     Args:
         checkpoint: mappings of tensors, perhaps inside one another.
-        key: its name as :func:`networks` gives it, or the beginning of its entries' names. By default the network with the most
-            layers; of equals one that is not named as an average or a teacher; of these the first by name.
+        key: the network's name as :func:`networks` gives it, or the beginning of its entries' names. By default the network
+            with the most layers; of equals one that is not named as an average or a teacher; of these the first by name.
 
     Raises:
         ValueError: no network of that name.
     """
-    known = networks(checkpoint)
+    states = networks(checkpoint)
     if key is None:
-        if not known:
+        if not states:
             return _entries(checkpoint), []
-        layers = {name: sum(_is_weight(*item) for item in state.items()) for name, state in known.items()}
-        first = min(known, key=lambda name: (-layers[name], bool(COPIES.search(name)), natural(name)))
-        sizes = {name: f"{plain_name(name) or 'the outermost'} ({_millions(state)})" for name, state in known.items()}
+        layers = {name: sum(_is_weight(*item) for item in state.items()) for name, state in states.items()}
+        first = min(states, key=lambda name: (-layers[name], bool(COPIES.search(name)), natural(name)))
+        sizes = {name: f"{plain_name(name) or 'the outermost'} ({_millions(state)})" for name, state in states.items()}
         others = some([text for name, text in sizes.items() if name != first])
         notes = [f"several networks: read {sizes[first]}, not {others}; --key NAME reads another"] if others else []
-        return _entries(known[first]), notes
-    if key in known:
-        return _entries(known[key]), []
-    for state in known.values():
+        return _entries(states[first]), notes
+    if key in states:
+        return _entries(states[key]), []
+    for state in states.values():
         part = {name[len(key) + 1 :]: value for name, value in _entries(state).items() if name.startswith(f"{key}.")}
         if any(_is_weight(*item) for item in part.items()):
             return part, []
-    prefixes = dict.fromkeys(name.split(".")[0] for state in known.values() for name in _entries(state) if "." in name)
-    shown = ", ".join(repr(plain_name(name)) for name in [*filter(None, known), *prefixes][:12]) or "none"
-    raise ValueError(f"no network {plain_name(key)!r} in this checkpoint; there are {shown}")
+    prefixes = dict.fromkeys(name.split(".")[0] for state in states.values() for name in _entries(state) if "." in name)
+    names = ", ".join(repr(plain_name(name)) for name in [*filter(None, states), *prefixes][:12]) or "none"
+    raise ValueError(f"no network {plain_name(key)!r} in this checkpoint; there are {names}")
 
 
 def _entries(state: Mapping[Any, Any]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def bare(state: Mapping[str, Any]) -> dict[str, Any]:
     ['a.weight', 'n_averaged']
     """
     names = {key: ".".join(part for part in key.split(".") if part not in _SHELLS) for key in state}
-    while (left := [name for name in names.values() if name != "n_averaged"]) and all(n.startswith("module.") for n in left):
+    while (rest := [name for name in names.values() if name != "n_averaged"]) and all(n.startswith("module.") for n in rest):
         names = {key: name.removeprefix("module.") for key, name in names.items()}
     return {name: state[key] for key, name in names.items()} if len(set(names.values())) == len(names) else dict(state)
 
@@ -121,7 +121,7 @@ _SHELLS = ("_orig_mod", "_forward_module", "_original_module", "_fsdp_wrapped_mo
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers read off a state dict: modules that hold its weights, by name, and what is to be known about the reading."""
+    """Layers read off a state dict: modules that hold its weights, by name, and notes on the reading."""
 
     modules: dict[str, nn.Module]
     notes: tuple[str, ...] = ()
@@ -134,7 +134,7 @@ def layers_of(checkpoint: Mapping[Any, Any], key: str | None = None) -> Layers:
     sizes of neighbouring layers, and last from names. Weights that normalisations, masks or spectral norms make are computed.
 
     Raises:
-        ValueError: no layer is in it.
+        ValueError: the state dict has no layer.
     """
     state, notes = pick(checkpoint, key)
     left_out: dict[str, str] = {}
@@ -142,13 +142,13 @@ def layers_of(checkpoint: Mapping[Any, Any], key: str | None = None) -> Layers:
     reading = Reading(units)
     modules = {unit.name: module for unit in units if (module := reading.module(unit)) is not None}
     if not any(_is_row(module) for module in modules.values()):
-        shown = ", ".join(plain_name(repr(name)) for name in list(checkpoint)[:8]) + (", ..." if len(checkpoint) > 8 else "")
+        keys = ", ".join(plain_name(repr(name)) for name in list(checkpoint)[:8]) + (", ..." if len(checkpoint) > 8 else "")
         raise ValueError(
             "no layer's weight in this state dict (dense floating-point tensors named '*.weight' with 2 to 5 dimensions); "
-            f"keys: {shown}{_first_reason(left_out)}"
+            f"keys: {keys}{_first_reason(left_out)}"
         )
-    used = {id(part) for unit in units if _is_row(modules.get(unit.name)) for part in unit.parts.values()}
-    notes += reading.notes(modules) + _not_read(units, modules, used, left_out)
+    row_parts = {id(part) for unit in units if _is_row(modules.get(unit.name)) for part in unit.parts.values()}
+    notes += reading.notes(modules) + _not_read(units, modules, row_parts, left_out)
     return Layers(modules, tuple(notes))
 
 
@@ -184,7 +184,7 @@ def _units(state: Mapping[str, Any], left_out: dict[str, str]) -> list[Unit]:
 
 
 def _reason(value: Tensor) -> str | None:
-    """Why a tensor is not read as a weight; None if it is."""
+    """The reason why a tensor is not read as a weight; None if it is read."""
     if value.is_nested:
         return "a nested tensor"
     if value.layout != torch.strided:
@@ -197,13 +197,13 @@ def _reason(value: Tensor) -> str | None:
         return "on the meta device"
     if value.numel() == 0:
         return "empty"
-    if value.numel() > LARGEST or (value.numel() > EXPANDED and _held(value) < value.numel()):
+    if value.numel() > LARGEST or (value.numel() > EXPANDED and _elements_in_memory(value) < value.numel()):
         return f"of {value.numel():.1e} elements"
     return None
 
 
-def _held(value: Tensor) -> int:
-    """Elements that are in memory; of a sharded tensor as many as it says."""
+def _elements_in_memory(value: Tensor) -> int:
+    """Number of elements in memory; of a sharded tensor, the number of its shape."""
     if type(value) not in (Tensor, nn.Parameter):
         return value.numel()
     return value.untyped_storage().nbytes() // value.element_size()
@@ -215,15 +215,15 @@ _PACKED = {
 
 
 def _weight(parts: Mapping[str, Tensor]) -> tuple[Tensor | None, str | None]:
-    """A module's weight as it is used, or why it cannot be told."""
+    """A module's weight as its forward pass uses it, or the reason why that is not known."""
     if (weight := parts.get("weight")) is not None:
         return weight, None
     inner = {leaf.removeprefix("parametrizations.weight."): part for leaf, part in parts.items() if leaf.startswith("parametri")}
     try:
         if {"weight_g", "weight_v"} <= parts.keys():
-            return _normalised(parts["weight_v"], parts["weight_g"]), None
+            return _normalise(parts["weight_v"], parts["weight_g"]), None
         if inner.keys() == {"original0", "original1"}:
-            return _normalised(inner["original1"], inner["original0"]), None
+            return _normalise(inner["original1"], inner["original0"]), None
         if {"weight_orig", "weight_mask"} <= parts.keys():
             return parts["weight_orig"] * parts["weight_mask"], None
         if {"weight_orig", "weight_u", "weight_v"} <= parts.keys():
@@ -235,11 +235,11 @@ def _weight(parts: Mapping[str, Tensor]) -> tuple[Tensor | None, str | None]:
     return None, "parametrized in a way that is not recorded" if inner or "weight_orig" in parts else None
 
 
-def _normalised(direction: Tensor, length: Tensor) -> Tensor:
+def _normalise(direction: Tensor, length: Tensor) -> Tensor:
     """Weight normalisation: filters of given lengths."""
     if length.ndim == 0:
         return torch._weight_norm(direction, length, -1)
-    varies = [place for place, size in enumerate(length.shape) if size != 1] or [list(direction.shape).index(1)]
+    varies = [axis for axis, size in enumerate(length.shape) if size != 1] or [list(direction.shape).index(1)]
     if len(varies) > 1 or length.ndim != direction.ndim:
         raise ValueError("these are not the parts of a weight normalisation")
     return torch._weight_norm(direction, length, varies[0])
@@ -247,31 +247,31 @@ def _normalised(direction: Tensor, length: Tensor) -> Tensor:
 
 def _spectral(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """A weight divided by its estimated largest singular value."""
-    place = 0 if len(u) == len(weight) else 1
-    return weight / torch.dot(u, weight.transpose(0, place).flatten(1).mv(v))
+    axis = 0 if len(u) == len(weight) else 1
+    return weight / torch.dot(u, weight.transpose(0, axis).flatten(1).mv(v))
 
 
-def _not_read(units: list[Unit], modules: Mapping[str, nn.Module], used: set[int], left_out: Mapping[str, str]) -> list[str]:
-    """The weights that are no row: how many, of which names, and what share of all."""
+def _not_read(units: list[Unit], modules: Mapping[str, nn.Module], row_parts: set[int], left_out: Mapping[str, str]) -> list[str]:
+    """Notes on the weights that are not rows: how many, of which names, and what share of all."""
     notes = []
     if left_out:
-        shown = [f"{plain_name(name)} ({plain_name(reason)})" for name, reason in left_out.items()]
-        notes.append(f"left out: {some(shown)}; report the model itself to see them")
+        descriptions = [f"{plain_name(name)} ({plain_name(reason)})" for name, reason in left_out.items()]
+        notes.append(f"left out: {some(descriptions)}; report the model itself to see them")
     kinds: dict[str, list[int]] = {}
     for unit in units:
         for leaf, part in unit.parts.items():
-            if id(part) in used or part.ndim < 2 or not part.dtype.is_floating_point or _bookkeeping(leaf):
+            if id(part) in row_parts or part.ndim < 2 or not part.dtype.is_floating_point or _bookkeeping(leaf):
                 continue
             if leaf == "weight" and unit.weight is not None and unit.is_norm(unit.weight):
                 continue
             embedding = isinstance(modules.get(unit.name), nn.Embedding)
             kinds.setdefault("embedding" if embedding else leaf if leaf != "weight" else unit.name, []).append(part.numel())
     if kinds:
-        shown = [f"{len(counts)} {plain_name(kind)}" for kind, counts in kinds.items()]
+        descriptions = [f"{len(counts)} {plain_name(kind)}" for kind, counts in kinds.items()]
         missing = sum(map(sum, kinds.values()))
         total = sum(part.numel() for unit in units for part in unit.parts.values() if part.ndim > 1)
         share = f"{missing / 1e6:.1f} of {total / 1e6:.1f} M" if total >= 1e5 else f"{missing:,} of {total:,}"
-        notes.append(f"not read: {some(shown)} ({share} weights)")
+        notes.append(f"not read: {some(descriptions)} ({share} weights)")
     return notes
 
 

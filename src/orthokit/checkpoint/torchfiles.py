@@ -1,4 +1,4 @@
-"""PyTorch's files: zip archives and what came before them, their tensors as views of the file."""
+"""PyTorch's files, zip archives and the older format, with tensors as views of the file."""
 
 import io
 import mmap
@@ -20,16 +20,16 @@ from orthokit.checkpoint.pickles import DamagedError, Storage, Thing, plain_name
 __all__ = ["Content", "as_tensor", "is_module", "legacy", "mapped_bytes", "module_in", "whole_module", "zip_archive"]
 
 UNPACKED = 2**30
-"""Bytes that the compressed parts of a file may unpack to, unless that is less than 20 times the file."""
+"""Most bytes that the compressed parts of a file may unpack to, or 20 times the file where that is more."""
 PICKLE = 2**28
-"""Bytes of the description of the tensors in a file."""
+"""Most bytes of the description of the tensors in a file."""
 MAGIC, LEGACY = 0x1950A86A20F9469CFC6C, 1001
 SAVE = "save model.state_dict() with torch.save"
 
 
 @dataclass
 class Content:
-    """What a file holds: values as they were nested, remarks, and the names of objects of which nothing was made."""
+    """The content of a file: nested values, remarks, and the names of objects that were not built."""
 
     value: Any
     notes: list[str] = field(default_factory=list)
@@ -37,12 +37,12 @@ class Content:
 
 
 def mapped_bytes(file: io.BufferedReader) -> memoryview:
-    """The bytes of a file, in memory when they are used; what is written to them stays there."""
+    """The bytes of a file, loaded when they are used; what is written to them stays in memory."""
     return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 def as_tensor(content: memoryview) -> Tensor:
-    """Bytes as a tensor that is alone in its storage; copied where they begin at an address that numbers may not have."""
+    """Bytes as a tensor that is alone in its storage, copied where their address is not one of numbers."""
     if not len(content):
         return torch.empty(0, dtype=torch.uint8)
     tensor = torch.frombuffer(content, dtype=torch.uint8)
@@ -50,6 +50,7 @@ def as_tensor(content: memoryview) -> Tensor:
 
 
 def zip_archive(path: Path, file: io.BufferedReader, size: int) -> Content:
+    """The content of a zip archive of ``torch.save`` or TorchScript."""
     try:
         archive = zipfile.ZipFile(file)
         members = {info.filename: info for info in archive.infolist()}
@@ -61,12 +62,12 @@ def zip_archive(path: Path, file: io.BufferedReader, size: int) -> Content:
     if not roots:
         raise ValueError(f"{path} is {archive_kind(members)}")
     root = roots[0]
-    packed = sum(info.file_size for info in members.values() if info.compress_type != zipfile.ZIP_STORED)
-    if packed > max(UNPACKED, 20 * size):
-        raise ValueError(f"{path} has {size:,} bytes that unpack to {packed:,}; files that swell so are not read")
+    unpacked_size = sum(info.file_size for info in members.values() if info.compress_type != zipfile.ZIP_STORED)
+    if unpacked_size > max(UNPACKED, 20 * size):
+        raise ValueError(f"{path} has {size:,} bytes that unpack to {unpacked_size:,}; files that swell so are not read")
     if f"{root}byteorder" in members and archive.read(members[f"{root}byteorder"])[:3] == b"big":
         raise ValueError(f"{path} was saved on a big-endian machine; save it again on this one")
-    mapped, wrong = mapped_bytes(file), 0
+    view, wrong = mapped_bytes(file), 0
     bytes_of: dict[str, Tensor] = {}
 
     def member(name: str) -> memoryview:
@@ -76,11 +77,11 @@ def zip_archive(path: Path, file: io.BufferedReader, size: int) -> Content:
             raise DamagedError("it is encrypted")
         if info.compress_type != zipfile.ZIP_STORED:
             return memoryview(bytearray(archive.read(info)))
-        lengths = struct.unpack("<HH", mapped[info.header_offset + 26 : info.header_offset + 30])
+        lengths = struct.unpack("<HH", view[info.header_offset + 26 : info.header_offset + 30])
         start = info.header_offset + 30 + sum(lengths)
         if start + info.file_size > size:
             raise DamagedError("it ends too early")
-        content = mapped[start : start + info.file_size]
+        content = view[start : start + info.file_size]
         wrong += zlib.crc32(content) != info.CRC
         return content
 
@@ -112,21 +113,21 @@ def zip_archive(path: Path, file: io.BufferedReader, size: int) -> Content:
 def _flat(value: Any) -> Any:
     """The tensors of TorchScript's nested objects by their dotted names."""
     state: dict[str, Tensor] = {}
-    waiting, seen = [("", value)], set()
+    waiting, visits = [("", value)], set()
     while waiting:
         prefix, item = waiting.pop()
         attributes = item.state if isinstance(item, Thing) and isinstance(item.state, dict) else None
-        if attributes is None or id(item) in seen:
+        if attributes is None or id(item) in visits:
             continue
-        seen.add(id(item))
+        visits.add(id(item))
         state |= {f"{prefix}{name}": part for name, part in attributes.items() if isinstance(part, Tensor)}
         waiting += [(f"{prefix}{name}.", part) for name, part in reversed(attributes.items()) if isinstance(part, Thing)]
     return state or value
 
 
 def legacy(path: Path, file: io.BufferedReader, size: int) -> Content:
-    """Several pickles and then the numbers. The tensors' sizes are only known after them: the pickle is read twice."""
-    mapped, content, keys = mapped_bytes(file), Content(None), {}
+    """The content of the older format: pickles, then numbers, whose sizes only the pickles tell; hence these are read twice."""
+    view, content, keys = mapped_bytes(file), Content(None), {}
 
     def declare(identifier: tuple[Any, ...]) -> Any:
         if identifier[:1] == ("storage",) and len(identifier) >= 5 and (dtype := pickles.storage_type(identifier[1])):
@@ -154,7 +155,7 @@ def legacy(path: Path, file: io.BufferedReader, size: int) -> Content:
         count = int.from_bytes(file.read(8), "little")
         if count < 0 or position + 8 + count * dtype.itemsize > size:
             raise DamagedError("it ends too early")
-        ranges[key] = as_tensor(mapped[position + 8 : position + 8 + count * dtype.itemsize])
+        ranges[key] = as_tensor(view[position + 8 : position + 8 + count * dtype.itemsize])
         position += 8 + count * dtype.itemsize
 
     def storage(identifier: tuple[Any, ...]) -> Any:
@@ -184,7 +185,7 @@ def module_in(value: dict[Any, Any]) -> str | None:
 
 
 def whole_module(path: Path, name: str) -> str:
-    """What to do with a pickled module, whose class would have to be imported and run."""
+    """The error for a pickled module, whose class would have to be imported and run, with what to do."""
     return (
         f"{path} holds a whole module, {plain_name(name)}, which only running its code could load; "
         f"save model.state_dict() instead, where the model is: `torch.save(model.state_dict(), '{path.stem}_weights.pt')`, "

@@ -55,7 +55,7 @@ NARROWEST = 40
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """A termination signal ends a command as Ctrl-C does, with the processes that the command started."""
-    starting.done()
+    starting.finish()
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -20,7 +20,7 @@ from torch import nn
 
 import orthokit as ok
 from orthokit import cards, checkpoint
-from orthokit.architecture import build, opened
+from orthokit.architecture import build, open_network
 from orthokit.checks import printable
 from orthokit.cli.base import Format, UsageError, check_positive, demo_images, needing, say, show, write_text
 from orthokit.layers import Layer
@@ -139,7 +139,7 @@ class Report:
         if self.picture is not None:
             from orthokit.plots import draw
 
-            networks = {name: [opened(path, like, self.key)[0]] for name, path in paths.items()}
+            networks = {name: [open_network(path, like, self.key)[0]] for name, path in paths.items()}
             draw(networks, self.picture, title=" and ".join(paths), where=where)
         report, *others = reports.values()
         table: Table = compare(reports) if others else report
@@ -290,7 +290,7 @@ class Plan:
         if self.energy is not None and self.data is None:
             raise UsageError("--energy does nothing without --data")
         where = ok.convs | ok.linears if self.linears else ok.convs
-        network, notes = opened(self.checkpoint, _architecture(self.model), self.key)
+        network, notes = open_network(self.checkpoint, _architecture(self.model), self.key)
         if self.data is not None:
             network, measured = self._measure(checkpoint.read(self.checkpoint, self.key)[0], where)
             policies = [ok.ranks(measured, floor=self.floor)]

@@ -71,7 +71,7 @@ def random_cosine(n: int) -> float:
 def frame_tightness(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b"]:
     """``||U^T U - (o/n) I||_F / (o sqrt(1 - 1/n))`` of the directions ``U``: 0 at tight frames, 1 where all filters are copies.
 
-    The natural target of a tall layer, whose filters cannot all be orthogonal. 0 for filters of a single weight.
+    A tight frame is the natural target of a tall layer, whose filters cannot all be orthogonal. 0 for filters of a single weight.
 
     >>> frame_tightness(torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0], [0.0, 3.0]]))
     tensor(0.)

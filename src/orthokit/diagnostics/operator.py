@@ -28,8 +28,8 @@ POSITIONS = 2**22
 def operator_singular_values(kernel: Kernel, size: Sequence[int] = ()) -> Float[Tensor, " m"]:
     """All singular values of a layer as an operator on inputs of a spatial ``size`` with circular padding, largest first.
 
-    A linear layer (``size`` empty) has those of its matrix. A transposed convolution has those of the convolution that it is the
-    adjoint of; ``size`` is then that of its output. In float64, in bounded memory.
+    A linear layer (``size`` empty) has the singular values of its matrix. A transposed convolution has those of the convolution
+    whose adjoint it is; ``size`` is then the size of its output. In float64, in bounded memory.
 
     Args:
         kernel: of one layer, ``(groups, o, i, *spatial)``; see :func:`orthokit.kernel_of`.
@@ -79,11 +79,11 @@ def operator_singular_values(kernel: Kernel, size: Sequence[int] = ()) -> Float[
 
 
 def _half(coarse: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """One of each pair of opposite frequencies on a grid, and of how many frequencies it tells."""
-    chosen: dict[tuple[int, ...], int] = {}
+    """One of each pair of opposite frequencies on a grid, and how many frequencies each stands for."""
+    counts: dict[tuple[int, ...], int] = {}
     for frequency in itertools.product(*map(range, coarse)):
         opposite = tuple(-f % extent for f, extent in zip(frequency, coarse, strict=True))
         key = min(frequency, opposite)
-        chosen[key] = chosen.get(key, 0) + 1
-    grid = torch.tensor(list(chosen), dtype=torch.float64).reshape(len(chosen), len(coarse))
-    return grid, torch.tensor(list(chosen.values()))
+        counts[key] = counts.get(key, 0) + 1
+    grid = torch.tensor(list(counts), dtype=torch.float64).reshape(len(counts), len(coarse))
+    return grid, torch.tensor(list(counts.values()))

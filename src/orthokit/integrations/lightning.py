@@ -10,7 +10,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from orthokit.checks import check_choice, check_count, check_flag
-from orthokit.integrations.logs import measured
+from orthokit.integrations.logs import measure
 from orthokit.integrations.optimizer import add_in_step, check_trained
 from orthokit.kernel import Kernel, KernelMeasure
 from orthokit.layers import Where, convs
@@ -100,7 +100,7 @@ class OrthoCallback(Callback):
         self.include_frozen, self.every = include_frozen, every
         self.step, self.log_every, self.report, self.name = step, log_every, report, name
         self.ortho: Regularizer | None = None
-        self._seen, self._began = -1, 0
+        self._last_count, self._began = -1, 0
         self._state: dict[str, Any] = NEW  # the regularizer's, while there is none
         self._handles: list[RemovableHandle] = []
 
@@ -112,7 +112,7 @@ class OrthoCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew with every new Trainer; comes before a checkpoint is loaded."""
         if stage == "fit" and trainer.global_step == trainer.current_epoch == 0:
-            self.ortho, self._seen, self._state = None, -1, NEW
+            self.ortho, self._last_count, self._state = None, -1, NEW
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the layers and attach to the optimizers, which exist from here on."""
@@ -133,8 +133,8 @@ class OrthoCallback(Callback):
             every=self.every,
         )
         self.ortho.load_state_dict(state)
-        if self._seen < 0:
-            self._seen = self._count(trainer)
+        if self._last_count < 0:
+            self._last_count = self._count(trainer)
         check_trained(self.ortho, *trainer.optimizers)
         self._handles = [add_in_step(self.ortho, optimizer) for optimizer in trainer.optimizers]
 
@@ -143,22 +143,22 @@ class OrthoCallback(Callback):
         assert self.ortho is not None
         count = self._count(trainer)
         # Several optimizers count several steps a batch: one for us.
-        passed = count - self._seen if self.step == "epoch" else int(count > self._seen)
-        for _ in range(passed):
+        steps = count - self._last_count if self.step == "epoch" else int(count > self._last_count)
+        for _ in range(steps):
             self.ortho.step()
-        self._seen, self._began = count, trainer.global_step
+        self._last_count, self._began = count, trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log, where an optimizer has stepped and it is time to."""
         every = trainer.log_every_n_steps if self.log_every is None else self.log_every
         # The step that Lightning itself logs at, from 0 on; `global_step` counts the steps of all optimizers.
-        stepped = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if every > 0 and trainer.global_step > self._began and (stepped + 1) % every == 0:
+        steps = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if every > 0 and trainer.global_step > self._began and (steps + 1) % every == 0:
             assert self.ortho is not None
-            values = measured(self.ortho, self.ortho.strength, self.name, report=self.report)
+            values = measure(self.ortho, self.ortho.strength, self.name, report=self.report)
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=stepped)
+                logger.log_metrics(values, step=steps)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the optimizers as they were."""
@@ -170,7 +170,7 @@ class OrthoCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the schedule, its unit, and the Trainer's count at that step."""
-        return {**self._regularizer_state(), "step": self.step, "seen": self._seen}
+        return {**self._regularizer_state(), "step": self.step, "seen": self._last_count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the step of a saved :meth:`state_dict`.
@@ -182,7 +182,7 @@ class OrthoCallback(Callback):
             raise ValueError(
                 f"the checkpoint's schedule counts in step={unit!r}, this OrthoCallback in {self.step!r}; pass the same"
             )
-        self._seen = state_dict["seen"]
+        self._last_count = state_dict["seen"]
         self.ortho, self._state = None, {"steps": state_dict["steps"], "calls": dict(state_dict.get("calls", {}))}
 
     def _regularizer_state(self) -> dict[str, Any]:

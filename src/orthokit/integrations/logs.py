@@ -20,7 +20,7 @@ from orthokit.layers import Layer
 from orthokit.regularizer import Regularizer
 from orthokit.wrappers import reshard
 
-__all__ = ["log", "measured", "write_to"]
+__all__ = ["log", "measure", "write_to"]
 
 DICTIONARIES = "log_metrics", "log_dict", "log"
 """Methods of loggers that take a dictionary and ``step=``: Lightning's and MLflow's, Fabric's, those of W&B and Accelerate."""
@@ -69,17 +69,17 @@ def log(ortho: Regularizer, writer: Any, step: int, *, prefix: str = "ortho", re
     check_count("step", step, 0)
     check_flag("report", report)
     write = _ignore if writer is None else write_to(writer)
-    values = measured(ortho, ortho.strength, prefix, report=report)
+    values = measure(ortho, ortho.strength, prefix, report=report)
     write(values, int(step))
     return values
 
 
-def measured(ortho: Regularizer, strength: float, prefix: str, *, report: bool = False) -> dict[str, float]:
+def measure(ortho: Regularizer, strength: float, prefix: str, *, report: bool = False) -> dict[str, float]:
     """The values that :func:`log` writes, by name, with a strength of your choice.
 
     >>> layer = nn.Conv2d(2, 2, 1)
     >>> _ = nn.init.dirac_(layer.weight).data.mul_(2)  # Gram matrix diag(4, 4)
-    >>> measured(orthokit.Regularizer(layer, orthokit.SO(), strength=0.5), 0.1, "ortho")
+    >>> measure(orthokit.Regularizer(layer, orthokit.SO(), strength=0.5), 0.1, "ortho")
     {'ortho/Conv2d': 18.0, 'ortho/total': 1.8, 'ortho/strength': 0.1}
     """
     layers = ortho.per_layer()
@@ -120,7 +120,7 @@ def write_to(writer: Any) -> Write:
     """The function that writes a dictionary of numbers and their step to a log; see :func:`log`.
 
     Raises:
-        TypeError: nothing of the kind is known.
+        TypeError: ``writer`` is none of the logs that :func:`log` lists.
     """
     if isinstance(writer, str | PathLike):
         return lambda values, step: _add_to_path(Path(writer), {"step": step, **values})
@@ -147,7 +147,7 @@ def _ignore(values: dict[str, float], step: int) -> None:
 
 
 def _takes(function: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether it is a function of such arguments, as far as that can be told without calling it."""
+    """Whether ``function`` takes such arguments, as far as its signature tells."""
     if not callable(function):
         return False
     try:
@@ -170,14 +170,14 @@ def _add_to_path(path: Path, row: dict[str, float]) -> None:
     columns, rows = list(dict.fromkeys([*header, *row])), [row]
     if anew := len(header) < len(columns):
         rows = [*_rows(path), row] if header else rows
-    torn = not anew and _is_torn(path)
+    is_torn = not anew and _is_torn(path)
     with path.open("w" if anew else "a", encoding="utf-8", newline="") as file:
-        file.write("\n" * torn)
+        file.write("\n" * is_torn)
         _add_rows(file, columns, rows, header=anew)
 
 
 def _is_torn(path: Path) -> bool:
-    """Whether whoever wrote the last row was stopped within it."""
+    """Whether the last row was not written to its end."""
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read() != b"\n"
@@ -194,11 +194,11 @@ _columns: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
 
 def _add_to_file(file: Any, row: dict[str, float]) -> None:
     """Append a row to an open file, after a header if nothing is in the file yet."""
-    known = _columns.get(file)
+    header = _columns.get(file)
     columns = _columns.setdefault(file, list(row))
     if new := [name for name in row if name not in columns]:
         raise ValueError(f"an open file keeps its header, which lacks {', '.join(new)}; log to a path, or to another file")
-    _add_rows(file, columns, [row], header=known is None and not _position(file))
+    _add_rows(file, columns, [row], header=header is None and not _position(file))
 
 
 def _position(file: Any) -> int:

@@ -18,9 +18,9 @@ __all__ = ["add_in_step", "attach", "check_trained"]
 def attach(ortho: Regularizer, optimizer: Any) -> RemovableHandle:
     """Add the gradient of ``ortho`` whenever ``optimizer.step()`` runs, as if the penalty were part of the loss.
 
-    It comes after gradient clipping, once per step however many batches were accumulated, and obeys a ``GradScaler`` (fused
-    optimizers too). A step that takes a closure gets the penalty inside the closure. Advancing the schedule stays with you: call
-    ``ortho.step()`` once a batch or an epoch.
+    The gradient comes after gradient clipping, once per step however many batches were accumulated, and obeys a ``GradScaler``
+    (fused optimizers too). A step that takes a closure gets the penalty inside the closure. Advancing the schedule stays with
+    you: call ``ortho.step()`` once a batch or an epoch.
 
     An optimizer in the wrapper of a framework (Accelerate's, or one as Lookahead's) is found inside of it. A SAM that is used in
     two calls, ``first_step`` and ``second_step``, never runs its ``step``: attaching to one warns.
@@ -36,7 +36,7 @@ def attach(ortho: Regularizer, optimizer: Any) -> RemovableHandle:
         TypeError: an argument is of the wrong kind.
         ValueError: the optimizer does not hold every regularized parameter that asks for a gradient.
     """
-    inner = _unwrapped(optimizer)
+    inner = _unwrap(optimizer)
     if not isinstance(ortho, Regularizer) or inner is None:
         raise TypeError(
             f"attach takes a Regularizer and a torch.optim.Optimizer; got {type(ortho).__name__}, {type(optimizer).__name__}"
@@ -59,14 +59,14 @@ WRAPPED = "optimizer", "base_optimizer", "_optimizer", "optim"
 """Attributes under which wrappers keep the optimizer that they step."""
 
 
-def _unwrapped(optimizer: object) -> Optimizer | None:
+def _unwrap(optimizer: object) -> Optimizer | None:
     """The optimizer whose ``step`` runs hooks: itself, or the one that it wraps; None if there is none."""
-    seen: set[int] = set()
-    while id(optimizer) not in seen:
+    visits: set[int] = set()
+    while id(optimizer) not in visits:
         # A wrapper may call itself an Optimizer without having been initialised as one.
         if isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks"):
             return optimizer
-        seen.add(id(optimizer))
+        visits.add(id(optimizer))
         optimizer = next((inner for name in WRAPPED if (inner := getattr(optimizer, name, None)) is not None), None)
     return None
 
@@ -74,11 +74,11 @@ def _unwrapped(optimizer: object) -> Optimizer | None:
 def check_trained(ortho: Regularizer, *optimizers: Optimizer) -> None:
     """Raise ``ValueError`` unless the optimizers together hold every regularized parameter that asks for a gradient."""
     reshard(ortho.model)
-    held = {id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)}
+    trained_ids = {id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)}
     missing = [
         layer.name
         for layer in ortho.layers
-        if not held.issuperset(id(parameter) for parameter in layer.sources if parameter.requires_grad)
+        if not trained_ids.issuperset(id(parameter) for parameter in layer.sources if parameter.requires_grad)
     ]
     if missing:
         raise ValueError(

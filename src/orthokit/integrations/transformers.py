@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from orthokit.checks import check_choice, check_count, check_flag
-from orthokit.integrations.logs import measured
+from orthokit.integrations.logs import measure
 from orthokit.integrations.optimizer import attach
 from orthokit.kernel import Kernel, KernelMeasure
 from orthokit.layers import Where, convs
@@ -80,7 +80,7 @@ class OrthoTrainerCallback(TrainerCallback):
         self.penalty, self.strength, self.where, self.scale = penalty, strength, where, scale
         self.include_frozen, self.every, self.step, self.report, self.name = include_frozen, every, step, report, name
         self.ortho: Regularizer | None = None
-        self._advanced, self._strength = False, 0.0
+        self._has_advanced, self._strength = False, 0.0
         self._handle: RemovableHandle | None = None
 
     def add_to(self, trainer: Trainer) -> None:
@@ -99,11 +99,11 @@ class OrthoTrainerCallback(TrainerCallback):
     ) -> None:
         """Select the layers, attach to the optimizer, continue a resumed schedule."""
         self._detach()
-        sharded = [kind for kind in ("fsdp", "deepspeed") if getattr(args, kind, None)]
-        if sharded:
+        strategies = [kind for kind in ("fsdp", "deepspeed") if getattr(args, kind, None)]
+        if strategies:
             raise ValueError(
-                f"OrthoTrainerCallback needs whole weights and PyTorch's own optimizers; under {sharded[0]} a process has only a "
-                "part of them. Use one device, or distributed data parallel"
+                f"OrthoTrainerCallback needs whole weights and PyTorch's own optimizers; under {strategies[0]} a process has "
+                "only a part of them. Use one device, or distributed data parallel"
             )
         self.ortho = Regularizer(
             model,
@@ -114,15 +114,15 @@ class OrthoTrainerCallback(TrainerCallback):
             include_frozen=self.include_frozen,
             every=self.every,
         )
-        self._advanced = False
+        self._has_advanced = False
         states: Any = state.stateful_callbacks  # a dictionary, whatever its annotation says
-        if (saved := states.get(self._key)) is not None:
-            if saved["step"] != self.step:
+        if (record := states.get(self._key)) is not None:
+            if record["step"] != self.step:
                 raise ValueError(
-                    f"the checkpoint's schedule counts in step={saved['step']!r}, this OrthoTrainerCallback in {self.step!r}; "
+                    f"the checkpoint's schedule counts in step={record['step']!r}, this OrthoTrainerCallback in {self.step!r}; "
                     "pass the same"
                 )
-            self.ortho.load_state_dict(saved)
+            self.ortho.load_state_dict(record)
         self._save(state)
         self._handle = attach(self.ortho, optimizer)
 
@@ -141,9 +141,9 @@ class OrthoTrainerCallback(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the schedule of epochs where their length is not known beforehand."""
-        if self.step == "epoch" and not self._advanced:
+        if self.step == "epoch" and not self._has_advanced:
             self._advance(state)
-        self._advanced = False
+        self._has_advanced = False
 
     def on_log(
         self,
@@ -155,7 +155,7 @@ class OrthoTrainerCallback(TrainerCallback):
     ) -> None:
         """Add our values to those of the Trainer."""
         if self.ortho is not None and logs is not None and "loss" in logs:
-            values = measured(self.ortho, self._strength, self.name, report=self.report)
+            values = measure(self.ortho, self._strength, self.name, report=self.report)
             logs.update(values)
             state.log_history[-1].update(values)
 
@@ -170,7 +170,7 @@ class OrthoTrainerCallback(TrainerCallback):
     def _advance(self, state: TrainerState) -> None:
         assert self.ortho is not None
         self.ortho.step()
-        self._advanced = True
+        self._has_advanced = True
         self._save(state)
 
     def _save(self, state: TrainerState) -> None:

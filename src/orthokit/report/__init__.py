@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from orthokit.architecture import Network, opened
+from orthokit.architecture import Network, open_network
 from orthokit.audit import unread_parameters
 from orthokit.checks import check_count, check_number, did_you_mean
 from orthokit.diagnostics import COPY
@@ -185,7 +185,7 @@ def report(
     """
     named = Path(model).name if isinstance(model, str | PathLike) else "state dict"
     kind = type(model).__name__ if isinstance(model, nn.Module) else named if like is None else type(like).__name__
-    network, reading = opened(model, like, key)
+    network, reading = open_network(model, like, key)
     chosen = select(network, where)
     rows = [row_of(layer, spectrum=spectrum) for layer in track(chosen)]
     notes = ["×random: mean |c| over that of random filters; c: cosine of two filters; ν: filter length; copies: |c| > .99"]
@@ -206,7 +206,7 @@ def duplicates(model: Network, *, above: float = COPY, where: Where = layers) ->
     {'0': [Pair(i=0, j=1, cosine=1.0)]}
     """
     check_number("above", above, 0, 1)
-    chosen = select(opened(model, None, None)[0], where)
+    chosen = select(open_network(model, None, None)[0], where)
     pairs = {layer.name: pairs_of(layer.kernel, above) for layer in chosen if layer.kernel.weight.isfinite().all()}
     return {name: some for name, some in pairs.items() if some}
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from orthokit.architecture import Network, opened
+from orthokit.architecture import Network, open_network
 from orthokit.checks import check_count
 from orthokit.diagnostics import operator_singular_values
 from orthokit.kernel import evaluating
@@ -50,7 +50,7 @@ def operators(
     >>> print(orthokit.operators(nn.Sequential(nn.Conv2d(1, 1, 1, bias=False)), 4).columns[2].header)
     σ max
     """
-    network, reading = opened(model, like, key)
+    network, reading = open_network(model, like, key)
     runs = model if isinstance(model, nn.Module) else like
     chosen = select(network, where)
     size = _checked(size, chosen)
