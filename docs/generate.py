@@ -11,7 +11,7 @@ from unittest import mock
 import fill
 import tyro
 
-from orthokit.cli import COMMANDS
+from orthokit.cli import COMMANDS, STATUS
 from orthokit.lab import study
 from orthokit.lab.reporting import markup, page, tables
 
@@ -23,12 +23,19 @@ MARKUP, MASKED = re.compile(r"[<>*_`|~\[\]\\]"), r"\\\g<0>"
 COMMANDS_PAGE = """\
 # Commands
 
-Every command of `orthokit`, with its options, as `orthokit COMMAND --help` prints them. Install the package first:
-[Install](install.md). Begin with `orthokit demo`, or with `orthokit report` on a checkpoint of yours.
+This page lists every command of `orthokit` with its options, as `orthokit COMMAND --help` prints them. [Install](install.md) the
+package first. Begin with `orthokit demo`, or with `orthokit report` on a checkpoint of yours.
 
-Exit status: 0 when all went well, 1 when a gate failed (`report --fail-if`), 2 for what you can put right, 3 when training
-diverged, 4 when one of several runs failed, 130 after Ctrl-C.
+## Exit status
+
+| status | meaning |
+|---|---|
+{status}
+
+`ORTHOKIT_DEBUG=1` in the environment keeps the traceback of an error.
 """
+
+COMMANDS_END = "Next: [look at a checkpoint](report.md), or [train and compare](lab.md).\n"
 
 
 def help_of(name: str) -> str:
@@ -67,7 +74,9 @@ def _definition(option: str, text: str) -> str:
 
 def commands() -> None:
     """Write ``commands.md``."""
-    (DOCS / "commands.md").write_text("\n\n".join([COMMANDS_PAGE, *map(command, COMMANDS)]) + "\n", encoding="utf-8")
+    status = "\n".join(f"| {number} | {meaning} |" for number, meaning in STATUS.items())
+    parts = [COMMANDS_PAGE.format(status=status), *map(command, COMMANDS), COMMANDS_END]
+    (DOCS / "commands.md").write_text("\n\n".join(parts), encoding="utf-8")
 
 
 def evidence() -> None:

@@ -17,6 +17,7 @@ from orthokit import checkpoint
 from orthokit.checkpoint.kind import regular
 from orthokit.checkpoint.pickles import plain_name
 from orthokit.checkpoint.statedict import Layers, bare, layers_of, pick
+from orthokit.checks import install
 from orthokit.kernel import has_kernel
 from orthokit.wrappers import unwrap
 
@@ -220,7 +221,7 @@ def model_of_config(folder: Path) -> nn.Module:
     try:
         transformers = importlib.import_module("transformers")
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("models of Hugging Face need transformers: pip install transformers") from None
+        raise ModuleNotFoundError(f"models of Hugging Face need transformers: {install('transformers')}") from None
     config = _call(str(folder), transformers.AutoConfig.from_pretrained, folder, trust_remote_code=False, local_files_only=True)
     kind = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModel"])[0], None)
     with torch.device("meta"):

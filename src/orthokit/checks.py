@@ -5,10 +5,12 @@ import difflib
 import functools
 import math
 import numbers
+import shlex
 import sys
 import unicodedata
 import warnings
 from collections.abc import Callable, Collection
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -19,6 +21,7 @@ __all__ = [
     "check_number",
     "check_options",
     "did_you_mean",
+    "install",
     "printable",
     "short_repr",
     "warn_once",
@@ -103,6 +106,19 @@ def _in_words(annotation: Any) -> str:
         return f"a tuple ({', '.join(map(_in_words, parts))})"
     words = {bool: "True or False", int: "an integer", float: "a number", type(None): "None", Callable: "a function"}
     return words.get(kind or annotation) or f"{annotation.__name__}()"
+
+
+def install(extra: str, package: Path = Path(__file__).parent) -> str:
+    """A command that installs what an extra of orthokit needs, whether ``package`` lies in a clone or was installed.
+
+    The name alone is enough where orthokit is installed: pip keeps it and adds what the extra lists.
+
+    >>> install("lab", Path("/usr/lib/python3/site-packages/orthokit"))
+    "pip install 'orthokit[lab]'"
+    """
+    clone = package.parents[1]
+    wanted = f"-e {shlex.quote(f'{clone}[{extra}]')}" if (clone / "pyproject.toml").is_file() else f"'orthokit[{extra}]'"
+    return f"pip install {wanted}"
 
 
 def did_you_mean(name: str, names: Collection[str]) -> str:

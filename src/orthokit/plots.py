@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from orthokit.checkpoint.statedict import Layers
-from orthokit.checks import printable
+from orthokit.checks import install, printable
 from orthokit.diagnostics import singular_values
 from orthokit.gram import cosines, directions, welch_bound
 from orthokit.kernel import Kernel
@@ -54,7 +54,7 @@ def own_style() -> Iterator[None]:
         import matplotlib
         import matplotlib.figure
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("pictures need matplotlib: pip install 'orthokit[lab]'", name="matplotlib") from None
+        raise ModuleNotFoundError(f"pictures need matplotlib: {install('lab')}", name="matplotlib") from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         yield

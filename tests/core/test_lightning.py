@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import orthokit as ok
+from orthokit.checks import install
 from orthokit.integrations.lightning import OrthoCallback
 
 pytestmark = [
@@ -374,7 +376,7 @@ def without(monkeypatch):
 
 
 def test_without_lightning(without):
-    with pytest.raises(ModuleNotFoundError, match=r"OrthoCallback needs Lightning: pip install 'orthokit\[lightning\]'"):
+    with pytest.raises(ModuleNotFoundError, match=re.escape(f"OrthoCallback needs Lightning: {install('lightning')}")):
         without("lightning", "lightning.pytorch", "pytorch_lightning")
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 import orthokit as ok
+from orthokit.checks import install
 from orthokit.integrations.transformers import OrthoTrainerCallback
 
 PENALTY = ok.Disentangled()
@@ -264,7 +266,7 @@ def test_sharded_weights_are_refused(unchecked):
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "orthokit.integrations.transformers")
-    with pytest.raises(ModuleNotFoundError, match=r"needs transformers: pip install 'orthokit\[transformers\]'"):
+    with pytest.raises(ModuleNotFoundError, match=re.escape(f"needs transformers: {install('transformers')}")):
         importlib.import_module("orthokit.integrations.transformers")
 
 

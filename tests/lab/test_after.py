@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthokit.cli import COMMANDS, main
+from orthokit.cli import COMMANDS, STATUS, main
 from orthokit.cli.after import after
 from orthokit.cli.evidence import Compare, Evaluate, Power, Study
 from orthokit.cli.lab import Demo, Machine, Sweep, Train
@@ -17,10 +17,12 @@ def test_the_overview_has_a_line_for_each_command(capsys):
     with pytest.raises(SystemExit):
         main([])
     out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line.startswith("  ")]
+    commands, statuses = out.split("Exit status:")
+    lines = [line for line in commands.splitlines() if line.startswith("  ")]
     assert [line.split()[0] for line in lines] == list(COMMANDS)
     assert lines[0].startswith("  demo ")
-    assert all(len(line) <= 80 and line.endswith(".") for line in lines)
+    assert all(len(line) <= 80 and line.endswith(".") for line in out.splitlines() if line.startswith("  "))
+    assert [int(line.split()[0]) for line in statuses.strip().splitlines()] == list(STATUS)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,7 @@ def test_the_overview_has_a_line_for_each_command(capsys):
         (List("so"), "orthokit list"),
         (List("recipes"), "orthokit train nano+"),
         (Report((Path("a.pt"), Path("b.pt"))), "orthokit report a.pt --html"),
+        (Report((Path("a.pt"),), operator=32), "orthokit report a.pt  "),
         (Report((Path("a.pt"),), html=Path("a.html")), "orthokit plan a.pt"),
         (Plan(Path("a.pt")), "ok.Regularizer("),
         (Train(("a+none", "a+strict"), machine=Machine(out=Path("there"))), "orthokit compare there"),
@@ -36,6 +39,7 @@ def test_the_overview_has_a_line_for_each_command(capsys):
         (Train(("nano+digits+none",)), "orthokit train nano+digits+strict, then orthokit compare runs"),
         (Train(("own.toml",)), "train the same recipe without [regularizer], then orthokit compare runs"),
         (Evaluate((Path("runs"),)), "orthokit compare runs"),
+        (Evaluate((Path("a.pt"), Path("runs"))), "orthokit report a.pt"),
         (Compare((Path("runs"), Path("more"))), "orthokit compare runs more --html page.html"),
         (Compare((Path("runs"),), html=Path("p.html")), "open p.html"),
         (Power(sd=1.0), "orthokit train"),
@@ -46,7 +50,7 @@ def test_what_comes_next(command, text):
     assert after(command).startswith(text)
 
 
-@pytest.mark.parametrize("command", [List(), Demo(), Report((Path("a.pt"),)), Sweep(Path("s.toml")), Evaluate((Path("a.pt"),))])
+@pytest.mark.parametrize("command", [List(), Demo(), Report((Path("a.pt"),)), Sweep(Path("s.toml"))])
 def test_nothing_is_said_twice(command):
     assert after(command) == ""
 
@@ -62,7 +66,7 @@ def test_only_a_person_is_told(tmp_path, capsys, monkeypatch):
 def test_compare_names_what_can_be_compared(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["compare"]) == 2
-    assert "name folders of runs, such as runs" in capsys.readouterr().err
-    Path("results/near").mkdir(parents=True)
+    assert capsys.readouterr().err == "orthokit: name folders of runs, such as runs, or a CSV file\n"
+    Path("results/ledger").mkdir(parents=True)
     assert main(["compare"]) == 2
-    assert "such as results/near" in capsys.readouterr().err
+    assert "such as runs, or a CSV file; a study compares its own runs: orthokit study FILE --no-train" in capsys.readouterr().err

@@ -4,8 +4,11 @@ import json
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
+from importlib.metadata import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import orthokit as ok
+from orthokit.checks import install
 from orthokit.cli import main
 
 
@@ -230,7 +234,24 @@ def test_missing_extras_are_named(monkeypatch, checkpoint, capsys, tmp_path, mod
     else:
         arguments = ["report", str(checkpoint), "--picture", str(tmp_path / "p.png")]
     assert main(arguments) == 2
-    assert "pip install 'orthokit[lab]'" in capsys.readouterr().err.replace("\n", " ")
+    assert install("lab") in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_extra_is_installed_from_a_clone_and_from_a_wheel(tmp_path):
+    wheel, clone = tmp_path / "lib/python3/site-packages/orthokit", tmp_path / "my clone/src/orthokit"
+    assert install("lab", wheel) == "pip install 'orthokit[lab]'"  # pip keeps what is installed, and adds what is missing
+    clone.mkdir(parents=True)
+    (tmp_path / "my clone/pyproject.toml").touch()
+    pip, verb, editable, wanted = shlex.split(install("lab", clone))
+    assert (pip, verb, editable, wanted) == ("pip", "install", "-e", f"{tmp_path}/my clone[lab]")
+
+
+def test_every_message_about_an_extra_asks_for_that_command():
+    sources = {path: path.read_text("utf-8") for path in Path(ok.__file__).parent.rglob("*.py")}
+    assert [path.name for path, text in sources.items() if "pip install" in text and "orthokit[" in text] == ["checks.py"]
+    extras = {extra for text in sources.values() for extra in re.findall(r"\{install\('(\w+)'\)\}", text)}
+    assert extras == {"lab", "lightning", "ray", "transformers"}
+    assert extras <= set(metadata("orthokit").get_all("Provides-Extra"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pickle
+import re
 import socket
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from orthokit.checks import install
 from orthokit.lab.data import cifar, toy
 from orthokit.lab.data import images as data
 from orthokit.lab.data.images import SETS, Images, load
@@ -232,7 +234,7 @@ def test_missing_libraries(monkeypatch, name, module):
     for known in [known for known in sys.modules if known.split(".")[0] == module]:
         monkeypatch.setitem(sys.modules, known, None)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"{name} needs {module}.*: pip install 'orthokit\[lab\]'") as caught:
+    with pytest.raises(ModuleNotFoundError, match=rf"{name} needs {module}.*: {re.escape(install('lab'))}") as caught:
         load(name)
     assert caught.value.name.startswith(module)
 

@@ -8,7 +8,7 @@ import torch
 
 from orthokit.cli import main
 from orthokit.lab.recipes.compose import load
-from orthokit.lab.training.estimate import START, Estimate, estimate
+from orthokit.lab.training.estimate import BUSY, START, Estimate, estimate
 
 
 def test_it_grows_with_the_work(tmp_path):
@@ -29,10 +29,10 @@ def test_what_does_not_fit_is_left_to_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("seconds", "mebibytes", "runs", "text"),
     [
-        (0.2, 0.1, 1, "1 run: about 1 s, and 1 MB in out"),
-        (80.0, 2.4, 2, "2 runs: about 40 s with 2 at a time, and 2 MB in out"),
-        (7200.0, 1500, 30, "30 runs: about 60 min with 2 at a time, and 1,500 MB in out"),
-        (9.0e5, 3.0, 2, "2 runs: about 5 days with 2 at a time, and 3 MB in out"),
+        (0.2, 0.1, 1, f"1 run: about 1 s, and 1 MB in out ({BUSY})"),
+        (80.0, 2.4, 2, f"2 runs: about 40 s with 2 at a time, and 2 MB in out ({BUSY})"),
+        (7200.0, 1500, 30, f"30 runs: about 60 min with 2 at a time, and 1,500 MB in out ({BUSY})"),
+        (9.0e5, 3.0, 2, f"2 runs: about 5 days with 2 at a time, and 3 MB in out ({BUSY})"),
         (None, 3.0, 1, "1 run: about 3 MB in out"),
     ],
 )

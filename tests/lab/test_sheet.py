@@ -179,7 +179,7 @@ def test_names_of_strangers_do_nothing(sheet, tmp_path, capsys):
 
 def test_files_and_folders_do_not_mix(sheet, tmp_path, capsys):
     assert main(["compare", str(sheet(GOOD)), str(tmp_path)]) == 2
-    assert "is no CSV file" in line(capsys.readouterr().err)
+    assert "is not a CSV file" in line(capsys.readouterr().err)
     assert main(["compare", str(tmp_path / "nothing.csv")]) == 2
     assert "nothing.csv is not there" in line(capsys.readouterr().err)
     assert main(["compare", str(tmp_path), "--lower", "loss"]) == 2

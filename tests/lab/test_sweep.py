@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from orthokit.checks import install
 from orthokit.cli import main
 from orthokit.lab import sweep
 from orthokit.lab.comparison.inference import Sample
@@ -354,4 +355,4 @@ def test_missing_ray_is_named(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     arguments = ["train", str(recipe), "--seeds", "0", "1", "--out", str(tmp_path / "runs"), "--backend", "ray"]
     assert main(arguments) == 2
-    assert "pip install 'orthokit[ray]'" in words(capsys.readouterr().err)
+    assert install("ray") in words(capsys.readouterr().err)

@@ -79,7 +79,9 @@ def test_strengths_are_chosen_first(lab, capsys):
     shutil.rmtree(lab.folder / "runs")
     files = ("--html", "page.html", "--csv", "numbers.csv", "--latex", "tables.tex")
     assert main(["study", "tiny.toml", "--jobs", "1", *files]) == 0
-    assert "Tiny: all is done" in words(capsys.readouterr().out)
+    out = words(capsys.readouterr().out)
+    assert "Tiny: all is done" in out
+    assert f"chosen: so: strength = {strength:g}" in out  # in every sitting, not in the first alone
     means = {trial.strength: f"{trial.sample.mean:.2f} ± {trial.sample.sd:.2f}" for trial in found.trials}
     cells = " | ".join(means[each] + " *" * (each == strength) for each in (0.01, 0.1))
     kept = lab.folder / "results/tiny"

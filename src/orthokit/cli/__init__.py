@@ -24,7 +24,7 @@ from orthokit.cli.lab import Demo, Sweep, Train
 from orthokit.cli.look import List, Plan, Report
 from orthokit.lab import own
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "STATUS", "main"]
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
@@ -39,17 +39,27 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "study": Study,
 }
 ABOUT = "Orthogonal filters for deep networks: measure them, train for them, see what that did."
+STATUS = {
+    0: "success",
+    1: "a gate failed (report --fail-if)",
+    2: "an error that you can put right; one line says how",
+    3: "training diverged",
+    4: "one of several runs or parts failed; all others are done",
+    130: "stopped by Ctrl-C or a signal; the same command goes on",
+}
+"""What each exit status means."""
 
 
 def _overview() -> str:
-    """All commands, a line each: the first sentence of what each says of itself."""
+    """One line for each command: the first sentence of its docstring."""
     lines = [f"  {name:9} {(command.__doc__ or '').partition(chr(10))[0]}" for name, command in COMMANDS.items()]
-    ends = ["orthokit COMMAND --help has the options; orthokit --version the version."]
+    ends = ["orthokit COMMAND --help shows the options of a command; orthokit --version the version.", "", "Exit status:"]
+    ends += [f"  {status:<9} {meaning}." for status, meaning in STATUS.items()]
     return "\n".join(["usage: orthokit COMMAND ...", "", ABOUT, "", *lines, "", *ends])
 
 
 NARROWEST = 40
-"""Columns of a terminal below which tables and help are laid out as if it had so many."""
+"""Columns that tables and help assume at least, however narrow the terminal is."""
 
 
 @contextlib.contextmanager
@@ -68,10 +78,7 @@ def _interruptible() -> Iterator[None]:
 
 @_interruptible()
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status.
-
-    0 when all went well, 2 for what the caller can put right, 3 when training diverged, 4 when one of several runs failed, 130
-    when interrupted by Ctrl-C or a termination signal.
+    """Run the command line; return the exit status, one of :data:`STATUS`.
 
     With ``ORTHOKIT_DEBUG=1`` in the environment errors keep their traceback.
     """
@@ -120,8 +127,8 @@ def _parsed(args: Sequence[str]) -> Any:
     """The command that ``args`` name.
 
     Raises:
-        UsageError: they name none; the problem is told on one line.
-        SystemExit: they ask for help, which is printed.
+        UsageError: ``args`` name no command; the message says why, on one line.
+        SystemExit: ``args`` ask for help, which was printed.
     """
     with contextlib.redirect_stderr(io.StringIO()) as told:
         try:
@@ -135,32 +142,32 @@ def _parsed(args: Sequence[str]) -> Any:
 
 
 def _unboxed(text: str) -> str:
-    """What stands in a box of several lines, in one sentence."""
+    """The text inside a box, in one sentence."""
     lines = (re.sub(r"[\u2500-\u257f]", " ", line) for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines())
     _, *inside = [" ".join(line.split()) for line in lines if line.strip()] or [""]
     return printable(" ".join(inside), 500)
 
 
 def _widen() -> None:
-    """Nothing can be laid out in a few columns; what is printed there breaks where the terminal ends."""
+    """Lay out tables and help for :data:`NARROWEST` columns; a narrower terminal breaks their lines."""
     if shutil.get_terminal_size().columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
 
 
 def _let_go_of_stdout() -> None:
-    """What is still to be written there goes nowhere: Python would fail at it again, when it ends."""
+    """Discard what is left to print: Python would fail at it again as it ends."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    """Whether the processor or an accelerator could not allocate what was asked for."""
+    """Whether the error says that memory ran out, on the processor or on an accelerator."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def _line(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """The message of an error, on one line."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:  # without its number
         text = f"{error.filename or 'the output cannot be written'}: {error.strerror}"

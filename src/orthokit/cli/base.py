@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from orthokit.checks import printable
+from orthokit.checks import install, printable
 from orthokit.tables import Table
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ __all__ = [
     "UsageError",
     "check_positive",
     "demo_images",
-    "folders_of_runs",
     "needing",
     "say",
     "show",
     "suggest",
+    "to_compare",
     "write_text",
 ]
 
@@ -33,7 +33,7 @@ Format = Literal["table", "json", "csv"]
 
 
 class UsageError(Exception):
-    """Something the caller can put right; printed without a traceback."""
+    """An error that the caller can put right; printed without a traceback."""
 
 
 class Terminal(Console):
@@ -61,11 +61,11 @@ def check_positive(command: object, *names: str) -> None:
 
 @contextlib.contextmanager
 def needing(what: str) -> Iterator[None]:
-    """Names the extra where a library of the lab is missing."""
+    """Say how to install the extra ``lab`` if one of its libraries is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UsageError(f"{what} {error.name}: pip install 'orthokit[lab]'") from None
+        raise UsageError(f"{what} {error.name}: {install('lab')}") from None
 
 
 def show(table: Table, form: Format, console: Console) -> None:
@@ -76,20 +76,21 @@ def show(table: Table, form: Format, console: Console) -> None:
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print plain text as it is: no markup, no breaking of lines; nothing, where it is empty."""
+    """Print plain text as it is: no markup, no broken lines. Empty text prints nothing."""
     if text:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def suggest(console: Console, command: str) -> None:
-    """Say in one line what to do next, where somebody reads it: not into a pipe or a file."""
+    """Say in one line what to do next, on a terminal only: not into a pipe or a file."""
     if command and console.is_terminal:
         say(console, f"next: {command}", "dim")
 
 
-def folders_of_runs() -> list[str]:
-    """What there is here to compare: the folder of runs, and what studies keep."""
-    return [str(path) for path in (Path("runs"), *sorted(Path("results").glob("*"))) if path.is_dir()]
+def to_compare() -> str:
+    """What ``compare`` can be given in this folder; of studies, the command that compares their runs."""
+    studies = "; a study compares its own runs: orthokit study FILE --no-train" if Path("results/ledger").is_dir() else ""
+    return f"folders of runs, such as runs, or a CSV file{studies}"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Commands that tell what training did: ``evaluate``, ``compare``, ``power``, ``study``."""
+"""Commands that show what training did: ``evaluate``, ``compare``, ``power``, ``study``."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import TaskID
 from rich.table import Table as RichTable
 
-from orthokit.cli.base import Format, Terminal, UsageError, check_positive, folders_of_runs, needing, say, write_text
+from orthokit.cli.base import Format, Terminal, UsageError, check_positive, needing, say, to_compare, write_text
 from orthokit.cli.lab import Machine
 from orthokit.tables import Column, Table
 
@@ -33,30 +33,30 @@ PARTS: tuple[Part, ...] = get_args(Part)
 class Evaluate:
     """Measure robustness, calibration and features of trained networks.
 
-    What is found goes to evaluation.json in a run's folder, or FILE.evaluation.json beside another checkpoint; parts that are
-    there are not measured again. Exit status 4 where something could not be measured; the rest is done all the same.
+    Results go to evaluation.json in a run's folder, or to FILE.evaluation.json beside a checkpoint. Parts that were measured
+    before are not measured again. Exit status 4 if a part could not be measured; all other parts are.
     """
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT...")]
-    """Runs, folders of runs, or weights (.safetensors, .pt, .pth; nothing in them is executed)."""
+    """Runs, folders of runs, or weights (.safetensors, .pt, .pth). No code in them is executed."""
     recipe: str | None = None
-    """Of checkpoints that orthokit did not save, and of runs of your own code: the recipe with their [network] and [data]."""
+    """Recipe with [network] and [data]. Checkpoints that orthokit did not save need one, and runs with your own code."""
     model: str | None = None
-    """The module:function of runs of your own network, here or on Python's path; it is imported."""
+    """Your own network as module:function, from this folder or Python's path. The module is imported, so its code runs."""
     key: str | None = None
-    """Of checkpoints with several networks, which; also the beginning of its entries' names."""
+    """Which network to read where a checkpoint holds several: its name, or how the names of its weights begin."""
     parts: tuple[Part, ...] = PARTS
     """What to measure."""
     images: int = 1000
-    """Test images, of every class alike, for attacks, noise and corruptions; all of them if there are no more."""
+    """How many test images attacks, noise and corruptions use, equally many of each class."""
     root: Path = Path("data")
-    """Folder of the images; corrupted ones are kept there."""
+    """Folder of the images. Corrupted images are kept there, too."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """What to compute on."""
     jobs: int | None = None
-    """Parts measured at a time; by default one a core, or one on a GPU."""
+    """Parts measured at the same time; by default one on each core, or one on a GPU."""
     threads: int = 1
-    """Threads of each on the CPU."""
+    """CPU threads of each part."""
     format: Format = "table"
     """What to print."""
 
@@ -64,7 +64,7 @@ class Evaluate:
         if not self.paths:
             raise UsageError("name a run's folder or a checkpoint, such as runs/nano+cifar10+strict")
         check_positive(self, "images", "jobs", "threads")
-        with needing("evaluating needs"):
+        with needing("evaluate needs"):
             from orthokit.lab.evaluation import evaluate
             from orthokit.lab.recipes import compose
             from orthokit.lab.reporting.terminal import Wide
@@ -99,7 +99,7 @@ class Evaluate:
 
 
 def measured(subjects: "Sequence[Subject]", console: Console, **options: Any) -> int:
-    """Evaluate what is left, with a bar; the number of parts that failed. See :mod:`orthokit.lab.evaluation.evaluate`."""
+    """Evaluate what is left, behind a progress bar; return how many parts failed."""
     from orthokit.lab.evaluation.evaluate import evaluate
     from orthokit.lab.runs.progress import bars
 
@@ -109,7 +109,9 @@ def measured(subjects: "Sequence[Subject]", console: Console, **options: Any) ->
         def start(left: int, total: int) -> None:
             bar.append(shown.add_task("evaluating", total=left))
             if left < total and left:
-                shown.console.print(f"{total - left} of {total} parts were measured before", style="dim", highlight=False)
+                shown.console.print(
+                    f"{total - left} of {total} parts were measured before and are kept", style="dim", highlight=False
+                )
 
         def tick(subject: "Subject", part: str, error: str | None) -> None:
             shown.advance(bar[0])
@@ -138,7 +140,7 @@ def _table(subjects: "Sequence[Subject]", results: "Sequence[Result]") -> Table:
 
 
 def _curves(found: "Result") -> RichTable:
-    """Accuracy by strength, where measured."""
+    """A table of accuracies by the strength of an attack, noise or corruption, where measured."""
     from orthokit.lab.comparison.metrics import curve
 
     labels = {"fgsm": "FGSM, radius/255", "pgd": "PGD L∞, radius/255", "pgd_l2": "PGD L2, radius", "noise": "noise, sd"}
@@ -157,49 +159,49 @@ def _curves(found: "Result") -> RichTable:
 class Compare:
     """Compare arms with a baseline: gain, interval, test, verdict.
 
-    Arms are runs that differ in --factor; they are compared among runs of equal --by. What differs besides is refused. Results
-    are of the last epoch, never of the best one. Anybody's results are compared alike: a CSV file with a line for each run and
-    the columns arm, seed, metrics, and panel or network if there are several.
+    Runs that differ in --factor are different arms. Runs that differ in --by are compared separately. Any other difference is an
+    error. Results are those of the last epoch, never of the best one. Your own results work too: a CSV file with a line for each
+    run, columns arm, seed and metrics, and a column panel or network if there are several.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS|FILE.csv...")]
-    """Folders of runs, below which all finished runs count; or CSV files."""
+    """Folders, of which all finished runs are compared, or CSV files."""
     baseline: str | None = None
-    """Name of the arm that the others are compared with; by default the one without a penalty (in CSV: none or baseline)."""
+    """Arm that all others are compared with; by default the arm without a penalty (in CSV files: none or baseline)."""
     factor: tuple[str, ...] = ("regularizer",)
-    """Keys or sections of the recipe in which arms differ."""
+    """Keys or sections of a recipe in which arms may differ."""
     by: tuple[str, ...] = ()
-    """Keys or sections that tell apart what is compared separately: network and data.name by default; columns of CSV files."""
+    """Keys or sections of a recipe by which runs are compared separately: network and data.name by default. Or CSV columns."""
     metric: str | None = None
-    """What verdicts go by: accuracy, train_accuracy, train_loss, test_loss, nll,
+    """Metric of the verdicts: accuracy (the default), train_accuracy, train_loss, test_loss, nll,
     ece, fgsm, pgd, pgd_l2, noise, corruptions, under_cos, ..."""
     higher: tuple[str, ...] = ()
-    """Columns of CSV files of which more is better, where their names do not say so as accuracy or loss do."""
+    """CSV columns where more is better. Names with accuracy, score, loss or error need no such option."""
     lower: tuple[str, ...] = ()
-    """Columns of which less is better."""
+    """CSV columns where less is better."""
     contrast: tuple[str, ...] = ()
-    """The primary question: differences "ARM - OTHER ARM", averaged over the panels and adjusted over these alone."""
+    """The primary question: differences "ARM - OTHER ARM", averaged over all panels and adjusted among themselves."""
     blocks: Literal["seed"] | None = None
-    """Let verdicts go by a test with seeds as blocks, and not by Welch's. State it before the runs."""
+    """Base verdicts on a test that pairs runs of one seed, instead of Welch's t. Decide this before you train."""
     anyway: bool = False
-    """Compare what is refused, with a flag."""
+    """Compare runs that would be refused, and mark every output with a flag."""
     title: str = "comparison"
-    """Title of tables and the page."""
+    """Title of the tables and of the page."""
     question: str = ""
-    """What the comparison is to answer, in one sentence, printed above the answer."""
+    """The question behind the comparison, in one sentence; printed above the answer."""
     html: Path | None = None
-    """Also write one self-contained page with figures into this file."""
+    """Write one page with all figures into this file, too."""
     markdown: Path | None = None
-    """Also write Markdown."""
+    """Write the tables as Markdown into this file, too."""
     latex: Path | None = None
-    """Also write LaTeX tables."""
+    """Write the tables as LaTeX into this file, too."""
     csv: Path | None = None
-    """Also write all numbers as CSV."""
+    """Write all numbers as CSV into this file, too."""
 
     def run(self, console: Console) -> None:
         if not self.runs:
-            raise UsageError(f"name folders of runs, such as {' or '.join(folders_of_runs()) or 'runs'}")
-        with needing("comparing needs"):
+            raise UsageError(f"name {to_compare()}")
+        with needing("compare needs"):
             from orthokit.lab.atomic import write
             from orthokit.lab.comparison.comparison import PANELS, compare
             from orthokit.lab.reporting import markup, page, tables
@@ -207,13 +209,13 @@ class Compare:
             from orthokit.lab.runs import collect
         files = [path for path in (self.markdown, self.latex, self.csv, self.html) if path is not None]
         if len({path.resolve() for path in files}) < len(files):
-            raise UsageError("--html, --markdown, --latex and --csv need different files")
+            raise UsageError("--html, --markdown, --latex and --csv name the same file twice; give each its own")
         options: dict[str, Any] = {"title": self.title, "question": self.question, "baseline": self.baseline}
         options |= {"blocks": self.blocks, "contrasts": self.contrast}
         if any(path.suffix.lower() == ".csv" for path in self.runs):
             comparison = self._of_sheets(options)
         elif self.higher or self.lower:
-            raise UsageError("--higher and --lower are of columns in CSV files")
+            raise UsageError("--higher and --lower name columns of CSV files; these are folders of runs")
         else:
             found, flagged = collect.read(self.runs)
             options |= {"factor": self.factor, "by": self.by or PANELS, "metric": self.metric or "accuracy"}
@@ -235,9 +237,9 @@ class Compare:
         from orthokit.lab.comparison.sheet import compare_lines
 
         if others := [path for path in self.runs if path.suffix.lower() != ".csv"]:
-            raise UsageError(f"{others[0]} is no CSV file; give CSV files, or folders of runs, not both at once")
+            raise UsageError(f"{others[0]} is not a CSV file; give CSV files or folders of runs, not both at once")
         if self.factor != ("regularizer",) or self.anyway:
-            raise UsageError("--factor and --anyway are of runs with recipes; in CSV files the column arm says what an arm is")
+            raise UsageError("--factor and --anyway are of runs with recipes; in a CSV file the column arm says what an arm is")
         options |= {"by": self.by, "metric": self.metric, "higher": self.higher, "lower": self.lower}
         return compare_lines(self.runs, **options)
 
@@ -246,29 +248,29 @@ class Compare:
 class Power:
     """Tell how many seeds a gain needs, or which gain some seeds resolve.
 
-    Two-sided Welch t-test. With --comparisons N the level is divided by N (Holm's worst case). Without --sd, the standard
-    deviation is taken from runs that are there: the median over the networks below --like.
+    Two-sided Welch t-test. With --comparisons N the level is divided by N (Holm's worst case). Without --sd the standard
+    deviation is the median over the networks in --like.
     """
 
     sd: float | None = None
-    """Standard deviation of an arm's results from seed to seed, in the unit of the effect."""
+    """Standard deviation of one arm's results from seed to seed, in the unit of --effect."""
     like: tuple[Path, ...] = ()
-    """Folders of runs or of studies' results, or CSV files, whose runs vary as the planned ones will; results by default."""
+    """Folders of runs, the folder results, or CSV files, with runs that vary as yours will; results by default."""
     metric: str | None = None
-    """Of --like: test accuracy by default, or the first column with numbers."""
+    """Metric in --like: test accuracy by default; in CSV files the first column with numbers."""
     effect: float | None = None
-    """Gain to be resolved, such as 0.3 (points of accuracy)."""
+    """Gain to resolve, such as 0.3 (points of accuracy)."""
     seeds: int | None = None
-    """Seeds an arm; with --effect: the chance that they resolve it."""
+    """Seeds of each arm. With --effect the command prints the chance that they resolve it."""
     comparisons: int = 1
-    """Arms that are compared with the baseline, times panels."""
+    """How many tests there will be: arms beside the baseline, times panels."""
     chance: float = 0.8
-    """Probability with which a real gain is to be resolved."""
+    """Probability of resolving a real gain."""
     alpha: float = 0.05
-    """Risk of a wrong verdict among all comparisons."""
+    """Risk of one wrong verdict or more among all tests."""
 
     def _typical(self, console: Console) -> float:
-        """A standard deviation of runs that are there."""
+        """The standard deviation from seed to seed, measured on runs that exist."""
         from orthokit.lab.comparison.spread import spreads, typical
 
         paths = self.like or (Path("results"),)
@@ -288,7 +290,7 @@ class Power:
         return sd
 
     def run(self, console: Console) -> None:
-        with needing("this needs"):
+        with needing("power needs"):
             from orthokit.lab.comparison.inference import detectable, power, seeds_needed
         family: dict[str, Any] = {"comparisons": self.comparisons, "alpha": self.alpha}
 
@@ -322,27 +324,27 @@ class Power:
 class Study:
     """Train, evaluate and compare what one file says.
 
-    Where its file has [tune], strengths are chosen by validation accuracy first. What is kept of runs goes to RESULTS/ledger,
-    tables and figures to RESULTS/STUDY. Started again it goes on; with nothing left to do it only draws. Exit status 4 where a
-    run or an evaluation failed or is missing; the others are done and compared all the same.
+    With [tune] in the file, strengths are chosen by validation accuracy first. A record of each run goes to RESULTS/ledger,
+    tables and figures go to RESULTS/NAME. Start the command again after an interruption: it goes on. With nothing left to do it
+    draws the results again. Exit status 4 if a run or an evaluation failed or is missing; all others are compared.
     """
 
     file: tyro.conf.Positional[Path]
-    """A TOML file: arms, networks, seeds and what to evaluate (see the guide)."""
+    """TOML file with arms, networks, seeds and what to evaluate; see studies/nano.toml, and the page on the lab."""
     results: Path = Path("results")
-    """Folder of the results of studies."""
+    """Folder of the ledger and of all studies' tables."""
     html: Path | None = None
-    """Also write a page with every table and figure."""
+    """Write a page with every table and figure into this file, too."""
     csv: Path | None = None
-    """Also write the numbers as CSV."""
+    """Write all numbers as CSV into this file, too."""
     latex: Path | None = None
-    """Also write the tables for LaTeX."""
+    """Write the tables as LaTeX into this file, too."""
     no_train: bool = False
-    """Only tell what is left to do, keep what another process has finished, and draw what is there."""
+    """Train nothing: show what is left to do, record finished runs, and draw the results so far."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
 
     def run(self, console: Console) -> int:
-        with needing("studies need"):
+        with needing("study needs"):
             from orthokit.lab import study
             from orthokit.lab.reporting import markup, page, tables
             from orthokit.lab.reporting.terminal import Shown

@@ -19,41 +19,42 @@ __all__ = ["Demo", "Machine", "Sweep", "Train"]
 
 
 MOST_THREADS = 1024
-"""Of one process; far more make OpenMP fail as it starts them."""
+"""Threads of one process. OpenMP fails to start when asked for far more."""
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Train a small network with and without penalties, and draw them.
+    """Train a small network with and without penalties, and draw both.
 
-    Under two minutes on two cores. Nothing is downloaded: the digits come with scikit-learn. Interrupted, it goes on.
+    It takes about two minutes on two idle cores and downloads nothing: the digits come with scikit-learn. Start the command again
+    after an interruption: it goes on.
     """
 
     data: Literal["digits", "cifar10"] = "digits"
     """Handwritten digits (240 training images, 8x8), or CIFAR-10 (5,000 training images, 16x16) from --root."""
     root: Path | None = None
-    """The folder cifar-10-batches-py of CIFAR-10's python version, or the one that holds it."""
+    """With --data cifar10: the folder cifar-10-batches-py of CIFAR-10's python version, or the folder above it."""
     seeds: int = 4
-    """Runs of each arm."""
+    """Runs of each arm, that is of each penalty and of none."""
     epochs: int | None = None
-    """Passes over the training images; 20 of digits, 8 of cifar10."""
+    """Passes over the training images; 20 by default, 8 with cifar10."""
     workers: int | None = None
-    """Processes, one core each; all cores by default."""
+    """Processes, each on one core; by default as many as there are cores."""
     out: Path = Path("orthokit-demo")
-    """Folder for the picture and the runs."""
+    """Folder of the picture and the runs."""
 
     def run(self, console: Console) -> int:
         check_positive(self, "seeds", "epochs", "workers")
         if (self.data == "cifar10") != (self.root is not None):
             raise UsageError("--data cifar10 and --root DIR go together")
-        with needing("the demo needs"):
+        with needing("demo needs"):
             from orthokit.lab import demo
 
             arms = demo.runs(self.data, self.seeds, self.epochs, self.out)
             workers = min(self.workers or os.cpu_count() or 1, len(arms) * self.seeds)
             failed = sum(status != 0 for status in demo.train_all(arms, self.root or Path("data"), workers, console))
         if failed:
-            raise UsageError(f"{failed} runs of the demo failed; the same command tries them again")
+            raise UsageError(f"{failed} runs of the demo failed; start the same command to try them again")
         demo.show(arms, self.out, console)
         return 0
 
@@ -63,25 +64,25 @@ class Machine:
     """Where images and runs are, and what computes."""
 
     root: Path = Path("data")
-    """Folder of the images: CIFAR as published, archive or unpacked, python or binary version."""
+    """Folder of the images: CIFAR's published archive (python or binary version), or the folder inside it."""
     download: bool = False
-    """Fetch the official archive into --root if it is not there."""
+    """Download CIFAR's official archive into --root unless it is there."""
     out: Path = Path("runs")
-    """Folder of the runs: OUT/NAME/SEED, and OUT/FILE/NAME/SEED of sweeps and studies."""
+    """Folder of the runs: OUT/NAME/SEED; for sweeps and studies OUT/FILE/NAME/SEED."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """What to compute on."""
     jobs: int | None = None
-    """Runs at a time; by default one a core, or --jobs-per-device on each GPU."""
+    """Runs at the same time; by default one on each core, or --jobs-per-device on each GPU."""
     jobs_per_device: int = 1
-    """Runs at a time on each GPU."""
+    """Runs at the same time on each GPU."""
     threads: int | None = None
-    """Threads of each run on the CPU; by default 1 where there are several runs, else all cores."""
+    """CPU threads of each run; by default 1 for several runs, all cores for a single one."""
     backend: Literal["local", "ray"] = "local"
-    """Where several runs go: this machine, or a Ray cluster (extra 'ray') that shares the folders."""
+    """Where several runs compute: here, or on a Ray cluster that shares the folders (extra 'ray')."""
     address: str | None = None
-    """With --backend ray: the cluster, e.g. auto; a local one is started by default."""
+    """With --backend ray: address of the cluster, or auto; by default a local cluster is started."""
     log: Literal["tensorboard", "wandb", "csv"] | None = None
-    """Where the metrics of each epoch also go: TensorBoard, Weights & Biases, or a CSV file; in the folder of each run."""
+    """Write each epoch's metrics for TensorBoard, for Weights & Biases, or as CSV, too; in the folder of each run."""
 
     def __post_init__(self) -> None:
         check_positive(self, "jobs", "jobs_per_device", "threads")
@@ -91,7 +92,7 @@ class Machine:
             raise UsageError("--address does nothing without --backend ray")
 
     def foretell(self, runs: "Sequence[Run]", console: Console, *, jobs: int = 1, threads: int | None = None) -> None:
-        """Say about how long ``runs`` will take, and what they leave on the disk; nothing where they compute elsewhere."""
+        """Print about how long ``runs`` will take, and how much disk they need; nothing if another machine computes them."""
         from orthokit.lab.runs.run import SERVES
         from orthokit.lab.training.estimate import estimate
 
@@ -103,7 +104,7 @@ class Machine:
             say(console, found.text(len(left), jobs, self.out), "dim")
 
     def run_all(self, runs: "Sequence[Run]", console: Console, *, test: bool = True) -> int:
-        """Do what is left of ``runs``, each in a process of its own; exit status 4 if any failed. ``test``: show test results."""
+        """Train what is left of ``runs``, each in its own process; exit status 4 if any failed. ``test``: show test results."""
         from orthokit.lab.recipes.recipe import check_all
         from orthokit.lab.runs.launch import Pool, run_all
         from orthokit.lab.runs.logs import Log
@@ -138,39 +139,39 @@ class Machine:
 
 @dataclass(frozen=True)
 class Train:
-    """Train what recipes say, such as nano+digits+strict.
+    """Train networks from recipes, such as nano+digits+strict.
 
-    A run that was interrupted goes on where it was; a finished one is not repeated. Under torchrun one run after another, on all
-    its processes; else several runs share the machine. Exit status: 3 where a run diverged, 4 where one of several failed, 130
-    after Ctrl-C.
+    An interrupted run goes on where it stopped; a finished run is not repeated. Several runs share the machine; under torchrun
+    each run uses all processes, one run after another. Exit status 3 if a run diverged, 4 if one of several failed, 130 after
+    Ctrl-C.
     """
 
     recipes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE...")]
-    """Parts joined by +, such as nano+cifar10+strict (orthokit list recipes shows them), or TOML files of your own."""
+    """Parts joined by +, such as nano+cifar10+strict, or TOML files of your own. orthokit list recipes shows all parts."""
     seeds: Annotated[tuple[tuple[int, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="SEED...")] = ()
-    """A run for each; 0 by default."""
+    """Train one run for each of these numbers; 0 by default."""
     set: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE...")] = ()
-    """Keys of the recipe to set, such as train.epochs=10 regularizer.strength=0.03."""
+    """Change keys of the recipe, such as train.epochs=10 regularizer.strength=0.03."""
     name: str | None = None
-    """Folder of the runs below --out, for a single recipe; by default what RECIPE and --set say."""
+    """Name of the folder in --out, for a single recipe; by default RECIPE and --set."""
     code: tuple[Path, ...] = ()
-    """Folders of the modules that recipes call module:function; by default those of the recipes."""
+    """Folders of modules that a recipe names as module:function; by default the folder of the recipe."""
     devices: int = 1
-    """Processes that share a run, one a device."""
+    """Processes that share one run, each on its own device."""
     strategy: str = "auto"
-    """How they share it, a name of Lightning Fabric's."""
+    """How processes share a run: a strategy of Lightning Fabric."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
 
     def run(self, console: Console) -> int:
         if not self.recipes:
-            raise UsageError("name a recipe, such as nano+digits+strict; orthokit list recipes shows what they are made of")
+            raise UsageError("name a recipe, such as nano+digits+strict; orthokit list recipes shows all parts")
         if self.name is not None and len(self.recipes) > 1:
-            raise UsageError("--name is for a single recipe")
+            raise UsageError("--name is for a single recipe; several get the names of their recipes")
         if self.name is not None and (self.name != Path(self.name).name or self.name in ("", ".", "..") or "\0" in self.name):
             raise UsageError(f"--name is a folder below --out, without slashes; got {self.name!r}")
         check_positive(self, "devices")
         seeds = [seed for given in self.seeds for seed in given] if self.seeds else [0]
-        with needing("training needs"):
+        with needing("train needs"):
             from orthokit.lab.recipes.compose import label, load, name_of
             from orthokit.lab.runs.logs import Log
             from orthokit.lab.runs.progress import Display
@@ -183,11 +184,11 @@ class Train:
         machine, settings = self.machine, [setting for given in self.set for setting in given]
         loaded = {self.name or name_of(each) + label(settings): load(each, settings, self.code) for each in self.recipes}
         if len(loaded) < len(self.recipes):
-            raise UsageError("two recipes of one name would share a folder; train them apart, with --name")
+            raise UsageError("two recipes of one name would share a folder; train each by itself, with --name")
         runs = [Run(recipe, seed, machine.out / name / str(seed)) for name, recipe in loaded.items() for seed in seeds]
         if len(runs) > 1 and "WORLD_SIZE" not in os.environ:
             if self.devices > 1:
-                raise UsageError("--devices shares one run among processes; several runs in turn on all of them: use torchrun")
+                raise UsageError("--devices needs a single run; for several runs, each on all devices, use torchrun")
             return machine.run_all(runs, console)
         hardware = Hardware(device=machine.device, devices=self.devices, strategy=self.strategy, threads=machine.threads)
         if self.devices == 1 and "WORLD_SIZE" not in os.environ:
@@ -204,17 +205,18 @@ class Train:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Try strengths or other settings; choose by validation accuracy.
+    """Try strengths or other settings, and choose by validation accuracy.
 
-    A grid or a search. Started again it repeats nothing. Exit status 4 where a run failed; the others are done all the same.
+    The file has a [grid] or a [search]. Start the command again after an interruption: no finished run is repeated. Exit status 4
+    if a run failed; all others are trained.
     """
 
     file: tyro.conf.Positional[Path]
-    """A TOML file: recipes, seeds, and [grid] or [search] (see the guide)."""
+    """TOML file with recipes, seeds, and [grid] or [search]; see sweeps/strength.toml, and the page on the lab."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
 
     def run(self, console: Console) -> int:
-        with needing("training needs"):
+        with needing("sweep needs"):
             from orthokit.lab import sweep
         out = self.machine.out
         points, status = sweep.run(self.file, out, lambda runs: self.machine.run_all(runs, console, test=False))

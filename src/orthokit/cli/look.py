@@ -38,15 +38,15 @@ __all__ = ["List", "Plan", "Relaxation", "Report"]
 class List:
     """List the penalties and their papers.
 
-    With a NAME all about that penalty; with ``recipes`` the parts that recipes are made of.
+    With the NAME of a penalty: its card. With recipes: all parts of which recipes are made.
     """
 
     name: tyro.conf.Positional[str | None] = None
-    """A penalty, in any case: so, srip, disentangled, ...; or recipes."""
+    """A penalty (so, srip, disentangled, ...; capitals do not matter), or recipes."""
 
     def run(self, console: Console) -> None:
         if self.name == "recipes":
-            with needing("recipes need"):
+            with needing("list recipes needs"):
                 from orthokit.lab.recipes.compose import overview
             say(console, overview())
             return
@@ -67,7 +67,7 @@ class List:
         console.print("What we recommend:")
         console.print(Markdown(cards.read("recommended")))
         console.print(
-            "orthokit list NAME has all about one. To begin: orthokit.Regularizer(model, orthokit.Disentangled(), strength=0.1)"
+            "orthokit list NAME shows one penalty. To begin: orthokit.Regularizer(model, orthokit.Disentangled(), strength=0.1)"
         )
 
 
@@ -75,16 +75,17 @@ class List:
 class Report:
     """Show how orthogonal each layer of a saved network is.
 
-    In figures and a word; several networks stand side by side. With --fail-if the command is a gate: exit status 1 where a layer
-    meets a condition.
+    Each layer gets figures and a word; several networks are shown side by side. With --fail-if the command is a gate: exit status
+    1 if a layer meets a condition.
     """
 
     checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT...")]
-    """Files with a state dict (.pt, .pth, .bin, .ckpt, .safetensors), or folders of such. Nothing in them is executed."""
+    """Saved networks: .pt, .pth, .bin, .ckpt or .safetensors, or a folder of parts. No code in them is executed."""
     model: str | None = None
-    """Their architecture: torchvision:NAME, timm:NAME, module:function (imported: code runs), or a folder with config.json."""
+    """Architecture of the checkpoints: torchvision:NAME, timm:NAME, module:function (imported: its code runs), or a folder with
+    config.json."""
     key: str | None = None
-    """Which network, where there are several in a file; also the beginning of its entries' names."""
+    """Which network to read where a file holds several: its name, or how the names of its weights begin."""
     format: Format = "table"
     """What to print."""
     layers: tuple[str, ...] = ("*",)
@@ -92,36 +93,36 @@ class Report:
     where: str | None = None
     """Only layers of this kind, e.g. 'convs & ~tall'."""
     exclude: tuple[str, ...] = ()
-    """Not layers whose name matches one of these patterns, e.g. 'fc' 'head*'."""
+    """Leave out layers whose name matches one of these patterns, e.g. 'fc' 'head*'."""
     sort: str | None = None
-    """Largest values of this column first, e.g. max_cos; word: what to mend first."""
+    """Order by this column, largest values first, e.g. max_cos; word orders by what to mend first."""
     top: int | None = None
-    """Only so many rows; and pictures of so many layers on the page (12 by default)."""
+    """Show this many rows only. On the page of --html: draw this many layers (12 by default)."""
     no_spectrum: bool = False
-    """Leave out singular values, most of the work."""
+    """Leave out singular values, which are most of the work."""
     operator: int | None = None
-    """Each layer as an operator instead: exact singular values on square images of this size."""
+    """Show each layer as an operator instead: its exact singular values on square images of this size."""
     html: Path | None = None
-    """Also write a page with pictures into this file; needs the extra 'lab'."""
+    """Write a page with pictures into this file, too (extra 'lab')."""
     picture: Path | None = None
-    """Also draw cosines and singular values into this file (.png, .svg, .pdf)."""
+    """Draw cosines and singular values into this file, too (.png, .svg, .pdf; extra 'lab')."""
     fail_if: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A condition on a layer's columns, e.g. "copies > 0" or "max_cos > .95 and o <= n"; may be given again."""
+    """Condition on a layer's columns, e.g. "copies > 0" or "max_cos > .95 and o <= n". The option may be repeated."""
     annotations: Literal["github"] | None = None
-    """Say failures in the way GitHub shows beside a change, too."""
+    """Print failures in GitHub's format, too, which GitHub shows beside a change."""
     junit: Path | None = None
-    """Write failures into this file, in the XML that test runners use, too."""
+    """Write failures as JUnit XML into this file, too."""
 
     def run(self, console: Console) -> int:
         check_positive(self, "top", "operator")
         if not self.checkpoints:
             raise UsageError("name a checkpoint, such as model.safetensors")
         if (self.annotations or self.junit) and not self.fail_if:
-            raise UsageError("--annotations and --junit go with --fail-if")
+            raise UsageError("--annotations and --junit need --fail-if")
         if self.fail_if and len(self.checkpoints) > 1:
-            raise UsageError("--fail-if judges one checkpoint at a time")
+            raise UsageError("--fail-if needs a single checkpoint; run the command once for each")
         if len(self.checkpoints) > 1 and (self.sort is not None or (self.top is not None and self.html is None)):
-            raise UsageError("--sort and --top order the layers of one checkpoint; several stay in the order of their layers")
+            raise UsageError("--sort and --top need a single checkpoint; several are shown in the order of their layers")
         where, like, paths = self._where(), _architecture(self.model), _names(self.checkpoints)
         if self.operator is not None:
             self._refuse_beside_operator()
@@ -131,7 +132,7 @@ class Report:
         conditions = [Condition(text, COLUMNS) for text in self.fail_if]
         unmeasured = [name for condition in conditions for name in condition.names if name in SPECTRAL]
         if self.no_spectrum and unmeasured:
-            raise UsageError(f"--no-spectrum leaves out {', '.join(unmeasured)}, which --fail-if asks of; drop one of the two")
+            raise UsageError(f"--no-spectrum leaves out {', '.join(unmeasured)}, which --fail-if needs; drop one of the two")
         reports = {
             name: ok.report(path, where=where, spectrum=not self.no_spectrum, track=_track(name), like=like, key=self.key)
             for name, path in paths.items()
@@ -167,13 +168,13 @@ class Report:
         return where & ~ok.matching(*self.exclude) if self.exclude else where
 
     def _refuse_beside_operator(self) -> None:
-        """Options that would do nothing: above all a gate must not pass without having judged."""
+        """Refuse options that would do nothing: above all, a gate must not pass without a test."""
         for name in ("fail_if", "sort", "top", "html", "picture", "no_spectrum"):
             if getattr(self, name) not in (None, (), False):
                 raise UsageError(f"--{name.replace('_', '-')} is of the layers' filters; it does not go with --operator")
 
     def _judge(self, report: "ok.Report", conditions: list[Condition]) -> int:
-        """Exit status 1 where a layer meets a condition; failures go to stderr, and to where else they are wanted."""
+        """The exit status, 1 if a layer meets a condition. Failures go to stderr, and to the file or format asked for."""
         errors = Console(stderr=True, soft_wrap=True)
         failures = [
             (printable(row["layer"]), printable(condition.text), why)
@@ -198,7 +199,7 @@ class Report:
 
 
 def _junit(report: "ok.Report", conditions: list[Condition]) -> str:
-    """A test case for each layer and condition, as JUnit's XML."""
+    """JUnit XML with a test case for each layer and condition."""
     failed = sum(bool(condition.failure(row)) for condition in conditions for row in report.rows)
     count = len(conditions) * len(report.rows)
     suite = ElementTree.Element("testsuite", name=printable(report.title), tests=str(count), failures=str(failed), errors="0")
@@ -211,7 +212,7 @@ def _junit(report: "ok.Report", conditions: list[Condition]) -> str:
 
 
 def _names(paths: Sequence[Path]) -> dict[str, Path]:
-    """Each file by the least of its path that tells it from the others."""
+    """A name for each file: the shortest end of its path that no other file has."""
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("the same checkpoint is named twice")
     for parts in (1, 2, 3):
@@ -222,55 +223,57 @@ def _names(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _track(name: str) -> Callable[[Sequence[Layer]], Iterable[Layer]]:
-    """Shows on stderr how far a report is, where that is a terminal; gone when it is done."""
+    """A progress bar on stderr, if stderr is a terminal. The bar disappears at the end."""
     errors = Console(stderr=True)
     return lambda layers: track(layers, escape(name), console=errors, transient=True, disable=not errors.is_terminal)
 
 
 def _architecture(spec: str | None) -> nn.Module | None:
-    """The model that ``--model`` names; what is imported for it is said first."""
+    """The model that ``--model`` names. A line on stderr says first what is imported."""
     errors = Console(stderr=True, soft_wrap=True)
     return None if spec is None else build(spec, lambda text: errors.print(escape(text), style="dim", highlight=False))
 
 
 @dataclass(frozen=True)
 class Relaxation:
-    """How to choose each layer's transition dimension r; none of them is strict."""
+    """How to choose each layer's transition dimension r. Without an option every layer is strict."""
 
     feasible: bool = False
-    """r = min(o, n): only layers with more filters than weights per filter are relaxed."""
+    """r = min(o, n): relax tall layers only, those with more filters than weights per filter."""
     fraction: float | None = None
     """r = this fraction of min(o, n)."""
     share: float | None = None
-    """The r that leaves about this share of all pairs free."""
+    """Choose r so that about this share of all pairs of filters is free."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Show what a relaxation would ask of each layer of a saved network.
+    """Show what a relaxed penalty would ask of each layer.
 
-    With --data r is measured: the principal components that hold --energy of the variance of each layer's outputs.
+    The transition dimension r is chosen by --feasible, --fraction or --share. With --data it is measured: the number of principal
+    components that hold --energy of the variance of a layer's outputs.
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """A file with a state dict (.pt, .pth, .bin, .ckpt, .safetensors), or a folder of such. Nothing in it is executed."""
+    """A saved network: .pt, .pth, .bin, .ckpt or .safetensors, or a folder of parts. No code in it is executed."""
     model: str | None = None
-    """Its architecture: torchvision:NAME, timm:NAME, module:function (imported: code runs), or a folder with config.json."""
+    """Architecture of the checkpoint: torchvision:NAME, timm:NAME, module:function (imported: its code runs), or a folder with
+    config.json."""
     key: str | None = None
-    """Which network, where there are several in the file; also the beginning of its entries' names."""
+    """Which network to read where the file holds several: its name, or how the names of its weights begin."""
     relax: Annotated[Relaxation, tyro.conf.arg(name="")] = Relaxation()
     floor: int | None = None
-    """Never choose r below this (say, the classes of the data set) where the layer has room for it."""
+    """Smallest r, where a layer has room for it; for example the number of classes."""
     data: Literal["digits", "cifar10"] | None = None
-    """Measure r on the images the demo trains on; the checkpoint must be of its network (orthokit.lab.networks.resnet.ResNet)."""
+    """Measure r on the demo's training images. The checkpoint must hold a network of the demo or of orthokit train."""
     root: Path | None = None
-    """With --data cifar10: the folder cifar-10-batches-py of CIFAR-10's python version, or the one that holds it."""
+    """With --data cifar10: the folder cifar-10-batches-py of CIFAR-10's python version, or the folder above it."""
     energy: float | None = None
-    """With --data: share of the variance, 0.95 by default."""
+    """With --data: share of the variance to keep, 0.95 by default."""
     count: Literal["expected", "fewest"] = "expected"
-    """Which number of pairs form="pairs" leaves free."""
+    """How to count the pairs that form="pairs" leaves free; the fewest possible, or as many as expected."""
     linears: bool = False
-    """Linear layers too."""
+    """Show linear layers, too."""
     format: Format = "table"
     """What to print."""
 
@@ -302,7 +305,7 @@ class Plan:
         from orthokit.lab.networks.resnet import ResNet
 
         network = ResNet.from_checkpoint(saved)
-        with needing("the digits need"):
+        with needing("--data needs"):
             chosen = demo_images(self.root)()
         images = chosen.normalise(chosen.train.pixels)
         if (channels := network.conv.in_channels) != images.shape[1]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from orthokit.checks import check_choice, check_count, check_flag
+from orthokit.checks import check_choice, check_count, check_flag, install
 from orthokit.integrations.logs import measure
 from orthokit.integrations.optimizer import add_in_step, check_trained
 from orthokit.kernel import Kernel, KernelMeasure
@@ -30,7 +30,7 @@ else:
         except ModuleNotFoundError as error:
             if error.name != "pytorch_lightning":
                 raise
-            message = "OrthoCallback needs Lightning: pip install 'orthokit[lightning]'"
+            message = f"OrthoCallback needs Lightning: {install('lightning')}"
             raise ModuleNotFoundError(message, name="lightning") from None
 
 __all__ = ["OrthoCallback"]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from orthokit.checks import check_choice, check_count, check_flag
+from orthokit.checks import check_choice, check_count, check_flag, install
 from orthokit.integrations.logs import measure
 from orthokit.integrations.optimizer import attach
 from orthokit.kernel import Kernel, KernelMeasure
@@ -21,7 +21,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
-    message = "OrthoTrainerCallback needs transformers: pip install 'orthokit[transformers]'"
+    message = f"OrthoTrainerCallback needs transformers: {install('transformers')}"
     raise ModuleNotFoundError(message, name="transformers") from None
 
 

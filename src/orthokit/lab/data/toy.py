@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from orthokit.checks import install
 from orthokit.lab.data.cifar import Parts
 
 __all__ = ["PHOTOGRAPHS", "TOYS", "digits", "need", "patches", "synthetic"]
@@ -26,7 +27,7 @@ def need(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{what} needs {error.name}: pip install 'orthokit[lab]'", name=error.name) from None
+        raise ModuleNotFoundError(f"{what} needs {error.name}: {install('lab')}", name=error.name) from None
 
 
 def digits() -> Parts:

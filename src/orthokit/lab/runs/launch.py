@@ -25,6 +25,7 @@ import joblib
 import torch
 from rich.markup import escape
 
+from orthokit.checks import install
 from orthokit.lab.atomic import IDLE, part_of, remove_parts, write
 from orthokit.lab.runs.control import follow
 from orthokit.lab.runs.logs import Kind
@@ -293,7 +294,7 @@ def _remote(pool: Pool) -> Iterator[tuple[Any, int]]:
         import ray
         from ray.util.joblib import register_ray
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("--backend ray needs Ray: pip install 'orthokit[ray]'", name="ray") from None
+        raise ModuleNotFoundError(f"--backend ray needs Ray: {install('ray')}", name="ray") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's, on its own defaults
         ray.init(address=pool.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)

@@ -84,9 +84,9 @@ def run(
             missing = f"{len(work.left())} of {len(work.tuning)} tuning runs are missing"
             on_event(Event("empty", f"nothing is chosen yet: {missing}"))
             return Outcome(work, None, 4)
-        for choice in work.choices:
-            where = ", ".join(filter(None, [choice.panel, choice.arm]))
-            on_event(Event("chosen", f"chosen: {where}: strength = {choice.chosen.strength:g}"))
+    for choice in work.choices:
+        where = ", ".join(filter(None, [choice.panel, choice.arm]))
+        on_event(Event("chosen", f"chosen: {where}: strength = {choice.chosen.strength:g}"))
     status = _advance(work, train, measure, only_keep, on_event)
     try:
         return Outcome(work, work.comparison(), status)

@@ -22,6 +22,7 @@ START = 5.0
 """Seconds until a run's own process begins to train; a single run has none."""
 WEIGHTS = 4 / 2**20
 """MiB of a parameter."""
+BUSY = "training only, on an idle machine; longer on a busy one"
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class Estimate:
     mebibytes: float
 
     def text(self, runs: int, jobs: int, out: Path) -> str:
-        """One line: ``6 runs: about 2 min with 2 at a time, and 1 MB in runs``."""
+        """One line: ``6 runs: about 2 min with 2 at a time, and 1 MB in runs``, and what the time does not count."""
         jobs = min(jobs, runs)
         parts = [] if self.seconds is None else [_duration(self.seconds / jobs) + (f" with {jobs} at a time" if jobs > 1 else "")]
         parts.append(f"{max(1, round(self.mebibytes)):,} MB in {out}")
-        return f"{runs} run{'s' * (runs > 1)}: about {', and '.join(parts)}"
+        but = "" if self.seconds is None else f" ({BUSY})"
+        return f"{runs} run{'s' * (runs > 1)}: about {', and '.join(parts)}{but}"
 
 
 def estimate(
