@@ -1,25 +1,314 @@
-"""Closed-form gradients for penalties that depend on a Gram matrix only. No autograd graph is built.
+"""From the layers of a model to a penalty's values and gradients, in one way.
 
-The penalties are those with a rule: see :class:`orthokit.penalties.base.HasGramRule`.
+:meth:`Engine.read` sorts layers into stacks: parameters that are read alike, or kernels that are computed. Where the penalty has
+a rule of Gram matrices (:class:`orthokit.penalties.base.HasGramRule`), stacks are joined into batches, whose gradient is known in
+closed form: no graph is built, and large weights are not copied. The other stacks go through autograd.
+
+:func:`orthokit.gram.of_gram` does the same for one matrix that is part of somebody's graph.
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from orthokit.gram import GramRule, is_differentiated, outside_autocast
+from orthokit.advice import check_shape, named
+from orthokit.audit import check_places, edges_to
+from orthokit.checks import warn_once
+from orthokit.gram import GramRule, Side, is_by_rows, is_differentiated, is_finite, outside_autocast, upcast
+from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources
+from orthokit.layers import Layer
+from orthokit.penalties.base import Relaxes, gram_rule_of, is_squared
+from orthokit.wrappers import reshard
+
+__all__ = ["Computed", "Engine", "Plain", "Stack"]
 
 GRAMS = 2**21
 """Bytes of Gram matrices up to which they are worked on together, small enough for a core's cache."""
+STACKED = 2**21
+"""Bytes up to which weights of one form are copied into one tensor for autograd: small enough for a core's cache, large enough
+for products."""
 
 
 def large(device: torch.device) -> int:
     """Weights with at least this many elements are used in place; smaller ones are stacked."""
     return 2**14 if device.type == "cpu" else 2**19
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """How a weight is read, and the transition dimension that was chosen for its shape; the same object for equal ones."""
+
+    view: View
+    rank: int | None
+    shape: torch.Size | None
+
+
+class _Form(NamedTuple):
+    """What parameters have in common that can be stacked."""
+
+    reading: _Reading
+    size: torch.Size
+    trains: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """Layers of one form whose weights are parameters as they are."""
+
+    form: _Form
+    layers: list[Layer] = field(default_factory=list)
+    weights: list[nn.Parameter] = field(default_factory=list)
+
+    def part(self, which: slice) -> "Plain":
+        """Some of the layers."""
+        return Plain(self.form, self.layers[which], self.weights[which])
+
+    def split(self) -> Iterator["Plain"]:
+        """Stacks of at most :data:`STACKED` bytes, and of at least one layer."""
+        many = max(1, STACKED // max(1, self.form.size.numel() * self.form.dtype.itemsize))
+        yield from (self.part(slice(start, start + many)) for start in range(0, len(self.layers), many))
+
+    def joined(self) -> Tensor:
+        """The weights as one tensor, along a new first dimension."""
+        return torch.stack(tuple(self.weights)) if len(self.weights) > 1 else self.weights[0].unsqueeze(0)
+
+    def kernel(self, joined: Tensor | None = None) -> Kernel:
+        """The kernels as one, whose weights are ``joined``."""
+        reading = self.form.reading
+        return reading.view.kernel(self.joined() if joined is None else joined, reading.rank)
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """Layers whose kernels are computed from parameters, and have one layout."""
+
+    layers: list[Layer] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
+
+    def split(self) -> Iterator["Computed"]:
+        """The whole stack: its kernels exist already."""
+        yield self
+
+    def kernel(self) -> Kernel:
+        """The kernels as one."""
+        return Kernel.stack(self.kernels)
+
+
+Stack = Plain | Computed
+
+
+class Engine:
+    """Measures a penalty on layers of a model: values, and gradients by the parameters behind the weights.
+
+    Weights are read at every call, in float32 or better and outside autocast. Nothing is stored on the model.
+
+    Args:
+        model: the model; a layer that is no longer in its place there raises ``ValueError`` at the next call.
+        layers: layers of the model.
+        penalty: one value per leading dimension of a kernel.
+        scale: multiplies an unsquared penalty of each layer.
+        include_frozen: count layers that do not train.
+
+    Attributes:
+        ranks: the transition dimension of each layer by name, of a penalty that relaxes.
+        costs: multiplications that each layer's Gram matrix takes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        penalty: KernelMeasure,
+        *,
+        scale: Callable[[Kernel], float] | None = None,
+        include_frozen: bool = False,
+    ) -> None:
+        self.model, self.layers, self.penalty, self.scale, self.include_frozen = model, layers, penalty, scale, include_frozen
+        self.ranks: dict[str, int] = {}
+        self.costs: list[int] = []
+        self._shapes: list[torch.Size] = []
+        self._readings: list[_Reading | None] = []
+        self._rules: dict[tuple[_Reading, torch.Size], tuple[GramRule, Side] | None] = {}
+        self._edges = edges_to(model, layers)
+        readings: dict[tuple[View, int | None, torch.Size | None], _Reading] = {}
+        for layer in layers:
+            kernel = layer.kernel
+            if isinstance(penalty, Relaxes):
+                self.ranks[layer.name] = penalty.transition(kernel.o, kernel.n, layer.name)
+            view, rank = plain_view(layer.module, layer.weight), self.ranks.get(layer.name)
+            shape = getattr(plain_weight(layer.module, layer.weight), "shape", None)
+            self._shapes.append(kernel.weight.shape)
+            self._readings.append(None if view is None else readings.setdefault((view, rank, shape), _Reading(view, rank, shape)))
+            self.costs.append(kernel.groups * kernel.o * kernel.n * min(kernel.o, kernel.n))
+
+    def value(self, only: Collection[int] | None = None) -> Tensor:
+        """The sum over all layers, or over those at the indices ``only``; autograd knows its gradient."""
+        batches, stacks = self._sorted(self.read(only), by_rule=not torch.compiler.is_compiling())
+        values = [self.measure(stack).sum() for stack in stacks]
+        if batches:
+            weights = [weight for batch in batches for stack in batch.stacks for weight in stack.weights]
+            values.append(cast(Tensor, _Total.apply(self, batches, *weights)))  # type: ignore[no-untyped-call]
+        return add_up(values, self.layers[0].device)
+
+    def add_grads_(self, scale: float | Tensor, wanted: Collection[int] | None = None) -> Tensor:
+        """Add ``scale`` times the gradient to ``.grad`` of the parameters whose ``id`` is wanted, of all by default; the sum."""
+        batches, stacks = self._sorted(self.read())
+        values = []
+        for batch in batches:
+            measured = self.measure_batch(batch)
+            if batch.stacks[0].form.trains:
+                measured.add_grads_(scale, wanted)
+            values.append(measured.value)
+        values += [self._add_grads(stack, scale, wanted) for stack in stacks]
+        return add_up(values, self.layers[0].device)
+
+    @torch.enable_grad()
+    def _add_grads(self, stack: Stack, scale: float | Tensor, wanted: Collection[int] | None) -> Tensor:
+        """The same of one stack, by autograd."""
+        if isinstance(stack, Plain):
+            joined = stack.joined().detach().requires_grad_(stack.form.trains)  # one leaf instead of a graph of all weights
+            value = self.measure(stack, joined).sum()
+            parameters: Sequence[Tensor] = stack.weights
+            gradients: Sequence[Tensor] = torch.autograd.grad(value, joined)[0].unbind() if value.requires_grad else ()
+        else:
+            value = self.measure(stack).sum()
+            parameters = leaves(value)
+            gradients = torch.autograd.grad(value, parameters) if parameters else ()
+        if gradients:
+            add_grads_(parameters, gradients, scale, wanted)
+        return value.detach()
+
+    @torch.no_grad()
+    def per_layer(self) -> dict[str, float]:
+        """Each layer's value by name."""
+        values = {
+            layer.name: value
+            for whole in self.read()
+            for stack in whole.split()
+            for layer, value in zip(stack.layers, self.measure(stack).tolist(), strict=True)
+        }
+        return {layer.name: values[layer.name] for layer in self.layers if layer.name in values}
+
+    def read(self, only: Collection[int] | None = None) -> list[Stack]:
+        """The layers that count now, or those of them at the indices ``only``, in stacks.
+
+        Raises:
+            ValueError: a layer was replaced, removed, or resized though a transition dimension was chosen for its shape.
+        """
+        reshard(self.model)
+        if not torch.compiler.is_compiling():
+            self._check_places()
+        plain: dict[_Form, Plain] = {}
+        computed: dict[tuple[object, ...], Computed] = {}
+        for index, (layer, reading) in enumerate(zip(self.layers, self._readings, strict=True)):
+            if only is not None and index not in only:
+                continue
+            if reading is not None and (weight := plain_weight(layer.module, layer.weight)) is not None:
+                trains = weight.requires_grad
+                if trains or self.include_frozen:
+                    # A plain tuple hashes like a _Form and is cheaper to build.
+                    form = reading, weight.shape, trains, weight.dtype, weight.device
+                    if (stack := plain.get(cast(_Form, form))) is None:
+                        check_shape(layer, reading.rank, reading.shape, weight.shape)
+                        stack = plain[_Form(*form)] = Plain(_Form(*form))
+                    stack.layers.append(layer)
+                    stack.weights.append(weight)
+                continue
+            with torch.enable_grad():  # without it the kernel would not tell whether it trains
+                kernel = replace(layer.kernel, rank=self.ranks.get(layer.name))
+            check_shape(layer, kernel.rank, self._shapes[index], kernel.weight.shape)
+            trains = self.include_frozen or kernel.weight.requires_grad
+            # Only then: the compiler cannot follow a graph back to its parameters.
+            if trains or any(p.requires_grad for p in sources(layer.module, layer.weight, kernel)):
+                alike = computed.setdefault(kernel.layout, Computed())
+                alike.layers.append(layer)
+                alike.kernels.append(kernel)
+        if not (plain or computed or only is not None):
+            warn_once(f"all {len(self.layers)} selected layers are frozen now, so the penalty is 0; see include_frozen")
+        return [*plain.values(), *computed.values()]
+
+    def _check_places(self) -> None:
+        for entries, name, module in self._edges:
+            if entries.get(name) is not module:
+                check_places(self.model, self.layers)
+                self._edges = edges_to(self.model, self.layers)  # something harmless, such as torch.compile of a part
+                return
+
+    def _sorted(self, stacks: Iterable[Stack], *, by_rule: bool = True) -> tuple[list["Batch"], list[Stack]]:
+        """Stacks for which the penalty is a rule, joined into batches; and the others."""
+        batches: list[Batch] = []
+        others: list[Stack] = []
+        for stack in stacks:
+            batch = self._batch(stack) if by_rule and isinstance(stack, Plain) else None
+            if batch is None:
+                others += stack.split()
+            else:
+                batches.append(batch)
+        return list(in_batches(batches)), others
+
+    def _batch(self, stack: Plain) -> "Batch | None":
+        form, view = stack.form, stack.form.reading.view
+        groups, o, n = view.size(form.size)
+        key = form.reading, form.size
+        if key not in self._rules:
+            is_adjoint = view.transposed and bool(view.stride)
+            self._rules[key] = None if is_adjoint else gram_rule_of(self.penalty, o, n, form.reading.rank)
+        if (found := self._rules[key]) is None or form.dtype.itemsize < 4:
+            return None
+        rule, side = found
+        rows = is_by_rows((o, n), side)
+        scale = self._factor(groups, stack.part(slice(1)).kernel)
+        # The filters of a matrix that is stored the other way round are its columns.
+        return Batch([stack], groups, o if rows else n, rule, rows != view.transposed, scale)
+
+    def measure(self, stack: Stack, joined: Tensor | None = None) -> Tensor:
+        """The value of each layer of a stack, whose weights are ``joined``, by the penalty itself.
+
+        Raises:
+            FloatingPointError: a weight is NaN or infinite; the message names the layers.
+            ValueError: the penalty returns something else than one value per leading dimension.
+        """
+        kernel = stack.kernel(joined) if isinstance(stack, Plain) else stack.kernel()
+        if kernel.weight.dtype.itemsize < 4:
+            kernel = replace(kernel, weight=upcast(kernel.weight))
+        try:
+            with outside_autocast(kernel.weight.device):  # Note [full precision]
+                values = self.penalty(kernel)
+            if not isinstance(values, Tensor) or values.shape != kernel.leading:
+                got = tuple(values.shape) if isinstance(values, Tensor) else repr(values)
+                wanted = f"one value per leading dimension of the kernel, {tuple(kernel.leading)}"
+                raise ValueError(f"{self.penalty!r} must return {wanted}; got {got}")
+            if not is_finite(values):
+                raise FloatingPointError(f"{self.penalty!r} is not finite")
+        except FloatingPointError as error:
+            raise named(stack.layers, error) from None
+        values = values.flatten(1)
+        factor = self._factor(values.shape[-1], lambda: kernel)
+        return values.sum(-1) if factor == 1 else values.sum(-1) * factor
+
+    def measure_batch(self, batch: "Batch") -> "Measured":
+        """The sum over a batch, in closed form; raises as :meth:`measure`."""
+        measured = batch.measure()
+        if not is_finite(measured.value):
+            self.sum_by_autograd([batch])  # says which layer it is
+        return measured
+
+    def sum_by_autograd(self, batches: Iterable["Batch"]) -> Tensor:
+        """The sum over batches by operations that can be differentiated twice."""
+        values = [self.measure(stack).sum() for batch in batches for whole in batch.stacks for stack in whole.split()]
+        return add_up(values, values[0].device)
+
+    def _factor(self, groups: int, kernel: Callable[[], Kernel]) -> float:
+        """What the values of a layer in so many groups are multiplied with."""
+        if is_squared(self.penalty, otherwise=True):
+            return 1.0
+        return (float(self.scale(kernel())) if self.scale else 1.0) / float(groups**0.5)
 
 
 class _Piece(NamedTuple):
@@ -34,7 +323,7 @@ class _Piece(NamedTuple):
     matrix: Float[Tensor, "k o n"]
 
     def split(self, product: Float[Tensor, "k o n"]) -> list[Tensor]:
-        """What has the shape of the matrices, as tensors with the shape of the weights."""
+        """A product of the matrices' shape, as tensors with the shape of the weights."""
         if self.order is None:
             return list(product.view(-1, *self.weights[0].shape).unbind())
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
@@ -49,40 +338,28 @@ class _Piece(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Weights ``(groups * o, ...)`` whose Gram matrices are of one size and follow one rule.
+    """Stacks whose Gram matrices are of one size and follow one rule.
 
     Attributes:
-        parts: the weights; those of a part have one shape.
+        stacks: layers whose weights ``(groups * o, ...)`` are parameters as they are.
         groups: of each weight.
+        m: rows of a Gram matrix.
         rule: of the Gram matrices.
         by_rows: whether they are the rows', or the columns'.
         scale: multiplies value and gradient.
-        trains: whether a gradient is wanted.
     """
 
-    parts: Sequence[Sequence[Tensor]]
+    stacks: Sequence[Plain]
     groups: int
+    m: int
     rule: GramRule
     by_rows: bool
     scale: float
-    trains: bool = True
-
-    @property
-    def m(self) -> int:
-        """Rows of a Gram matrix."""
-        first = self.parts[0][0].shape
-        return first[0] // self.groups if self.by_rows else first[1:].numel()
-
-    @property
-    def layout(self) -> Hashable:
-        """What batches must have in common to be joined."""
-        first = self.parts[0][0]
-        return self.rule, self.by_rows, self.m, self.groups, self.scale, self.trains, first.dtype, first.device
 
     @torch.no_grad()
     def measure(self) -> "Measured":
         """The summed value of these weights, and its gradient."""
-        pieces = [piece for part in self.parts for piece in self._pieces(part)]
+        pieces = [piece for stack in self.stacks for piece in self._pieces(stack.weights)]
         matrices = [piece.matrix for piece in pieces]
         counts = [len(matrix) for matrix in matrices]
         products = matrices[0].new_empty(sum(counts), self.m, self.m)
@@ -109,21 +386,23 @@ def in_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The same weights in few batches, of at most :data:`GRAMS` bytes of Gram matrices each."""
     together: dict[Hashable, list[Batch]] = {}
     for batch in batches:
-        together.setdefault(batch.layout, []).append(batch)
-    for alike in together.values():
-        first = alike[0]
-        most = max(1, GRAMS // (first.groups * first.m**2 * first.parts[0][0].element_size()))
-        parts: list[Sequence[Tensor]] = []
+        alike = batch.groups, batch.m, batch.rule, batch.by_rows, batch.scale, *batch.stacks[0].form[2:]
+        together.setdefault(alike, []).append(batch)
+    for same in together.values():
+        first = same[0]
+        most = max(1, GRAMS // (first.groups * first.m**2 * first.stacks[0].form.dtype.itemsize))
+        stacks: list[Plain] = []
         room = most
-        for weights in [part for batch in alike for part in batch.parts]:
-            while weights:
-                parts.append(weights[:room])
-                weights, room = weights[room:], room - len(parts[-1])
+        for stack in [stack for batch in same for stack in batch.stacks]:
+            start = 0
+            while start < len(stack.weights):
+                stacks.append(stack.part(slice(start, start + room)))
+                start, room = start + room, room - len(stacks[-1].weights)
                 if not room:
-                    yield replace(first, parts=parts)
-                    parts, room = [], most
-        if parts:
-            yield replace(first, parts=parts)
+                    yield replace(first, stacks=stacks)
+                    stacks, room = [], most
+        if stacks:
+            yield replace(first, stacks=stacks)
 
 
 class Measured(NamedTuple):
@@ -162,46 +441,38 @@ class Measured(NamedTuple):
                 add_grads_(piece.weights, piece.split(torch.bmm(*factors)), scale, wanted)
 
 
-def total(batches: Sequence[Batch], measure: Callable[[Batch], Measured], again: Callable[[], Tensor]) -> Tensor:
-    """The sum of the batches' values, of which autograd knows the gradient by the weights.
-
-    Args:
-        batches: weights that follow a rule.
-        measure: gives the values.
-        again: gives the sum by way of operations that can be differentiated twice.
-    """
-    weights = [weight for batch in batches for part in batch.parts for weight in part]
-    value: Tensor = _Total.apply(batches, measure, again, *weights)  # type: ignore[no-untyped-call]
-    return value
-
-
 class _Total(torch.autograd.Function):
+    """The sum over batches, of which autograd knows the gradient by each of their weights."""
+
     @staticmethod
-    def forward(
-        ctx: Any, batches: Sequence[Batch], measure: Callable[[Batch], Measured], again: Callable[[], Tensor], *weights: Tensor
-    ) -> Tensor:
-        found = [measure(batch) for batch in batches]
-        ctx.again, ctx.weights = again, weights
-        ctx.shapes = [(each.batch, [(piece.weights, piece.order) for piece in each.pieces]) for each in found]
-        ctx.save_for_backward(*(tensor for each in found for tensor in (each.slope, *(piece.matrix for piece in each.pieces))))
-        return add_up([each.value for each in found])
+    def forward(ctx: Any, engine: Engine, batches: Sequence[Batch], *weights: Tensor) -> Tensor:
+        measured = [engine.measure_batch(batch) for batch in batches]
+        ctx.engine, ctx.weights = engine, weights
+        ctx.shapes = [(each.batch, [(piece.weights, piece.order) for piece in each.pieces]) for each in measured]
+        ctx.save_for_backward(*(tensor for each in measured for tensor in (each.slope, *(piece.matrix for piece in each.pieces))))
+        values = [each.value for each in measured]
+        return add_up(values, values[0].device)
 
     @staticmethod
     def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor | None, ...]:
         if is_differentiated():
-            of_weights = torch.autograd.grad(ctx.again(), ctx.weights, of_value, create_graph=True, allow_unused=True)
-            return None, None, None, *of_weights
-        gradients: list[Tensor] = []
+            trained = [weight for weight in ctx.weights if weight.requires_grad]
+            value = ctx.engine.sum_by_autograd(batch for batch, _ in ctx.shapes)
+            by_weight = iter(torch.autograd.grad(value, trained, of_value, create_graph=True))
+            return None, None, *(next(by_weight) if weight.requires_grad else None for weight in ctx.weights)
+        gradients: list[Tensor | None] = []
         saved = iter(ctx.saved_tensors)
         for batch, shapes in ctx.shapes:
             slope = next(saved)
             measured = Measured(batch, of_value, slope, [_Piece(weights, order, next(saved)) for weights, order in shapes])
             gradients += measured.gradients(of_value.to(slope.device))
-        return None, None, None, *gradients
+        return None, None, *gradients
 
 
-def add_up(values: Sequence[Tensor]) -> Tensor:
-    """The sum of scalars, on the device of the first."""
+def add_up(values: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The sum of scalars, on the device of the first; 0 on ``device`` where there are none."""
+    if not values:
+        return torch.zeros((), device=device)
     return torch.stack([value.to(values[0].device) for value in values]).sum()
 
 

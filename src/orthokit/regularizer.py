@@ -2,28 +2,25 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from orthokit.advice import check_shape, named, warn_of_long_filters
-from orthokit.audit import check_places, edges_to, warn_of_selection
+from orthokit.advice import named, warn_of_long_filters
+from orthokit.audit import warn_of_selection
 from orthokit.checks import check_count, check_flag, check_number, warn_once
-from orthokit.engine import Batch, Measured, add_grads_, add_up, in_batches, total
-from orthokit.gram import GramRule, Side, is_by_rows, is_finite, outside_autocast, upcast
+from orthokit.engine import Engine
 from orthokit.groups import param_groups
-from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources
-from orthokit.layers import Layer, Where, convs, select
+from orthokit.kernel import Kernel, KernelMeasure, sources
+from orthokit.layers import Where, convs, select
 from orthokit.penalties import PENALTIES
-from orthokit.penalties.base import HasNearest, Relaxes, gram_rule_of, is_squared
+from orthokit.penalties.base import HasNearest, is_squared
 from orthokit.schedules import Schedule, as_schedule, check_strength, constant
-from orthokit.wrappers import reshard
+
+__all__ = ["Regularizer", "sqrt_filters"]
 
 
 def sqrt_filters(kernel: Kernel) -> float:
@@ -33,69 +30,6 @@ def sqrt_filters(kernel: Kernel) -> float:
 
 MOST_STEPS = 2**53
 """Steps that a schedule can still tell apart as floating-point numbers."""
-STACKED = 2**21
-"""Bytes up to which weights of equal shape are copied into one stack: small enough for a core's cache, large enough for its
-products. A larger weight is read where it is."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Reading:
-    """How a weight is read, and the transition dimension that was chosen for its shape; the same object for equal ones."""
-
-    view: View
-    rank: int | None
-    shape: torch.Size | None
-
-
-class _Form(NamedTuple):
-    """What weights have in common that can be stacked: parameters as they are, read in one way."""
-
-    reading: _Reading
-    size: torch.Size
-    trains: bool
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def o(self) -> int:
-        """Filters per group."""
-        return self.reading.view.size(self.size)[1]
-
-    @property
-    def n(self) -> int:
-        """Weights per filter."""
-        return self.reading.view.size(self.size)[2]
-
-
-_Plain = dict[_Form, list[tuple[Layer, nn.Parameter]]]
-
-
-@dataclass(frozen=True, eq=False)
-class _Stack:
-    """Layers whose kernels have one layout.
-
-    Attributes:
-        layers: the layers.
-        weights: the parameters, where they are the weights as they are; else empty.
-        form: theirs.
-        computed: the kernels as one, where they are computed.
-    """
-
-    layers: list[Layer]
-    weights: list[Tensor] = field(default_factory=list)
-    form: _Form | None = None
-    computed: Kernel | None = None
-
-    def joined(self) -> Tensor:
-        """The weights as one tensor, along a new first dimension."""
-        return torch.stack(self.weights) if len(self.weights) > 1 else self.weights[0].unsqueeze(0)
-
-    def kernel(self, joined: Tensor | None = None) -> Kernel:
-        """The kernels as one, whose weights are ``joined``."""
-        if self.form is None:
-            return cast(Kernel, self.computed)
-        reading = self.form.reading
-        return reading.view.kernel(self.joined() if joined is None else joined, reading.rank)
 
 
 class Regularizer:
@@ -170,34 +104,13 @@ class Regularizer:
                 raise TypeError(f"scale must be a function Kernel -> float such as orthokit.sqrt_filters; got {scale!r}")
             for layer in self.layers:
                 check_number(f"scale of layer {layer.name!r}", scale(layer.kernel))
-        if scale is not None and self._squared:
+        if scale is not None and is_squared(penalty, otherwise=True):
             warn_once(f"scale= does nothing here: it applies to unsquared penalties, and {penalty!r} is squared")
-        self.ranks: dict[str, int] = {}
-        self._readings: list[_Reading | None] = []
-        self._rules: dict[tuple[_Reading, torch.Size], tuple[GramRule, Side] | None] = {}
-        self._shapes: list[torch.Size] = []
-        readings: dict[tuple[View, int | None, torch.Size | None], _Reading] = {}
-        self._costs: list[int] = []
-        zero: list[Layer] = []
-        for layer in self.layers:
-            kernel = layer.kernel
-            if isinstance(penalty, Relaxes):
-                self.ranks[layer.name] = penalty.transition(kernel.o, kernel.n, layer.name)
-            view, rank = plain_view(layer.module, layer.weight), self.ranks.get(layer.name)
-            self._shapes.append(kernel.weight.shape)
-            shape = getattr(plain_weight(layer.module, layer.weight), "shape", None)
-            self._readings.append(None if view is None else readings.setdefault((view, rank, shape), _Reading(view, rank, shape)))
-            self._costs.append(kernel.groups * kernel.o * kernel.n * min(kernel.o, kernel.n))
-            if not bool(kernel.weight.detach().any()):
-                zero.append(layer)
-        warn_of_selection(model, self.layers, zero)
-        self._edges = edges_to(model, self.layers)
+        self._engine = Engine(model, self.layers, penalty, scale=scale, include_frozen=include_frozen)
+        self.ranks = self._engine.ranks
+        warn_of_selection(model, self.layers, [layer for layer in self.layers if not layer.kernel.weight.detach().any()])
         _ = self.strength  # a schedule that gives no valid strength fails here
         warn_of_long_filters(penalty, self.schedule, self.layers, self.ranks)
-
-    @property
-    def _squared(self) -> bool:
-        return is_squared(self.penalty, otherwise=True)
 
     @property
     def strength(self) -> float:
@@ -215,18 +128,11 @@ class Regularizer:
         """
         strength = self._due() if torch.is_grad_enabled() else self.strength
         mine = self._share() if self.shard else None
-        closed, stacks = self._read(mine, apart=not torch.compiler.is_compiling()) if strength > 0 else ({}, ())
-        values = [self._measure(stack).sum() for stack in stacks]
-        if closed:
-            again = partial(self._by_autograd, closed)
-            values.append(total(self._batches(closed), self._measure_closed, again))
-        return strength * (1 if mine is None else dist.get_world_size()) * self._total(values)
+        value = self._engine.value(mine) if strength > 0 else self._nothing()
+        return strength * (1 if mine is None else dist.get_world_size()) * value
 
-    def _by_autograd(self, plain: _Plain) -> Tensor:
-        return add_up([self._measure(stack).sum() for stack in _stacked(plain)])
-
-    def _total(self, values: Sequence[Tensor]) -> Tensor:
-        return add_up(values) if values else torch.zeros((), device=self.layers[0].device)
+    def _nothing(self) -> Tensor:
+        return torch.zeros((), device=self.layers[0].device)
 
     def _due(self, key: str = "") -> float:
         """The strength of this call, counted under ``key``: 0 but for each ``every``-th, which makes up for the others."""
@@ -239,133 +145,25 @@ class Regularizer:
 
     def per_layer(self) -> dict[str, float]:
         """Each layer's penalty by name, before the strength; their sum times :attr:`strength` is what a call returns."""
-        with torch.no_grad():
-            found = {
-                layer.name: value
-                for stack in self._read()[1]
-                for layer, value in zip(stack.layers, self._measure(stack).tolist(), strict=True)
-            }
-        return {layer.name: found[layer.name] for layer in self.layers if layer.name in found}
+        return self._engine.per_layer()
 
     def _share(self) -> Collection[int] | None:
-        """Places of this rank's layers, dearest first each to the rank with the least to do; None where there are no ranks."""
+        """Indices of the layers that this process measures; None where there is only one process.
+
+        The dearest layer first, each goes to the process with the least to do.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return None
         for layer in self.layers:
             if any(hasattr(p, "full_tensor") for p in layer.module.parameters()):
                 raise TypeError(f"shard=True is for DistributedDataParallel; layer {layer.name!r} is sharded already")
         shares: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-        load = [0] * len(shares)
-        for place in sorted(range(len(self.layers)), key=lambda place: (-self._costs[place], place)):
-            rank = load.index(min(load))
-            shares[rank].append(place)
-            load[rank] += self._costs[place]
+        costs, load = self._engine.costs, [0] * len(shares)
+        for index in sorted(range(len(self.layers)), key=lambda index: (-costs[index], index)):
+            process = load.index(min(load))
+            shares[process].append(index)
+            load[process] += costs[index]
         return shares[dist.get_rank()]
-
-    def _read(self, mine: Collection[int] | None = None, *, apart: bool = False) -> tuple[_Plain, Iterable[_Stack]]:
-        """The layers, or those in the places ``mine``, that count now.
-
-        Returns:
-            The weights of those for which the penalty is a rule of Gram matrices, if they are asked for ``apart``; and stacks of
-            the others.
-        """
-        reshard(self.model)
-        if not torch.compiler.is_compiling():
-            self._check_places()
-        plain: _Plain = {}
-        computed: dict[tuple[object, ...], list[tuple[Layer, Kernel]]] = {}
-        for place, (layer, reading) in enumerate(zip(self.layers, self._readings, strict=True)):
-            if mine is not None and place not in mine:
-                continue
-            if reading is not None and (weight := plain_weight(layer.module, layer.weight)) is not None:
-                trains = weight.requires_grad
-                if trains or self.include_frozen:
-                    # A plain tuple hashes like a _Form and is cheaper to build.
-                    form = reading, weight.shape, trains, weight.dtype, weight.device
-                    if (members := plain.get(cast(_Form, form))) is None:
-                        check_shape(layer, reading.rank, reading.shape, weight.shape)
-                        members = plain[_Form(*form)] = []
-                    members.append((layer, weight))
-                continue
-            with torch.enable_grad():  # without it the kernel would not tell whether it trains
-                kernel = replace(layer.kernel, rank=self.ranks.get(layer.name))
-            check_shape(layer, kernel.rank, self._shapes[place], kernel.weight.shape)
-            trains = self.include_frozen or kernel.weight.requires_grad
-            # Only then: the compiler cannot follow a graph back to its parameters.
-            if trains or any(p.requires_grad for p in sources(layer.module, layer.weight, kernel)):
-                computed.setdefault(kernel.layout, []).append((layer, kernel))
-        if not (plain or computed or mine is not None):
-            warn_once(f"all {len(self.layers)} selected layers are frozen now, so the penalty is 0; see include_frozen")
-        closed = {form: members for form, members in plain.items() if apart and self._rule(form) is not None}
-        return closed, chain(
-            _stacked({form: members for form, members in plain.items() if form not in closed}),
-            (
-                _Stack([layer for layer, _ in members], computed=Kernel.stack([kernel for _, kernel in members]))
-                for members in computed.values()
-            ),
-        )
-
-    def _check_places(self) -> None:
-        for entries, name, module in self._edges:
-            if entries.get(name) is not module:
-                check_places(self.model, self.layers)
-                self._edges = edges_to(self.model, self.layers)  # something harmless, such as torch.compile of a part
-                return
-
-    def _rule(self, form: _Form) -> tuple[GramRule, Side] | None:
-        """The rule of Gram matrices that the penalty is on such weights, if it is one."""
-        key, (view, rank) = form[:2], (form.reading.view, form.reading.rank)
-        if key not in self._rules:
-            is_adjoint = view.transposed and bool(view.stride)
-            self._rules[key] = None if is_adjoint else gram_rule_of(self.penalty, form.o, form.n, rank)
-        return self._rules[key] if form.dtype.itemsize >= 4 else None
-
-    def _batches(self, closed: _Plain) -> list[Batch]:
-        """Weights for which the penalty is a rule, in batches."""
-        found = []
-        for form, members in closed.items():
-            rule, side = cast(tuple[GramRule, Side], self._rule(form))
-            weights: list[Tensor] = [weight for _, weight in members]
-            view = form.reading.view
-            scale = self._factor(view.groups, _Stack([members[0][0]], weights[:1], form).kernel)
-            # The filters of a matrix that is stored the other way round are its columns.
-            by_rows = is_by_rows((form.o, form.n), side) != view.transposed
-            found.append(Batch([weights], view.groups, rule, by_rows, scale, form.trains))
-        return list(in_batches(found))
-
-    def _measure_closed(self, batch: Batch) -> Measured:
-        measured = batch.measure()
-        if not is_finite(measured.value):
-            weights = {id(weight) for part in batch.parts for weight in part}
-            for stack in self._read()[1]:
-                if any(id(weight) in weights for weight in stack.weights):
-                    self._measure(stack)  # says which layer it is
-        return measured
-
-    def _measure(self, stack: _Stack, joined: Tensor | None = None) -> Tensor:
-        layers, kernel = stack.layers, stack.kernel(joined)
-        if kernel.weight.dtype.itemsize < 4:
-            kernel = replace(kernel, weight=upcast(kernel.weight))
-        try:
-            with outside_autocast(kernel.weight.device):  # Note [full precision]
-                values = self.penalty(kernel)
-            if not isinstance(values, Tensor) or values.shape != kernel.leading:
-                got = tuple(values.shape) if isinstance(values, Tensor) else repr(values)
-                wanted = f"one value per leading dimension of the kernel, {tuple(kernel.leading)}"
-                raise ValueError(f"{self.penalty!r} must return {wanted}; got {got}")
-            if not is_finite(values):
-                raise FloatingPointError(f"{self.penalty!r} is not finite")
-        except FloatingPointError as error:
-            raise named(layers, error) from None
-        values = values.flatten(1)
-        factor = self._factor(values.shape[-1], lambda: kernel)
-        return values.sum(-1) if factor == 1 else values.sum(-1) * factor
-
-    def _factor(self, groups: int, kernel: Callable[[], Kernel]) -> float:
-        """What the values of a layer in so many groups are multiplied with."""
-        if self._squared:
-            return 1.0
-        return (float(self.scale(kernel())) if self.scale else 1.0) / float(groups**0.5)
 
     def add_grad_(self, scale: float | Tensor = 1.0, *, only: Collection[Tensor] | None = None) -> Tensor:
         """Add the gradient of ``self()`` times ``scale`` to ``.grad`` of the parameters behind the kernels; return the value.
@@ -392,31 +190,8 @@ class Regularizer:
         elif scale.numel() != 1:
             raise ValueError(f"scale must be one number; got a tensor of shape {tuple(scale.shape)}")
         strength = self._due(self._first(wanted))
-        closed, stacks = self._read(apart=True) if strength > 0 else ({}, ())
-        values = []
-        for batch in self._batches(closed):
-            measured = self._measure_closed(batch)
-            if batch.trains:
-                measured.add_grads_(strength * scale, wanted)
-            values.append(measured.value)
-        values += [self._add_grad(stack, strength * scale, wanted) for stack in stacks]
-        return strength * self._total(values)
-
-    @torch.enable_grad()
-    def _add_grad(self, stack: _Stack, scale: float | Tensor, wanted: set[int] | None) -> Tensor:
-        """The same of one stack, by way of autograd."""
-        parameters: Sequence[Tensor] = stack.weights
-        if stack.form is not None:
-            joined = stack.joined().detach().requires_grad_(stack.form.trains)
-            value = self._measure(stack, joined).sum()
-            gradients: Sequence[Tensor] = torch.autograd.grad(value, joined)[0].unbind() if value.requires_grad else ()
-        else:
-            value = self._measure(stack).sum()
-            parameters = leaves(value)
-            gradients = torch.autograd.grad(value, parameters) if parameters else ()
-        if gradients:
-            add_grads_(parameters, gradients, scale, wanted)
-        return value.detach()
+        value = self._engine.add_grads_(strength * scale, wanted) if strength > 0 else self._nothing()
+        return strength * value
 
     def _first(self, wanted: set[int] | None) -> str:
         """Under which name calls for some of the parameters are counted: optimizers of one model step at their own pace."""
@@ -443,7 +218,7 @@ class Regularizer:
             able = ", ".join(kind.__name__ for kind in PENALTIES if issubclass(kind, HasNearest))
             raise TypeError(f"{self.penalty!r} does not know its nearest minimum in closed form; use one of {able}")
         moves = []
-        for stack in self._read()[1]:
+        for stack in (part for whole in self._engine.read() for part in whole.split()):
             try:
                 targets = self.penalty.nearest(stack.kernel())
             except FloatingPointError as error:
@@ -486,11 +261,3 @@ class Regularizer:
     def __repr__(self) -> str:
         strength = self.schedule.strength if isinstance(self.schedule, constant) else self.schedule
         return f"Regularizer({self.penalty!r}, strength={strength}, {len(self.layers)} layers)"
-
-
-def _stacked(plain: _Plain) -> Iterator[_Stack]:
-    for form, members in plain.items():
-        many = max(1, STACKED // max(1, form.size.numel() * form.dtype.itemsize))
-        for start in range(0, len(members), many):
-            some = members[start : start + many]
-            yield _Stack([layer for layer, _ in some], [weight for _, weight in some], form)

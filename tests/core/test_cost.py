@@ -63,7 +63,7 @@ def test_both_ways_give_what_each_layer_alone_gives(penalty):
 @pytest.mark.parametrize("size", [1, 2500, 2**40])
 def test_the_size_of_stacks_changes_nothing(size, monkeypatch):
     wanted = penalised(model(), "add_grad_", ok.Disentangled())
-    monkeypatch.setattr(regularizer, "STACKED", size)
+    monkeypatch.setattr(engine, "STACKED", size)
     value, found = penalised(model(), "add_grad_", ok.Disentangled())
     assert torch.allclose(value, wanted[0])
     assert all(torch.allclose(found[name], gradient, atol=1e-6) for name, gradient in wanted[1].items())
@@ -276,10 +276,10 @@ def test_shares_are_balanced(ranks, monkeypatch):
         monkeypatch.setattr(regularizer.dist, "get_rank", lambda rank=rank: rank)
         share = ortho._share()
         places += share
-        loads.append(sum(ortho._costs[place] for place in share))
+        loads.append(sum(ortho._engine.costs[place] for place in share))
         values.append(ortho().item())
     assert sorted(places) == list(range(len(ortho.layers)))
-    assert max(loads) - min(loads) <= max(ortho._costs)
+    assert max(loads) - min(loads) <= max(ortho._engine.costs)
     assert sum(values) / ranks == pytest.approx(sum(ortho.per_layer().values()), rel=1e-5)
 
 

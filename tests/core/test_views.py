@@ -253,7 +253,7 @@ def test_a_harmless_override_changes_nothing(layer):
     (chosen,) = ok.select(layer, lambda name, module: module is layer)
     assert chosen.kernel.weight.data_ptr() == layer.weight.data_ptr()
     ortho = ok.Regularizer(layer, ok.SO(), strength=1.0, where=lambda name, module: module is layer)
-    assert ortho._readings[0] is not None  # in closed form, as any other
+    assert ortho._engine._readings[0] is not None  # in closed form, as any other
     ortho.retract_()
     assert ok.report(layer, where=lambda name, module: module is layer).rows[0]["residual"] < 1e-5
     before["weight"] = layer.weight.detach()
