@@ -24,7 +24,7 @@ from orthokit.layers import Layer
 from orthokit.penalties.base import Relaxes, gram_rule_of, is_squared
 from orthokit.wrappers import reshard
 
-__all__ = ["Computed", "Engine", "Plain", "Stack"]
+__all__ = ["GRAMS", "STACKED", "Batch", "Computed", "Engine", "Measured", "Plain", "Stack", "large"]
 
 GRAMS = 2**21
 """Bytes of Gram matrices up to which they are worked on together, small enough for a core's cache."""
@@ -154,7 +154,7 @@ class Engine:
         if batches:
             weights = [weight for batch in batches for stack in batch.stacks for weight in stack.weights]
             values.append(cast(Tensor, _Total.apply(self, batches, *weights)))  # type: ignore[no-untyped-call]
-        return add_up(values, self.layers[0].device)
+        return _sum(values, self.layers[0].device)
 
     def add_grads_(self, scale: float | Tensor, wanted: Collection[int] | None = None) -> Tensor:
         """Add ``scale`` times the gradient to ``.grad`` of the parameters whose ``id`` is wanted, of all by default; the sum."""
@@ -166,7 +166,7 @@ class Engine:
                 measured.add_grads_(scale, wanted)
             values.append(measured.value)
         values += [self._add_grads(stack, scale, wanted) for stack in stacks]
-        return add_up(values, self.layers[0].device)
+        return _sum(values, self.layers[0].device)
 
     @torch.enable_grad()
     def _add_grads(self, stack: Stack, scale: float | Tensor, wanted: Collection[int] | None) -> Tensor:
@@ -181,7 +181,7 @@ class Engine:
             parameters = leaves(value)
             gradients = torch.autograd.grad(value, parameters) if parameters else ()
         if gradients:
-            add_grads_(parameters, gradients, scale, wanted)
+            _add_to_grads(parameters, gradients, scale, wanted)
         return value.detach()
 
     @torch.no_grad()
@@ -250,7 +250,7 @@ class Engine:
                 others += stack.split()
             else:
                 batches.append(batch)
-        return list(in_batches(batches)), others
+        return list(_joined(batches)), others
 
     def _batch(self, stack: Plain) -> "Batch | None":
         form, view = stack.form, stack.form.reading.view
@@ -302,7 +302,7 @@ class Engine:
     def sum_by_autograd(self, batches: Iterable["Batch"]) -> Tensor:
         """The sum over batches by operations that can be differentiated twice."""
         values = [self.measure(stack).sum() for batch in batches for whole in batch.stacks for stack in whole.split()]
-        return add_up(values, values[0].device)
+        return _sum(values, values[0].device)
 
     def _factor(self, groups: int, kernel: Callable[[], Kernel]) -> float:
         """What the values of a layer in so many groups are multiplied with."""
@@ -382,7 +382,7 @@ class Batch:
             yield _Piece(some, order, (torch.stack(tuple(ordered)) if len(some) > 1 else ordered[0]).reshape(shape))
 
 
-def in_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
+def _joined(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The same weights in few batches, of at most :data:`GRAMS` bytes of Gram matrices each."""
     together: dict[Hashable, list[Batch]] = {}
     for batch in batches:
@@ -434,11 +434,11 @@ class Measured(NamedTuple):
                 if wanted is not None and not any(id(weight) in wanted for weight in piece.weights):
                     continue
                 if len(piece.weights) == 1 and not isinstance(scale, Tensor):
-                    matrix = piece.as_matrix(grad_of(piece.weights[0]))
+                    matrix = piece.as_matrix(_grad_of(piece.weights[0]))
                     if matrix is not None:
                         matrix.baddbmm_(*factors, alpha=scale)
                         continue
-                add_grads_(piece.weights, piece.split(torch.bmm(*factors)), scale, wanted)
+                _add_to_grads(piece.weights, piece.split(torch.bmm(*factors)), scale, wanted)
 
 
 class _Total(torch.autograd.Function):
@@ -451,7 +451,7 @@ class _Total(torch.autograd.Function):
         ctx.shapes = [(each.batch, [(piece.weights, piece.order) for piece in each.pieces]) for each in measured]
         ctx.save_for_backward(*(tensor for each in measured for tensor in (each.slope, *(piece.matrix for piece in each.pieces))))
         values = [each.value for each in measured]
-        return add_up(values, values[0].device)
+        return _sum(values, values[0].device)
 
     @staticmethod
     def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor | None, ...]:
@@ -469,21 +469,21 @@ class _Total(torch.autograd.Function):
         return None, None, *gradients
 
 
-def add_up(values: Sequence[Tensor], device: torch.device) -> Tensor:
+def _sum(values: Sequence[Tensor], device: torch.device) -> Tensor:
     """The sum of scalars, on the device of the first; 0 on ``device`` where there are none."""
     if not values:
         return torch.zeros((), device=device)
     return torch.stack([value.to(values[0].device) for value in values]).sum()
 
 
-def add_grads_(
+def _add_to_grads(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], scale: float | Tensor, wanted: Collection[int] | None
 ) -> None:
     """Add ``scale`` times the gradients to ``.grad`` of those parameters whose ``id`` is wanted; None: of all."""
     grads, added = [], []
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if wanted is None or id(parameter) in wanted:
-            grads.append(grad_of(parameter))
+            grads.append(_grad_of(parameter))
             added.append(gradient)
     if grads and isinstance(scale, Tensor):
         torch._foreach_add_(grads, list(torch._foreach_mul(added, scale)))
@@ -491,7 +491,7 @@ def add_grads_(
         torch._foreach_add_(grads, added, alpha=float(scale))
 
 
-def grad_of(parameter: Tensor) -> Tensor:
+def _grad_of(parameter: Tensor) -> Tensor:
     """``parameter.grad``, zeros where there was none."""
     if parameter.grad is None:
         # Fused optimizers want the gradient laid out as the parameter, e.g. channels_last.

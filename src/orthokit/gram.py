@@ -31,6 +31,53 @@ from torch.nn import functional as F
 
 from orthokit.checks import check_count
 
+__all__ = [
+    "LARGE",
+    "SHORT",
+    "CosineRule",
+    "GramRule",
+    "Lengths",
+    "MatrixMeasure",
+    "ResidualNorm",
+    "RuleOfCosines",
+    "Side",
+    "by_filters",
+    "check_weight",
+    "cosine_rule",
+    "cosines",
+    "directions",
+    "distance_rule",
+    "distance_to_identity",
+    "frobenius",
+    "full_precision",
+    "gram",
+    "inverse_lengths",
+    "is_by_rows",
+    "is_differentiated",
+    "is_finite",
+    "is_large",
+    "is_transformed",
+    "is_visible",
+    "lengths",
+    "lengths_and_cosines",
+    "less_identity",
+    "of_gram",
+    "outside_autocast",
+    "plus_transpose",
+    "reciprocal",
+    "residual",
+    "row_blocks",
+    "row_map",
+    "row_products",
+    "row_values",
+    "scattered",
+    "squares_and_weighted_directions",
+    "sum_of_squares",
+    "upcast",
+    "welch_bound",
+    "whole",
+]
+
 Side = Literal["rows", "cols", "smaller"]
 SIDES: tuple[Side, ...] = ("rows", "cols", "smaller")
 

@@ -21,6 +21,26 @@ from torch.nn.utils.weight_norm import WeightNorm
 from orthokit.gram import check_weight, whole
 from orthokit.in_use import computed_weight, is_overridden
 
+__all__ = [
+    "Kernel",
+    "KernelMeasure",
+    "View",
+    "evaluating",
+    "has_kernel",
+    "is_embedding",
+    "is_linear",
+    "kernel_named",
+    "kernel_of",
+    "leaves",
+    "plain_view",
+    "plain_weight",
+    "sources",
+    "stored_sources",
+    "stored_weight",
+    "views",
+    "weight_of",
+]
+
 
 @dataclass(frozen=True, eq=False)
 class Kernel:

@@ -20,7 +20,7 @@ from orthokit.penalties import PENALTIES
 from orthokit.penalties.base import HasNearest, is_squared
 from orthokit.schedules import Schedule, as_schedule, check_strength, constant
 
-__all__ = ["Regularizer", "sqrt_filters"]
+__all__ = ["MOST_STEPS", "Regularizer", "sqrt_filters"]
 
 
 def sqrt_filters(kernel: Kernel) -> float:

@@ -28,6 +28,8 @@ from orthokit.gram import (
 )
 from orthokit.kernel import Kernel
 
+__all__ = ["MC", "NORMS", "Coherence", "coherence", "mutual_coherence"]
+
 NORMS = ("max", "rowsum")
 
 

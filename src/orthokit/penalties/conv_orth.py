@@ -20,6 +20,8 @@ from orthokit.convolution import convolution_distance
 from orthokit.gram import full_precision
 from orthokit.kernel import Kernel
 
+__all__ = ["ConvOrth", "Lorth", "convolution_orthogonality", "lorth"]
+
 
 @full_precision
 def convolution_orthogonality(

@@ -56,6 +56,8 @@ from orthokit.relax import (
     welch,
 )
 
+__all__ = ["TALL", "Disentangled", "Form", "disentangled_orthogonality"]
+
 Form = Literal["pairs", "welch", "budget"]
 FORMS: tuple[Form, ...] = ("pairs", "welch", "budget")
 TALL = 256

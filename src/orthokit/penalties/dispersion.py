@@ -26,6 +26,8 @@ from orthokit.gram import (
 )
 from orthokit.kernel import Kernel
 
+__all__ = ["EADC", "EADK", "angular_dispersion", "convolution_angular_dispersion"]
+
 
 @full_precision
 def angular_dispersion(

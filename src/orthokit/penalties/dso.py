@@ -14,6 +14,8 @@ from orthokit.gram import GramRule, Side, distance_rule, full_precision, of_gram
 from orthokit.kernel import Kernel
 from orthokit.polar import polar
 
+__all__ = ["DSO", "double_soft_orthogonality"]
+
 
 @full_precision
 def double_soft_orthogonality(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b"]:

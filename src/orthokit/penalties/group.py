@@ -14,6 +14,8 @@ from orthokit.checks import check_choice, check_count, check_options, short_repr
 from orthokit.gram import distance_to_identity, full_precision
 from orthokit.kernel import Kernel
 
+__all__ = ["GOR", "KINDS", "group_orthogonality"]
+
 KINDS = ("inter", "intra")
 
 

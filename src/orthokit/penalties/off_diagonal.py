@@ -13,6 +13,8 @@ from torch import Tensor
 from orthokit.gram import GramRule, Side, full_precision, of_gram, sum_of_squares
 from orthokit.kernel import Kernel
 
+__all__ = ["OffDiagonal", "off_diagonal_orthogonality"]
+
 
 @full_precision
 def off_diagonal_orthogonality(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b"]:

@@ -17,6 +17,8 @@ from orthokit.gram import SIDES, GramRule, Side, distance_rule, distance_to_iden
 from orthokit.kernel import Kernel
 from orthokit.polar import polar
 
+__all__ = ["SO", "soft_orthogonality"]
+
 
 @full_precision
 def soft_orthogonality(matrix: Float[Tensor, "*b o n"], *, side: Side = "rows", squared: bool = True) -> Float[Tensor, "*b"]:

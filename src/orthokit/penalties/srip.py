@@ -33,6 +33,8 @@ from orthokit.gram import (
 from orthokit.kernel import Kernel
 from orthokit.polar import polar
 
+__all__ = ["MOST", "SMALL", "SRIP", "spectral_restricted_isometry"]
+
 SMALL = 64
 """Rows of a Gram matrix up to which it is formed: a few products with vectors take longer then than one with the matrix."""
 
