@@ -7,7 +7,7 @@ import re
 import pytest
 
 from made_up import made_up
-from orthokit.lab.recipes.recipe import Recipe
+from orthokit.lab.recipes.recipe import Recipe, TrainSection
 from orthokit.lab.runs.collect import read
 from orthokit.lab.runs.ledger import OWN, SHARED, Ledger, entries, is_ledger
 from orthokit.lab.runs.summary import DamagedError
@@ -303,7 +303,7 @@ def test_branches_are_joined(ledger):
 
 
 def test_a_digest_is_of_what_a_recipe_says():
-    assert Recipe.of(RAW).digest == "7bca00624a9b5626"
+    assert Recipe.of(RAW).digest == "003e2b546f94c1e1"
     assert Recipe.of(dict(reversed(RAW.items()))).digest == Recipe.of(RAW).digest
     assert Recipe.of(Recipe.of(RAW).to_dict()).digest == Recipe.of(RAW).digest
     assert Recipe.of(RAW | {"train": {"epochs": 20, "batch": Recipe.of(RAW).train.batch}}).digest == Recipe.of(RAW).digest
@@ -312,6 +312,18 @@ def test_a_digest_is_of_what_a_recipe_says():
     assert digests[0] == digests[1]
     others = [RAW | {"train": {"epochs": 21}}, RAW | {"network": {"kind": "resnet", "depth": 14}}]
     assert len({Recipe.of(RAW).digest, *digests, *(Recipe.of(each).digest for each in others)}) == 5
+
+
+def test_a_key_that_a_later_version_adds_changes_no_digest():
+    class LaterTrain(TrainSection):
+        patience: int = 3
+
+    class Later(Recipe):
+        train: LaterTrain
+
+    train = RAW["train"]
+    assert Later.of(RAW).digest == Later.of(RAW | {"train": train | {"patience": 3}}).digest == Recipe.of(RAW).digest
+    assert Later.of(RAW | {"train": train | {"patience": 4}}).digest != Recipe.of(RAW).digest
 
 
 def test_digests_are_equal_however_a_recipe_is_composed(tmp_path):

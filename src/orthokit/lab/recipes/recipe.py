@@ -166,8 +166,12 @@ class Recipe(Section):
 
     @property
     def digest(self) -> str:
-        """Sixteen hexadecimal digits that two recipes share if they are equal, however they were composed."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        """Sixteen hexadecimal digits that two recipes share if they are equal, however they were composed.
+
+        Keys at their default count for nothing: a key that a later version adds leaves the digests of today's recipes alone.
+        """
+        own = self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_toml(self) -> str:
         """As a TOML file that extends no other."""
