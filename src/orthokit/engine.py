@@ -259,9 +259,9 @@ class Engine:
         if key not in self._rules:
             is_adjoint = view.transposed and bool(view.stride)
             self._rules[key] = None if is_adjoint else gram_rule_of(self.penalty, o, n, form.reading.rank)
-        if (found := self._rules[key]) is None or form.dtype.itemsize < 4:
+        if (rule_and_side := self._rules[key]) is None or form.dtype.itemsize < 4:
             return None
-        rule, side = found
+        rule, side = rule_and_side
         rows = is_by_rows((o, n), side)
         scale = self._factor(groups, stack.part(slice(1)).kernel)
         # The filters of a matrix that is stored the other way round are its columns.

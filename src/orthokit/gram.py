@@ -373,8 +373,8 @@ def plus_transpose(matrix: Float[Tensor, "*b o o"]) -> Float[Tensor, "*b o o"]:
     if not is_large(matrix):
         return matrix + matrix.mT
     blocks = [*row_blocks(matrix)]
-    for place, rows in enumerate(blocks):
-        for columns in blocks[place:]:
+    for index, rows in enumerate(blocks):
+        for columns in blocks[index:]:
             both = matrix[..., rows, columns] + matrix[..., columns, rows].mT
             matrix[..., rows, columns] = both
             matrix[..., columns, rows] = both.mT

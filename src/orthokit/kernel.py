@@ -87,8 +87,8 @@ class Kernel:
         A transposed convolution is read as its adjoint, the stored weight. A stride ``s`` with dilation ``d`` makes two outputs
         share taps only at shifts that are multiples of both: in taps, of ``s / gcd(s, d)``.
         """
-        place = -1 - len(self.stride)
-        weight = self.weight.transpose(place, place - 1) if self.transposed else self.weight
+        axis = -1 - len(self.stride)
+        weight = self.weight.transpose(axis, axis - 1) if self.transposed else self.weight
         dilation = self.dilation or (1,) * len(self.stride)
         return weight, tuple(s // math.gcd(s, d) for s, d in zip(self.stride, dilation, strict=True))
 
@@ -359,17 +359,17 @@ def leaves(value: Tensor) -> tuple[Tensor, ...]:
     """The tensors that ask for a gradient in the graph that computed ``value``, each once."""
     if value.grad_fn is None:
         return (value,) if value.requires_grad else ()
-    found: dict[int, Tensor] = {}
+    tensors: dict[int, Tensor] = {}
     waiting, seen = [value.grad_fn], {value.grad_fn}
     while waiting:
         node = waiting.pop()
         if isinstance(leaf := getattr(node, "variable", None), Tensor):
-            found[id(leaf)] = leaf
+            tensors[id(leaf)] = leaf
         for after, _ in node.next_functions:
             if after is not None and after not in seen:
                 seen.add(after)
                 waiting.append(after)
-    return tuple(found.values())
+    return tuple(tensors.values())
 
 
 @contextmanager

@@ -227,7 +227,7 @@ class Layer(NamedTuple):
 
     @property
     def kernel(self) -> Kernel:
-        """Its kernel now; an error names the layer."""
+        """The layer's kernel as its weight is now; an error names the layer."""
         return self._kernel(stored=False)
 
     @property
@@ -304,10 +304,10 @@ class _Model:
         """The output layer, or the layers that it is made of."""
         for name in ("get_output_embeddings", "get_classifier"):
             try:
-                given = getattr(self.bare, name)()
+                output = getattr(self.bare, name)()
             except (AttributeError, NotImplementedError, TypeError):
                 continue
-            parts = given if isinstance(given, (tuple, list)) else [given]
+            parts = output if isinstance(output, (tuple, list)) else [output]
             if layers := {m for part in parts if isinstance(part, nn.Module) for m in part.modules() if has_kernel(m)}:
                 return layers
         return set([module for module in self.modules.values() if has_kernel(module)][-1:])

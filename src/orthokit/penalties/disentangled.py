@@ -85,9 +85,11 @@ def disentangled_orthogonality(
     * ``form="welch"``: ``b ||max(0, |c_ij| - w_r)||`` with ``w_r = sqrt((o - r) / (r (o - 1)))``.
     * ``form="budget"``: ``b max(0, ||c|| - sqrt(o (o - r) / (2 r)))``.
 
-    Zero of the last two implies ``o^2 / ||U U^T||_F^2 >= r``, hence rank at least ``r``. Exact copies are stationary points:
-    never initialise so. The direction of a filter shorter than 0.1 counts in proportion to its length, with weights that the
-    derivative holds fixed (see Note [short filters] in :mod:`orthokit.gram`): a zero-initialised layer trains.
+    A value of zero guarantees rank ``r`` or more with "welch" and "budget" (``o^2 / ||U U^T||_F^2 >= r``). With "pairs" it does
+    not: identical filters can reach it. Exact copies are stationary points: do not initialise filters as copies.
+
+    The direction of a filter shorter than 0.1 counts in proportion to its length, with weights that the derivative holds fixed
+    (see Note [short filters] in :mod:`orthokit.gram`): a zero-initialised layer trains.
 
     Args:
         matrix: ``(*b, o, n)``, one filter a row.
@@ -270,18 +272,18 @@ def _without_largest(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[T
     if not is_visible(c) or int(counted.count_nonzero()) < sizes.numel() - int(counts.sum()):
         larger, equal = sizes > least, sizes == least
         counted |= equal & (equal.cumsum(-1) > counts - larger.sum(-1, keepdim=True))
-    kept: Tensor = (pairs * counted).index_select(-1, mirrored).unflatten(-1, (o, o))
-    kept.diagonal(dim1=-2, dim2=-1).zero_()
-    return kept
+    rest: Tensor = (pairs * counted).index_select(-1, mirrored).unflatten(-1, (o, o))
+    rest.diagonal(dim1=-2, dim2=-1).zero_()
+    return rest
 
 
 def _without_largest_by_blocks(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[Tensor, "*b o o"]:
-    """The same of large ones: beside ``c`` it holds first all pairs, half of its size, and then the result."""
+    """As :func:`_without_largest`; beside a large ``c`` it holds first all pairs, half of its size, and then the result."""
     flat = c.flatten(0, -3) if c.ndim > 2 else c.unsqueeze(0)
     counts = torch.as_tensor(count).expand(c.shape[:-2]).flatten().tolist()
     limits = [_limit(matrix, each) for matrix, each in zip(flat, counts, strict=True)]
-    kept = torch.empty_like(flat)
-    for matrix, result, (least, ties) in zip(flat, kept, limits, strict=True):
+    rest = torch.empty_like(flat)
+    for matrix, result, (least, ties) in zip(flat, rest, limits, strict=True):
         for rows in row_blocks(matrix):
             part = matrix[rows].tril(rows.start - 1)
             result[rows] = part.masked_fill_(part.abs() > least, 0.0)
@@ -291,7 +293,7 @@ def _without_largest_by_blocks(c: Float[Tensor, "*b o o"], count: int | Tensor) 
                     result[rows.start + row, column] = 0.0
                 ties -= len(equal)
         plus_transpose(result) if is_large(result) else result.add_(result.mT.clone())
-    return kept.reshape(c.shape)
+    return rest.reshape(c.shape)
 
 
 def _limit(matrix: Float[Tensor, "o o"], count: int) -> tuple[float, int]:
@@ -304,12 +306,12 @@ def _limit(matrix: Float[Tensor, "o o"], count: int) -> tuple[float, int]:
     sizes.abs_()
     if count == 0:
         return math.inf, 0
-    place = len(sizes) - count
+    index = len(sizes) - count
     if sizes.is_cpu:
-        sizes.numpy().partition(place)  # in place
-        least, larger = sizes[place].item(), int((sizes[place + 1 :] > sizes[place]).count_nonzero())
+        sizes.numpy().partition(index)  # in place
+        least, larger = sizes[index].item(), int((sizes[index + 1 :] > sizes[index]).count_nonzero())
     else:
-        least = sizes.kthvalue(place + 1).values.item()
+        least = sizes.kthvalue(index + 1).values.item()
         larger = int((sizes > least).count_nonzero())
     return least, count - larger
 
@@ -330,11 +332,11 @@ def _nth_largest(sizes: Float[Tensor, "*b m"], count: int | Tensor) -> Float[Ten
         return torch.where(count > 0, each, torch.inf)
     if count == 0:
         return torch.full_like(sizes[..., :1], torch.inf)
-    place = sizes.shape[-1] - count
+    index = sizes.shape[-1] - count
     if not is_visible(sizes):
-        return sizes.kthvalue(place + 1, keepdim=True).values
+        return sizes.kthvalue(index + 1, keepdim=True).values
     # Many times faster than kthvalue on a CPU.
-    return torch.from_numpy(np.partition(sizes.numpy(), place)[..., place : place + 1])
+    return torch.from_numpy(np.partition(sizes.numpy(), index)[..., index : index + 1])
 
 
 @torch.no_grad()
