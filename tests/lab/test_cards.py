@@ -59,6 +59,7 @@ def test_a_card_has_all_its_parts(penalty):
     assert text.startswith("# ")
     assert "<!--" not in text
     assert "![" not in text
+    assert "{term}" not in text
     words = " ".join(text.split())
     assert [part for part in PARTS if f"**{part}" not in words] == []
     assert f": {penalty.long_name}\n" in text
@@ -87,6 +88,16 @@ def test_recipes_that_are_named_are_there(path):
     for line in re.findall(r"orthokit train ([^`\n]*)", path.read_text("utf-8")):
         for recipe in re.findall(r"[\w.-]+\+[\w.+-]+", line):
             assert load(recipe).train.epochs > 0
+
+
+def test_the_glossary_and_its_links_know_the_same_words():
+    _, entries, _ = (ROOT / "docs/glossary.md").read_text("utf-8").split("```")
+    words = [entry.strip().split("\n") for entry in entries.removeprefix("{glossary}").split("\n\n")]
+    assert [entry[0] for entry in words if not 2 <= len(entry) <= 3] == []  # a word, and two lines on it
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/reference").glob("*.md"), *(ROOT / "docs/tutorials").glob("*.py")]
+    text = "\n".join(page.read_text("utf-8") for page in [*pages, *(ROOT / "src/orthokit/cards").glob("*.md")])
+    links = {target or text for text, target in re.findall(r"(?:\{term\}|:term:)`([^`<]+?)(?:\s<([^>`]+)>)?`", text)}
+    assert links == {entry[0] for entry in words}
 
 
 def test_the_first_screen(capsys):

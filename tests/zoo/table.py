@@ -27,7 +27,7 @@ the rows of its state dict, one step of training, and the plan of a copy on the 
 * **state dict**: whether `ok.report(model.state_dict())`, which knows names and sizes only, gives rows of the same
   names and sizes. What it had to guess is in its notes; `like=model` gives the same rows for every network here.
 * **not read**: weights that are not a layer's matrix, or that no kernel view knows. Embeddings are read with
-  `where=ok.embeddings`, anything else with [a view of your own](guide.md).
+  `where=ok.embeddings`, anything else with [a view of your own](reference/own.md).
 
 Versions: {versions}.
 
