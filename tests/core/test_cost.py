@@ -83,6 +83,18 @@ def test_second_derivatives(penalty):
         assert torch.autograd.gradcheck(slope, (weight,), fast_mode=True, atol=1e-5, rtol=1e-3)
 
 
+def test_second_derivatives_beside_frozen_layers():
+    m = model()
+    m[1].weight.requires_grad_(False)
+    trained = [p for p in m.parameters() if p.requires_grad]
+    ortho = ok.Regularizer(m, ok.SO(), strength=1.0, include_frozen=True)
+    slopes = torch.autograd.grad(ortho(), trained, create_graph=True, allow_unused=True)
+    curvatures = torch.autograd.grad(sum(s.square().sum() for s in slopes if s is not None), trained, allow_unused=True)
+    assert max(c.norm() for c in curvatures if c is not None) > 0.1
+    ortho().backward()
+    assert m[1].weight.grad is None
+
+
 class Doubled(nn.Module):
     def forward(self, weight):
         return 2 * weight
