@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from orthokit import checkpoint
 from orthokit.checkpoint.kind import regular
 from orthokit.checkpoint.pickles import plain_name
+from orthokit.checkpoint.shapes import some
 from orthokit.checkpoint.statedict import Layers, bare, layers_of, pick
 from orthokit.checks import install
 from orthokit.kernel import has_kernel
@@ -104,8 +105,8 @@ def fill(like: nn.Module, state: Mapping[str, Any]) -> tuple[nn.Module, list[str
     matches = {name: entries[name] for name in names if isinstance(entries.get(name), Tensor)}
     if not matches:
         raise ValueError(
-            f"no entry of the state dict belongs to {type(like).__name__}, which has {_some_of(names)}; "
-            f"the state dict has {_some_of(entries)}"
+            f"no entry of the state dict belongs to {type(like).__name__}, which has {some(names, 3)}; "
+            f"the state dict has {some(entries, 3)}"
         )
     replacements: dict[int, nn.Parameter | Tensor] = {}
     for name, tensor in names.items():
@@ -124,14 +125,9 @@ def fill(like: nn.Module, state: Mapping[str, Any]) -> tuple[nn.Module, list[str
             (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = replacements[id(tensor)]  # type: ignore[assignment]
     missing = [name for name, tensor in names.items() if isinstance(tensor, nn.Parameter) and id(tensor) not in replacements]
     strange = [name for name in entries if name not in names and isinstance(entries[name], Tensor)]
-    notes = [f"not in the file, left out: {_some_of(missing)}"] if missing else []
-    notes += [f"not in {type(like).__name__}, not read: {_some_of(strange)}"] if strange else []
+    notes = [f"not in the file, left out: {some(missing, 3)}"] if missing else []
+    notes += [f"not in {type(like).__name__}, not read: {some(strange, 3)}"] if strange else []
     return model, notes
-
-
-def _some_of(names: Any) -> str:
-    names = list(names)
-    return ", ".join(map(plain_name, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def build(spec: str, say: Callable[[str], object]) -> nn.Module:

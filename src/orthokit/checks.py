@@ -171,5 +171,5 @@ def printable(text: object, most: int = 2000, *, lines: bool = False) -> str:
         whole = f"{whole[: most // 2]} … {whole[len(whole) - most // 2 :]}"
     if whole.isprintable():
         return whole
-    allowed = "\n" if lines else ""
-    return "".join(c if c.isprintable() or c in allowed or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in whole)
+    line_ends = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c in line_ends or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in whole)

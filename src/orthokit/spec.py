@@ -127,9 +127,9 @@ def where_of(text: str) -> Predicate:
             raise ValueError
         return read(ast.parse(text.strip(), mode="eval").body)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # the last is the parser's, of deep brackets
-        known = ", ".join(PREDICATES)
+        names = ", ".join(PREDICATES)
         raise ValueError(
-            f"where must combine {known} and matching('pattern', ...) with & | ~ and brackets, "
+            f"where must combine {names} and matching('pattern', ...) with & | ~ and brackets, "
             f"at most {LONGEST:,} characters and {DEEPEST} operators deep; got {printable(repr(text), 100)}"
         ) from None
 

@@ -21,7 +21,7 @@ from orthokit.lab.runs.logs import Log, check_installed
 from orthokit.lab.runs.progress import Watch
 from orthokit.lab.runs.run import Run
 from orthokit.lab.training.hardware import Hardware
-from orthokit.lab.training.loop import Interrupted, train
+from orthokit.lab.training.loop import Interruption, train
 
 
 class Scalars:
@@ -253,7 +253,7 @@ def test_csv_of_a_run(tmp_path):
     listener = Watch()
     listener.row = lambda run, row: heard.append(row["epoch"])
     log = tmp_path / "0" / "metrics.csv"
-    with Once("csv", listener) as watch, pytest.raises(Interrupted):
+    with Once("csv", listener) as watch, pytest.raises(Interruption):
         fit(run, watch)
     assert [row["epoch"] for row in rows_of(log.read_text())] == ["1"]
     with Once("csv", listener) as watch, pytest.raises(RuntimeError, match="killed"):
@@ -280,7 +280,7 @@ def test_tensorboard_of_a_run(tmp_path):
     pytest.importorskip("tensorboard")
     run = run_in(tmp_path)
     for _ in range(3):
-        with contextlib.suppress(Interrupted, RuntimeError), Once("tensorboard", Watch()) as watch:
+        with contextlib.suppress(Interruption, RuntimeError), Once("tensorboard", Watch()) as watch:
             fit(run, watch)
     with Log("tensorboard", Watch()) as watch:
         watch.update(run)
@@ -296,7 +296,7 @@ def test_wandb_of_a_run(tmp_path, monkeypatch):
     run, said = run_in(tmp_path, epochs=2), []
     listener = Watch()
     listener.say = said.append
-    with pytest.raises(Interrupted), Once("wandb", listener) as watch:
+    with pytest.raises(Interruption), Once("wandb", listener) as watch:
         fit(run, watch)
     time.sleep(1.1)  # its folder is named after the second
     with Log("wandb", listener) as watch:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import orthokit as ok
-from orthokit.lab.recipes.compose import parsed
+from orthokit.lab.recipes.compose import parse_setting
 from orthokit.spec import POLICIES, SCHEDULES, penalty_of, schedule_of
 
 REQUIRED = {
@@ -127,8 +127,8 @@ def test_recipes_too(unchecked):
     with pytest.raises(ValueError, match="schedule warmup: a strength is a number"):
         schedule_of({"name": "warmup", "steps": 3, "schedule": [0.1]})
     for text in ("False", "false", " False"):
-        assert parsed(f"regularizer.penalty.squared={text}") == {"regularizer": {"penalty": {"squared": False}}}
-    assert parsed("regularizer.penalty.squared=no") == {"regularizer": {"penalty": {"squared": "no"}}}
+        assert parse_setting(f"regularizer.penalty.squared={text}") == {"regularizer": {"penalty": {"squared": False}}}
+    assert parse_setting("regularizer.penalty.squared=no") == {"regularizer": {"penalty": {"squared": "no"}}}
 
 
 @pytest.mark.parametrize(

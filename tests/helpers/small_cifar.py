@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from orthokit.lab.data.cifar import PUBLISHED
+from orthokit.lab.data.cifar import RELEASES
 
-TEN = replace(PUBLISHED["cifar10"], train=200, test=100)
-HUNDRED = replace(PUBLISHED["cifar100"], train=1000, test=500)
+TEN = replace(RELEASES["cifar10"], train=200, test=100)
+HUNDRED = replace(RELEASES["cifar100"], train=1000, test=500)
 
 
 def contents(published):

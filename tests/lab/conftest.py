@@ -62,7 +62,7 @@ class Lab:
                 train(Run(run.recipe, run.seed, once), hardware=Hardware(device="cpu", threads=1))
         shutil.copytree(once, run.folder, dirs_exist_ok=True)
         self.trained.append(run.name)
-        return 4 if run.diverged() else 0
+        return 4 if run.has_diverged() else 0
 
     def measure(self, subjects: Sequence[evaluate.Subject], asked: study.Study) -> int:
         status = evaluate.evaluate(subjects, parts=asked.evaluate.parts, images=asked.evaluate.images, jobs=1, device="cpu")

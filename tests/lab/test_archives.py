@@ -18,18 +18,18 @@ import pytest
 from rich.console import Console
 
 from orthokit.lab.data import cifar
-from orthokit.lab.data.cifar import PUBLISHED, download, find, read
+from orthokit.lab.data.cifar import RELEASES, download, find, read
 from small_cifar import HUNDRED, TEN, contents, packed, unpacked, with_md5
 
 
 def test_the_table():
-    assert [layout.archive for entry in PUBLISHED.values() for layout in entry.layouts] == [
+    assert [layout.archive for entry in RELEASES.values() for layout in entry.layouts] == [
         "cifar-10-python.tar.gz",
         "cifar-10-binary.tar.gz",
         "cifar-100-python.tar.gz",
         "cifar-100-binary.tar.gz",
     ]
-    for name, entry in PUBLISHED.items():
+    for name, entry in RELEASES.items():
         assert (entry.name, entry.train, entry.test) == (name, 50_000, 10_000)
         assert all(re.fullmatch("[0-9a-f]{32}", layout.md5) and len(layout.files) in (2, 6) for layout in entry.layouts)
 
@@ -45,8 +45,8 @@ def test_every_form(tmp_path, published, form, place):
         folder = unpacked(published, tmp_path, form)
     source = find(published, folder if place == "itself" else tmp_path)
     assert source.layout == published.layouts[form]
-    assert source.packed == (place == "archive")
-    assert source.intact()
+    assert source.is_archive == (place == "archive")
+    assert source.is_intact()
     before = sorted(tmp_path.rglob("*"))
     found = read(source)
     expected = [part for pair in contents(published) for part in pair]
@@ -107,9 +107,9 @@ def small(**changes):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "damaged, or no batch"),
-        (b"not a pickle", "damaged, or no batch"),
-        (small()[:-3000], "damaged, or no batch"),
+        (b"", "damaged, or not a batch"),
+        (b"not a pickle", "damaged, or not a batch"),
+        (small()[:-3000], "damaged, or not a batch"),
         (small(data=np.zeros((5, 3072), np.uint8)), r"must hold 40 images of 3072 bytes .* holds uint8 \(5, 3072\)"),
         (small(data=np.zeros((40, 3072), np.float32)), "holds float32"),
         (small(data=np.zeros((40, 32, 32, 3), np.uint8)), r"\(40, 32, 32, 3\)"),
@@ -121,7 +121,7 @@ def small(**changes):
         (small(labels=["0"] * 40), "from 0 to 9; got <U1"),
         (small(), "every class must have 20 images; class 0 has"),
         (pickle.dumps({b"data": np.zeros((40, 3072), np.uint8), b"fine_labels": [0] * 40}), "no 'labels' in it"),
-        (pickle.dumps([1, 2]), "damaged, or no batch"),
+        (pickle.dumps([1, 2]), "damaged, or not a batch"),
         (pickle.dumps(Evil()), "asks for builtins.exec"),
         (pickle.dumps({b"data": Evil()}), "asks for builtins.exec"),
         (b"cos\nsystem\n(S'true'\ntR.", "asks for os.system"),
@@ -172,7 +172,7 @@ def test_an_archive_is_hashed_first(tmp_path, monkeypatch):
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     monkeypatch.setattr(cifar.tarfile, "open", lambda **_: pytest.fail("opened"))
     source = find(published, tmp_path)
-    assert not source.intact()
+    assert not source.is_intact()
     with pytest.raises(
         ValueError, match=f"has the MD5 .* not the published {published.layouts[0].md5}; delete it, or .*--download"
     ):
@@ -315,7 +315,7 @@ def test_download(fetch, server):
 def test_the_default_address(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(cifar, "_fetch", lambda url, part, *_: (asked.append(url), part.write_bytes(b"")))
-    for name in PUBLISHED:
+    for name in RELEASES:
         with pytest.raises(ValueError, match=r"/~kriz/cifar-10+-python.tar.gz gave 0 bytes"):
             download(name, tmp_path)
     assert asked == [f"https://www.cs.toronto.edu/~kriz/cifar-{n}-python.tar.gz" for n in (10, 100)]

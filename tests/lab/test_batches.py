@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from orthokit.lab.data.augment import Augment, Batches, key_of, scrambled
+from orthokit.lab.data.augment import Augment, Batches, key_of, scramble
 from orthokit.lab.data.images import Images, ImageSet
 
 
@@ -29,7 +29,7 @@ def test_the_finalizer_is_that_of_splitmix64():
     # The generator's published first output from state 0 is the finalizer of the golden constant.
     assert splitmix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
     numbers = [0, 1, -1, 2**62, -(2**63), 0x1234567890ABCDEF, 0x9E3779B97F4A7C15 - 2**64]
-    found = scrambled(torch.tensor(numbers)).tolist()
+    found = scramble(torch.tensor(numbers)).tolist()
     assert [value % 2**64 for value in found] == [splitmix(number % 2**64) for number in numbers]
 
 
@@ -114,10 +114,10 @@ def test_an_epoch_sees_every_image_at_most_once_and_ranks_share_it():
     assert len(one) == 3
     order = one.order(5)
     assert sorted(order.tolist()) == list(range(41))
-    assert torch.equal(order, Batches(data, 6, Augment(), seed=3, rank=1, ranks=2).order(5))
+    assert torch.equal(order, Batches(data, 6, Augment(), seed=3, process=1, processes=2).order(5))
     assert not torch.equal(order, one.order(6))
     assert not torch.equal(order, Batches(data, 12, Augment(), seed=4).order(5))
-    ranks = [Batches(data, 12, Augment(), seed=3, rank=rank, ranks=3) for rank in range(3)]
+    ranks = [Batches(data, 12, Augment(), seed=3, process=process, processes=3) for process in range(3)]
     for place in range(3):
         images, labels = one.get(5, place, order)
         parts = [rank.get(5, place, order) for rank in ranks]
@@ -131,4 +131,4 @@ def test_impossible_batches():
     with pytest.raises(ValueError, match="a batch of 41 is larger than the 40 training images"):
         Batches(data, 41, Augment(), seed=0)
     with pytest.raises(ValueError, match="a batch of 10 does not divide among 3 processes"):
-        Batches(data, 10, Augment(), seed=0, rank=0, ranks=3)
+        Batches(data, 10, Augment(), seed=0, process=0, processes=3)

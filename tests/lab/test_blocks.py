@@ -11,7 +11,7 @@ from scipy import stats
 from made_up import made_up
 from orthokit.lab import study
 from orthokit.lab.comparison.comparison import compare
-from orthokit.lab.comparison.inference import Sample, blocked, contrast, holm, paired
+from orthokit.lab.comparison.inference import Sample, blocked_differences, contrast, holm, paired_contrast
 from orthokit.lab.comparison.metrics import metric_of
 from orthokit.lab.reporting import markup, tables, words
 from orthokit.lab.reporting.page import page
@@ -39,18 +39,18 @@ def values(comparison, panel, arm):
 def test_two_arms_are_the_paired_t_over_the_seeds_that_both_have():
     random = np.random.default_rng(1)
     one, two = ({seed: random.normal(90, 1) for seed in seeds} for seeds in (range(7), range(2, 10)))
-    (found,) = blocked({"none": one, "so": two}, "none").values()
+    (found,) = blocked_differences({"none": one, "so": two}, "none").values()
     both = range(2, 7)
     wanted = stats.ttest_rel([two[seed] for seed in both], [one[seed] for seed in both])
     assert (found.p, found.seeds, found.freedom) == (pytest.approx(wanted.pvalue), (5,), 4)
     assert found.interval == pytest.approx(tuple(wanted.confidence_interval()))
-    same = paired([1.0], [{seed: two[seed] - one[seed] for seed in both}])
+    same = paired_contrast([1.0], [{seed: two[seed] - one[seed] for seed in both}])
     assert (same.mean, same.p, same.freedom) == pytest.approx((found.mean, found.p, 4))
 
 
 def test_several_arms_are_the_two_way_analysis_of_variance():
     block = np.random.default_rng(2).normal(90, 1, (4, 6)) + np.arange(6)
-    found = blocked({str(arm): dict(enumerate(row)) for arm, row in enumerate(block)}, "0")
+    found = blocked_differences({str(arm): dict(enumerate(row)) for arm, row in enumerate(block)}, "0")
     left = block - block.mean(1, keepdims=True) - block.mean(0) + block.mean()
     error = np.sqrt(2 * (left**2).sum() / 15 / 6)
     for arm in (1, 2, 3):
@@ -71,7 +71,7 @@ def test_several_arms_are_the_two_way_analysis_of_variance():
     ],
 )
 def test_where_blocks_tell_nothing(arms):
-    assert blocked(arms, "none") == {}
+    assert blocked_differences(arms, "none") == {}
 
 
 def test_blocks_are_wrong_as_often_as_they_should_be():
@@ -79,8 +79,8 @@ def test_blocks_are_wrong_as_often_as_they_should_be():
     wrong = wrong_over_panels = 0
     for _ in range(400):
         draws = random.normal(0, 1, (2, 3, 5)) + random.normal(0, 2, (2, 1, 5))
-        wrong += blocked({str(arm): dict(enumerate(row)) for arm, row in enumerate(draws[0])}, "0")["1"].p < 0.05
-        wrong_over_panels += paired([0.5, 0.5], [dict(enumerate(panel[1] - panel[0])) for panel in draws]).p < 0.05
+        wrong += blocked_differences({str(arm): dict(enumerate(row)) for arm, row in enumerate(draws[0])}, "0")["1"].p < 0.05
+        wrong_over_panels += paired_contrast([0.5, 0.5], [dict(enumerate(panel[1] - panel[0])) for panel in draws]).p < 0.05
     assert 0.02 <= wrong / 400 <= 0.08
     assert 0.02 <= wrong_over_panels / 400 <= 0.08
 
@@ -89,17 +89,17 @@ def test_a_seed_is_one_block_in_all_panels():
     random = np.random.default_rng(5)
     draws = random.normal(1, 1, (3, 6))
     weights = [0.5, 0.3, 0.2]
-    same = paired(weights, [dict(enumerate(row)) for row in draws])
+    same = paired_contrast(weights, [dict(enumerate(row)) for row in draws])
     wanted = stats.ttest_1samp(weights @ draws, 0)
     assert (same.p, same.freedom, same.mean) == pytest.approx((wanted.pvalue, 5, (weights @ draws).mean()))
-    apart = paired(weights, [{10 * k + seed: value for seed, value in enumerate(row)} for k, row in enumerate(draws)])
+    apart = paired_contrast(weights, [{10 * k + seed: value for seed, value in enumerate(row)} for k, row in enumerate(draws)])
     arms, zero = [Sample(tuple(row)) for row in draws], [Sample((0.0, 0.0))] * 3
     parts = [weight**2 * each.sd**2 / 6 for weight, each in zip(weights, arms, strict=True)]
     freedom = sum(parts) ** 2 / sum(part**2 / 5 for part in parts)
     assert (apart.error, apart.freedom) == pytest.approx((np.sqrt(sum(parts)), freedom))
     assert apart.p == pytest.approx(contrast(weights, arms, zero).raw)
-    assert paired([1.0], [{0: 1.0, 1: 1.0}]) is None
-    assert paired([0.5, 0.5], [{0: 1.0, 1: 2.0}, {0: 1.0}]) is None
+    assert paired_contrast([1.0], [{0: 1.0, 1: 1.0}]) is None
+    assert paired_contrast([0.5, 0.5], [{0: 1.0, 1: 2.0}, {0: 1.0}]) is None
 
 
 @pytest.mark.parametrize("seeds", [(6, 6), (12, 4)])
@@ -110,14 +110,14 @@ def test_seeds_that_hang_together_over_panels_are_not_taken_as_independent(seeds
     for _ in range(400):
         common = random.normal(0, 2, max(seeds))
         panels = [dict(enumerate(common[:n] + random.normal(0, 1, n))) for n in seeds]
-        wrong += paired([0.5, 0.5], panels).p < 0.05
+        wrong += paired_contrast([0.5, 0.5], panels).p < 0.05
     assert wrong / 400 <= 0.09
 
 
 def test_what_blocks_could_have_resolved():
     """By simulation: the least difference is found in four of five studies."""
     random = np.random.default_rng(4)
-    (found,) = blocked(
+    (found,) = blocked_differences(
         {"none": dict(enumerate(random.normal(0, 1, 8))), "so": dict(enumerate(random.normal(0, 1, 8)))}, "none"
     ).values()
     least = found.detectable(2)
@@ -153,7 +153,7 @@ def test_the_primary_question_over_all_panels():
     for (arm, other), each in zip(comparison.primary_contrasts, found.values(), strict=True):
         pairs = [values(comparison, panel.name, arm) - values(comparison, panel.name, other) for panel in comparison.panels]
         assert each.mean == pytest.approx(np.mean([pair.mean() for pair in pairs]))
-        assert each.blocked == paired([0.5, 0.5], [dict(enumerate(pair)) for pair in pairs])
+        assert each.blocked == paired_contrast([0.5, 0.5], [dict(enumerate(pair)) for pair in pairs])
         assert 3 < each.blocked.freedom < 8
         assert each.blocked.seeds == (6, 4)
         samples = [[Sample(tuple(values(comparison, p.name, name))) for p in comparison.panels] for name in (arm, other)]

@@ -14,7 +14,7 @@ import torch
 
 from orthokit.lab.data.images import load
 from orthokit.lab.evaluation import corruptions
-from orthokit.lab.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corrupted
+from orthokit.lab.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, corrupt_all
 
 RANDOM = ("gaussian_noise", "shot_noise", "impulse_noise")
 FIXED = tuple(name for name in CORRUPTIONS if name not in RANDOM)
@@ -206,7 +206,7 @@ def test_cache(tmp_path, monkeypatch):
 
     def computes(images=images, folder=tmp_path, expected=expected):
         calls.clear()
-        assert torch.equal(corrupted(images, "gaussian_noise", folder=folder), expected)
+        assert torch.equal(corrupt_all(images, "gaussian_noise", folder=folder), expected)
         return len(calls)
 
     assert computes() == 5
@@ -220,8 +220,8 @@ def test_cache(tmp_path, monkeypatch):
         assert computes() == 0
     changed = images.clone()
     changed[0, 0, 0, 0] ^= 1
-    corrupted(changed, "gaussian_noise", folder=tmp_path)
-    corrupted(images, "impulse_noise", folder=tmp_path)
+    corrupt_all(changed, "gaussian_noise", folder=tmp_path)
+    corrupt_all(images, "impulse_noise", folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     assert computes() == 0
     monkeypatch.setattr(corruptions, "VERSION", corruptions.VERSION + 1)
@@ -231,10 +231,10 @@ def test_cache(tmp_path, monkeypatch):
 
 def test_no_cache_where_it_cannot_be(tmp_path, monkeypatch):
     images = photographs()[:2]
-    expected = corrupted(images, "contrast")
-    assert torch.equal(corrupted(images, "contrast", folder=tmp_path / "missing"), expected)
+    expected = corrupt_all(images, "contrast")
+    assert torch.equal(corrupt_all(images, "contrast", folder=tmp_path / "missing"), expected)
     (tmp_path / "file").write_text("no folder")
-    assert torch.equal(corrupted(images, "contrast", folder=tmp_path / "file"), expected)
+    assert torch.equal(corrupt_all(images, "contrast", folder=tmp_path / "file"), expected)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
     def full(tensors, path, metadata):
@@ -242,10 +242,10 @@ def test_no_cache_where_it_cannot_be(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(corruptions, "save_file", full)
-    assert torch.equal(corrupted(images, "contrast", folder=tmp_path), expected)
+    assert torch.equal(corrupt_all(images, "contrast", folder=tmp_path), expected)
     tmp_path.chmod(0o500)
     monkeypatch.undo()
-    assert torch.equal(corrupted(images, "contrast", folder=tmp_path), expected)
+    assert torch.equal(corrupt_all(images, "contrast", folder=tmp_path), expected)
     tmp_path.chmod(0o700)
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
 
@@ -263,7 +263,7 @@ def test_bad_input(name, severity, message):
         corrupt(photographs(), name, severity)
     if severity == 1:
         with pytest.raises(ValueError, match=message.replace("?", r"\?")):
-            corrupted(photographs(), name)
+            corrupt_all(photographs(), name)
 
 
 def test_pixelate_needs_two_pixels():

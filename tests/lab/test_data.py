@@ -26,8 +26,8 @@ from small_cifar import HUNDRED, TEN, contents, packed, unpacked
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """CIFAR-10 unpacked in a folder, 20 + 10 images of each class."""
-    monkeypatch.setitem(cifar.PUBLISHED, "cifar10", TEN)
-    monkeypatch.setitem(cifar.PUBLISHED, "cifar100", HUNDRED)
+    monkeypatch.setitem(cifar.RELEASES, "cifar10", TEN)
+    monkeypatch.setitem(cifar.RELEASES, "cifar100", HUNDRED)
     unpacked(TEN, tmp_path)
     return tmp_path
 
@@ -152,7 +152,7 @@ def test_every_form_has_the_same_fingerprint(small, tmp_path_factory, monkeypatc
     assert load("cifar10", root=binary).fingerprint == expected
     content, published = packed(TEN)
     (archive / "cifar-10-python.tar.gz").write_bytes(content)
-    monkeypatch.setitem(cifar.PUBLISHED, "cifar10", published)
+    monkeypatch.setitem(cifar.RELEASES, "cifar10", published)
     assert load("cifar10", root=archive, size=8, train=20).fingerprint == expected
     batch = pickle.loads((small / "cifar-10-batches-py/test_batch").read_bytes())
     batch[b"data"][0, 0] ^= 1
@@ -371,7 +371,7 @@ def test_a_cache_in_use_may_be_replaced(small):
 
 def test_download(monkeypatch, tmp_path, reads):
     content, published = packed(TEN)
-    monkeypatch.setitem(cifar.PUBLISHED, "cifar10", published)
+    monkeypatch.setitem(cifar.RELEASES, "cifar10", published)
     fetched = []
 
     def fetch(published, root):

@@ -155,7 +155,7 @@ def test_parts_are_not_measured_again(runs, capsys, monkeypatch):
     assert main([*command, "--parts", "accuracy", "orthogonality"]) == 0
     assert len(re.findall("accuracy$", capsys.readouterr().out, re.M)) == 2  # a line for each run
     measured = []
-    monkeypatch.setattr(evaluate, "_measured", lambda *task: measured.append(task[1]) or (task[0], {"x": 1}, None))
+    monkeypatch.setattr(evaluate, "_measure", lambda *task: measured.append(task[1]) or (task[0], {"x": 1}, None))
     assert main([*command, "--parts", "accuracy", "orthogonality"]) == 0
     assert measured == []
     assert main([*command, "--parts", "accuracy", "noise"]) == 0

@@ -303,7 +303,7 @@ def test_a_run_that_another_command_trains_is_left_to_it(pair):
     holding, shown = threading.Event(), []
 
     def other():
-        with run.held():
+        with run.hold():
             (run.folder / "log.txt").write_text("of the other\n")
             holding.set()
             while not shown:

@@ -451,12 +451,12 @@ def test_spectral_vectors_are_copied_not_averaged(mine):
     with Stop() as stop:
         training = Training(Run(made, 0, mine / "run"), CPU.fabric("32-true"), data, stop, Watch())
         training.fit()
-    averaged, current = dict(training.averaged.module.named_buffers()), dict(training.model.named_buffers())
+    averaged, current = dict(training.average.module.named_buffers()), dict(training.model.named_buffers())
     for name in ("0.parametrizations.weight.0._u", "0.parametrizations.weight.0._v"):
         assert torch.equal(averaged[name], current[name])
         assert averaged[name].norm().item() == pytest.approx(1, abs=1e-5)
     assert not torch.equal(averaged["1.running_mean"], current["1.running_mean"])  # averaged like the weights
-    sigma = torch.linalg.matrix_norm(training.averaged.module[0].weight.detach().flatten(1), 2)
+    sigma = torch.linalg.matrix_norm(training.average.module[0].weight.detach().flatten(1), 2)
     assert sigma.item() == pytest.approx(1, abs=0.05)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orthokit.lab.recipes.compose import KINDS, label, load, merged, name_of, overview, parts, read_toml
+from orthokit.lab.recipes.compose import KINDS, label, load, merge, name_of, overview, parts, read_toml
 from orthokit.lab.recipes.recipe import Recipe, differences
 
 BUDGETS = ("nano", "quick", "standard-200", "standard-30")
@@ -204,7 +204,7 @@ def test_extending_inside_a_table(tmp_path):
     (tmp_path / "a.toml").write_text(wide)
     assert load(tmp_path / "a.toml").network.model_extra == {"width": 1, "depth": 10}  # as between files
     arms = {"none": {}, "name": {"train": {"lr": 1.0}}}
-    assert merged({"arms": arms}, {"arms": {"name": {}}}) == {"arms": arms}  # a table of this name names nothing
+    assert merge({"arms": arms}, {"arms": {"name": {}}}) == {"arms": arms}  # a table of this name names nothing
 
 
 def test_blame(tmp_path):

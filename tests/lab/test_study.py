@@ -273,7 +273,7 @@ def test_a_run_belongs_to_its_recipe_whichever_study_trained_it(lab):
     theirs = {(task.arm, task.run.seed): task.result() for task in lab.plan().tasks}
     assert ours["bare", 1].summary == theirs["none", 1].summary | {"study": {"arm": "bare", "panel": ""}}
     lab.write(second.replace("images = 20", "images = 10"), "second")
-    assert len(lab.plan("second").left()) == 6
+    assert len(lab.plan("second").remaining()) == 6
 
     # A study extends another, of its own folder or not: a second question to the same runs.
     (lab.folder / "more").mkdir()
@@ -362,7 +362,7 @@ def digest(comparison: Comparison) -> str:
 def test_studies_of_the_repository(file, tmp_path):
     """Their results are kept, whole unless unfinished, and of the recipes as they are now; they say what they said."""
     plan = study.plan(file, out=tmp_path, results=file.parents[1] / "results")
-    left = plan.left()
+    left = plan.remaining()
     assert bool(left) == (file.stem in UNFINISHED)
     assert not plan.damage()
     if not (plan.folder / "README.md").exists():  # not begun, or still choosing strengths

@@ -136,7 +136,7 @@ def test_runs_outlive_no_parent(recipe, tmp_path):
     process.kill()
     process.wait()
     run = Run(load(recipe, ["train.epochs=4000"]), 0, tmp_path / "runs/r/0")
-    with run.held():  # as soon as its process has let go
+    with run.hold():  # as soon as its process has let go
         assert (
             "stopped after epoch" in (run.folder / "log.txt").read_text()
             or "stopped in epoch" in (run.folder / "log.txt").read_text()

@@ -31,7 +31,7 @@ from orthokit.lab.runs.run import Run
 from orthokit.lab.training import hardware
 from orthokit.lab.training import loop as training
 from orthokit.lab.training.hardware import Hardware, fast_bfloat16
-from orthokit.lab.training.loop import DivergenceError, Interrupted, learning_rate, train
+from orthokit.lab.training.loop import DivergenceError, Interruption, learning_rate, train
 
 BASE = {
     "data": {"name": "synthetic", "train": 200, "validation": 100, "size": 8, "pad": 1},
@@ -219,7 +219,7 @@ def test_interrupted_anywhere_it_ends_bit_identical(tmp_path, monkeypatch, chang
     train(whole, hardware=HARDWARE)
     run = run_in(tmp_path / "stopped", **changes)
     for step in (1, 2, 1, 3):
-        with pytest.raises(Interrupted, match="the same command goes on"):
+        with pytest.raises(Interruption, match="the same command goes on"):
             train(run, hardware=HARDWARE, watch=StopAt(step))
         assert not (run.folder / "summary.json").exists()
     train(run, hardware=HARDWARE)
@@ -308,7 +308,7 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
 def test_another_recipe_does_not_go_on_from_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SHOW_EVERY", -1.0)
     run = run_in(tmp_path)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interruption):
         train(run, hardware=HARDWARE, watch=StopAt(2))
     with pytest.raises(ValueError, match=r"holds a run of another recipe \(train\.epochs: 2 -> 3"):
         train(Run(recipe(train__epochs=3), 0, run.folder), hardware=HARDWARE)
@@ -438,7 +438,7 @@ def test_begun_by_another_meanwhile(tmp_path, monkeypatch):
     """While we waited for the lock its holder has saved a checkpoint with other numerics than those we have set up."""
     run, other = run_in(tmp_path / "a"), run_in(tmp_path / "b")
     train(other, hardware=HARDWARE)
-    held = Run.held
+    held = Run.hold
 
     @contextlib.contextmanager
     def holding(self, say):
@@ -447,7 +447,7 @@ def test_begun_by_another_meanwhile(tmp_path, monkeypatch):
                 shutil.copy(other.folder / name, run.folder / name)
             yield
 
-    monkeypatch.setattr(Run, "held", holding)
+    monkeypatch.setattr(Run, "hold", holding)
     with pytest.raises(BlockingIOError, match="another process has begun a/0 meanwhile; the same command goes on"):
         train(run, hardware=HARDWARE)
     monkeypatch.undo()
@@ -457,7 +457,7 @@ def test_begun_by_another_meanwhile(tmp_path, monkeypatch):
 def test_a_held_run_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("orthokit.lab.runs.run.WAIT", 0.1)
     run = run_in(tmp_path)
-    with run.held(), pytest.raises(BlockingIOError, match="another process is training"):
+    with run.hold(), pytest.raises(BlockingIOError, match="another process is training"):
         train(run, hardware=HARDWARE)
 
 
@@ -489,7 +489,7 @@ def test_a_network_without_convolutions(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     run = run_in(tmp_path / "a", network__kind="mlps:mlp", regularizer__where="linears")
-    run = Run(Recipe.of({**run.recipe.to_dict(), "network": {"kind": "mlps:mlp"}}).named(Code()), 0, run.folder)
+    run = Run(Recipe.of({**run.recipe.to_dict(), "network": {"kind": "mlps:mlp"}}).with_code(Code()), 0, run.folder)
     summary = train(run, hardware=HARDWARE)
     assert summary["ranks"] == {"1": 8, "3": 10}
     assert summary["orthogonality"]["under"]["filters"] == 8
@@ -516,7 +516,7 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch):
         "nn.Linear(width, classes))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    run = Run(Recipe.of({**BASE, "network": {"kind": "mynets:tiny", "width": 6}}).named(Code()), 0, tmp_path / "a/0")
+    run = Run(Recipe.of({**BASE, "network": {"kind": "mynets:tiny", "width": 6}}).with_code(Code()), 0, tmp_path / "a/0")
     assert train(run, hardware=HARDWARE)["parameters"] == 3 * 9 * 6 + 6 + 60 + 10
     assert weights(run)["0.weight"].shape == (6, 3, 3, 3)
 

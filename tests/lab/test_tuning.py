@@ -101,14 +101,14 @@ def test_strengths_are_chosen_first(lab, capsys):
     chosen = outcome.plan.choices[0].chosen.strength
     tried = [f"so+strength=0.02/{seed}" for seed in (100, 101)]
     assert lab.trained == [*tried, *(f"so+strength={chosen:g}/{seed}" for seed in (0, 1))]
-    assert outcome.plan.left() == []
+    assert outcome.plan.remaining() == []
 
 
 def test_between_the_stages_and_within_them(lab):
     """Killed after any number of runs, and the runs gone, it goes on."""
     lab.write(NOTHING + TUNE)
     plan = lab.plan()
-    assert (len(plan.tuning), len(plan.left()), plan.tasks, plan.choices) == (4, 4, (), ())
+    assert (len(plan.tuning), len(plan.remaining()), plan.tasks, plan.choices) == (4, 4, (), ())
     sittings: list[str] = []
 
     def interrupted(runs, test):
@@ -138,12 +138,12 @@ def test_a_tuning_run_that_failed(lab):
 def test_what_diverges_is_out(lab, capsys):
     outcome = lab.run(NOTHING + TUNE.replace("0.1,", "1e30,"))
     assert outcome.status == 0
-    assert [task.run.seed for task in outcome.plan.tuning if task.diverged()] == [100, 101]
-    task = next(task for task in outcome.plan.tuning if task.diverged())
+    assert [task.run.seed for task in outcome.plan.tuning if task.has_diverged()] == [100, 101]
+    task = next(task for task in outcome.plan.tuning if task.has_diverged())
     why = task.ledger.divergence(task.run.recipe, 100)
     assert why.endswith("in epoch 1, step 2")
     assert str(lab.folder) not in task.ledger.file(task.run.recipe).read_text()
-    assert (task.result(), task.done()) == (None, True)
+    assert (task.result(), task.is_done()) == (None, True)
     (found,) = outcome.plan.choices
     assert found.chosen.strength == 0.01
     assert "| diverged |" in markup.markdown(outcome.comparison)
@@ -214,7 +214,7 @@ def test_panels_choose_for_themselves_or_one_for_all(lab):
     for task in plan.tasks:
         assert task.arm == "none" or task.run.recipe.regularizer.strength == wanted[task.run.recipe.train.batch]
         keep(task, 0.6, 0.6 + 0.01 * task.run.seed)
-    assert plan.left() == []
+    assert plan.remaining() == []
     comparison = plan.comparison()
     assert len(comparison.panels) == 4
     plan.draw(comparison)
@@ -223,13 +223,13 @@ def test_panels_choose_for_themselves_or_one_for_all(lab):
 
     # Each for itself: b has still to choose.
     plan = planned()
-    assert (plan.tasks, len(plan.left())) == ((), 8)
-    assert {task.panel for task in plan.left()} == {"b, batch=50", "b, batch=100"}
-    for task in plan.left():
+    assert (plan.tasks, len(plan.remaining())) == ((), 8)
+    assert {task.panel for task in plan.remaining()} == {"b, batch=50", "b, batch=100"}
+    for task in plan.remaining():
         keep(task, 0.7 + 0.1 * (task.run.recipe.regularizer.strength == 0.1), 0.5)
     strengths = {task.panel: task.run.recipe.regularizer.strength for task in planned().tasks if task.arm == "so"}
     assert strengths == {"a, batch=50": 0.01, "a, batch=100": 0.1, "b, batch=50": 0.1, "b, batch=100": 0.1}
-    assert {task.panel for task in planned().left()} == {"b, batch=50"}  # it had another strength before
+    assert {task.panel for task in planned().remaining()} == {"b, batch=50"}  # it had another strength before
 
 
 @pytest.mark.parametrize(

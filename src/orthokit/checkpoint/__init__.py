@@ -22,7 +22,7 @@ import torch
 
 from orthokit.checkpoint.kind import HEADER, kind_of, regular
 from orthokit.checkpoint.pickles import DamagedError, Thing, plain_name
-from orthokit.checkpoint.shapes import natural
+from orthokit.checkpoint.shapes import natural, some
 from orthokit.checkpoint.statedict import networks, pick
 from orthokit.checkpoint.torchfiles import (
     Content,
@@ -35,7 +35,7 @@ from orthokit.checkpoint.torchfiles import (
     zip_archive,
 )
 
-__all__ = ["metadata", "ordered", "read"]
+__all__ = ["metadata", "order_metadata", "read"]
 
 
 def read(path: str | os.PathLike[str], key: str | None = None) -> tuple[dict[str, Any], list[str]]:
@@ -63,9 +63,8 @@ def read(path: str | os.PathLike[str], key: str | None = None) -> tuple[dict[str
         raise ValueError(whole_module(path, module))
     state, notes = pick(content.value, key)
     if content.others:
-        kinds = list(dict.fromkeys("numpy" if name.startswith("numpy.") else plain_name(name) for name in content.others))
-        text = ", ".join(kinds[:5]) + (f" and {len(kinds) - 5} more" if len(kinds) > 5 else "")
-        content.notes.append(f"Python objects in the file, left out as nothing in it is executed: {text}")
+        kinds = dict.fromkeys("numpy" if name.startswith("numpy.") else plain_name(name) for name in content.others)
+        content.notes.append(f"Python objects in the file, left out as nothing in it is executed: {some(kinds, 5)}")
     return state, content.notes + notes
 
 
@@ -153,7 +152,7 @@ ORDER = "order"
 """The key of the metadata in which a safetensors file keeps the order of its entries, which the format sorts."""
 
 
-def ordered(names: Iterable[str]) -> dict[str, str]:
+def order_metadata(names: Iterable[str]) -> dict[str, str]:
     """Metadata for ``save_file`` with which :func:`read` gives the entries in this order again."""
     return {ORDER: "\n".join(names)}
 

@@ -75,7 +75,7 @@ class DamagedError(ValueError):
 
 Stream = io.BytesIO | io.BufferedReader
 Opener = Callable[[tuple[Any, ...]], Any]
-"""From a persistent identifier to a :class:`Storage`, or whatever stands for it."""
+"""A function from a persistent identifier to a :class:`Storage`, or whatever stands for one."""
 
 
 def storage_type(value: object) -> torch.dtype | None:

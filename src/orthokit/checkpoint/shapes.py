@@ -1,10 +1,10 @@
 """Layers concluded from the shapes, biases and neighbours in a state dict, which records names and tensors only."""
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ NEAR = 50
 def _is_sorted(names: list[str]) -> bool:
     """Whether the names are in the order of the alphabet where a model's would hardly be: then neighbours mean little."""
     pairs = set()
-    for one, two in pairwise(names):
+    for one, two in itertools.pairwise(names):
         a, b = next((pair for pair in zip(one.split("."), two.split("."), strict=False) if pair[0] != pair[1]), ("", ""))
         if (bare := tuple(re.sub(r"\d+", "", part) for part in (a, b)))[0] != bare[1] and all(bare):
             pairs.add((a, b))
@@ -113,7 +113,7 @@ class Reading:
         self.index = {id(unit): index for index, unit in enumerate(self.sequence)}
         self.parameters: dict[tuple[int, torch.Size], nn.Parameter] = {}
         self.is_sorted = _is_sorted([unit.name for unit in self.sequence])
-        self.squeezes = {id(one) for one, two in pairwise(self.sequence) if _is_squeeze(one, two)}
+        self.squeezes = {id(one) for one, two in itertools.pairwise(self.sequence) if _is_squeeze(one, two)}
         self.channels = {len(unit.weight) for unit in self.sequence if unit.weight is not None and id(unit) not in self.squeezes}
         self.single = [unit for unit in self.sequence if self._is_spatial(unit, 1)]
         self.image = any(self._is_spatial(unit, 3) for unit in self.sequence)
@@ -322,5 +322,7 @@ class Conv1D(nn.Module):
         self.nf = nf
 
 
-def some(names: list[str]) -> str:
-    return ", ".join(map(plain_name, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def some(names: Collection[str], most: int = 4) -> str:
+    """The first names, printable, and how many more there are."""
+    first = ", ".join(map(plain_name, itertools.islice(names, most)))
+    return first + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -94,7 +94,7 @@ def main(args: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # Greek letters on a terminal without them
     _widen()
     errors = Terminal(stderr=True, soft_wrap=True)
-    own.TOLD.clear()
+    own.ANNOUNCED.clear()
     try:
         command = _parsed(args)
         status: int | None = command.run(console := Terminal())

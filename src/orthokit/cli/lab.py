@@ -105,19 +105,17 @@ class Machine:
 
     def run_all(self, runs: "Sequence[Run]", console: Console, *, test: bool = True) -> int:
         """Train what is left of ``runs``, each in its own process; exit status 4 if any failed. ``test``: show test results."""
-        from orthokit.lab.recipes.recipe import check_all
-        from orthokit.lab.runs.launch import Pool, run_all
+        from orthokit.lab.runs.launch import Pool, train_all
         from orthokit.lab.runs.logs import Log
         from orthokit.lab.runs.progress import Display, Watch
 
-        damaged = {run.folder: why for run in runs if (why := run.damage()) is not None}
-        every, runs = runs, [run for run in runs if run.folder not in damaged]
-        check_all([run.recipe for run in runs if run.summary() is None], self.root, download=self.download)
-        self.foretell(runs, console, jobs=self.jobs or os.cpu_count() or 1, threads=self.threads or 1)
-        with Log(self.log, Watch()) as log:  # those that are not finished do it in their own processes
-            for run in runs:
-                if run.summary() is not None:
-                    log.update(run, before=True)
+        def start(sound: "Sequence[Run]") -> None:
+            self.foretell(sound, console, jobs=self.jobs or os.cpu_count() or 1, threads=self.threads or 1)
+            with Log(self.log, Watch()) as log:  # those that are not finished do it in their own processes
+                for run in sound:
+                    if run.summary() is not None:
+                        log.update(run, before=True)
+
         pool = Pool(
             jobs=self.jobs,
             per_device=self.jobs_per_device,
@@ -128,12 +126,9 @@ class Machine:
             threads=self.threads or 1,
             log=self.log,
         )
-        with Display(console, test=test) as display:
-            for run in every:
-                if run.folder in damaged:
-                    display.fail(run, damaged[run.folder])
-            failed = len(damaged) + sum(status != 0 for status in run_all(runs, pool, display))
-            display.say(f"{len(every) - failed} of {len(every)} runs finished, in {escape(str(self.out))}")
+        display = Display(console, test=test)
+        failed = train_all(runs, pool, display, download=self.download, start=start)
+        display.say(f"{len(runs) - failed} of {len(runs)} runs finished, in {escape(str(self.out))}")
         return 4 if failed else 0
 
 
@@ -199,7 +194,7 @@ class Train:
                 summary = train(run, root=machine.root, download=machine.download, hardware=hardware, watch=log)
                 if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
                     log.update(run, before=before)
-                    display.done(run, summary, before=before)
+                    display.finish(run, summary, before=before)
         return 0
 
 

@@ -1,4 +1,4 @@
-"""How filters point: the cosines of all pairs, in bounded memory, and how tight a frame they form."""
+"""Angles between filters: the cosines of all pairs, in bounded memory, and the tightness of the frame."""
 
 import math
 from typing import NamedTuple

@@ -106,7 +106,7 @@ class OrthoCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """What the checkpoint files the state under; Lightning wants it unique."""
+        """The key of the state in a checkpoint; Lightning wants it unique."""
         return f"OrthoCallback({self.name!r})"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -54,7 +54,7 @@ def log(ortho: Regularizer, writer: Any, step: int, *, prefix: str = "ortho", re
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: the file at the path is no such log, or an open file would need other columns than its header has.
+        ValueError: the file at the path is not such a log, or an open file would need other columns than its header has.
         FloatingPointError: a weight is NaN or infinite.
 
     >>> layer = nn.Conv2d(2, 2, 1)
@@ -189,7 +189,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 _columns: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
-"""Of open files, once they were written to."""
+"""Columns of open files, once these were written to."""
 
 
 def _add_to_file(file: Any, row: dict[str, float]) -> None:

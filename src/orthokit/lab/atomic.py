@@ -17,11 +17,11 @@ import torch
 __all__ = ["IDLE", "part_of", "read_checkpoint", "remove_parts", "replacing", "to_json", "write", "write_checkpoint"]
 
 IDLE = 3600.0
-"""A part that nobody has written to for so many seconds was left by a process that was killed."""
+"""Seconds after which a part that nobody writes to counts as left by a killed process."""
 
 
 def write(path: Path, content: str | bytes | memoryview) -> None:
-    """Put ``content`` under ``path`` at once and whole; where that fails what was there stays. Links and devices stay too."""
+    """Put ``content`` under ``path`` at once and whole, or leave what was there. Links and devices stay, too."""
     path, data = path.resolve(), content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
         path.write_bytes(data)
@@ -78,7 +78,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """What :func:`write_checkpoint` put under ``path``. Nothing in the file is executed.
+    """The state that :func:`write_checkpoint` put under ``path``. Nothing in the file is executed.
 
     Raises:
         ValueError: a byte of the file has changed, or the file holds more than tensors and plain values.

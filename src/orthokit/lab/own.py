@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from orthokit.checks import did_you_mean
 
-__all__ = ["TOLD", "Code", "accepted", "check_options", "check_outputs", "function", "is_own", "refusal"]
+__all__ = ["ANNOUNCED", "Code", "arguments_of", "check_options", "check_outputs", "function", "is_own", "refusal"]
 
 _IMPORTED: dict[str, str | None] = {}
 """Top-level modules that were imported here, and the files they are from."""
-TOLD: set[tuple[str, tuple[Path, ...]]] = set()
-"""What standard error was told in this command."""
+ANNOUNCED: set[tuple[str, tuple[Path, ...]]] = set()
+"""Names whose import standard error has heard of in this command."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,22 @@ def is_own(name: str | None) -> bool:
 
 
 def refusal(name: str) -> str:
-    """Why a name that came with data is not imported, and what to do."""
+    """The error for a name that came with data and is not imported, with what to do."""
     return (
         f"{name} is code, and this recipe came with data, from which nothing is imported; if you trust {name}, name it yourself: "
         f"--recipe FILE, or --model {name} for a network"
     )
 
 
-def function(name: str, code: Code | None, what: str = "network") -> Callable[..., Any]:
-    """The function that ``"module:function"`` names. The module is imported, which is told on standard error first.
+def function(name: str, code: Code | None, product: str = "network") -> Callable[..., Any]:
+    """The function that ``"module:function"`` names. The module is imported; standard error says so first.
 
-    It is looked for in the folders of ``code``, then on Python's path, then in the working directory.
+    The module is looked for in the folders of ``code``, then on Python's path, then in the working directory.
 
     Args:
         name: ``"package.module:function"``.
-        code: of the recipe that says so.
-        what: what the function makes, for messages.
+        code: the permission of the recipe that names the function.
+        product: what the function makes, for messages.
 
     Raises:
         ValueError: no permission; no such module or function; a module that fails while it is imported.
@@ -76,11 +76,11 @@ def function(name: str, code: Code | None, what: str = "network") -> Callable[..
     """
     path, _, last = name.partition(":")
     if not all(part.isidentifier() for part in [*path.split("."), last]):
-        raise ValueError(f"a {what} of your own is named module:function, as in my_package.mine:small; got {name!r}")
+        raise ValueError(f"a {product} of your own is named module:function, as in my_package.mine:small; got {name!r}")
     if code is None:
         raise ValueError(refusal(name))
-    _tell(name, code, what)
-    module = _module(path, name, code, what)
+    _tell(name, code, product)
+    module = _module(path, name, code, product)
     make = getattr(module, last, None)
     if make is None:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -88,19 +88,19 @@ def function(name: str, code: Code | None, what: str = "network") -> Callable[..
             f"module {path!r} ({getattr(module, '__file__', 'built in')}) has no {last!r}{did_you_mean(last, public)}"
         )
     if not callable(make):
-        raise TypeError(f"{name} must be a function that makes a {what}; got {type(make).__name__}")
+        raise TypeError(f"{name} must be a function that makes a {product}; got {type(make).__name__}")
     return make  # type: ignore[no-any-return]
 
 
-def _tell(name: str, code: Code, what: str) -> None:
+def _tell(name: str, code: Code, product: str) -> None:
     first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
-    if first and multiprocessing.current_process().name == "MainProcess" and (name, code.folders) not in TOLD:
-        TOLD.add((name, code.folders))
-        where = f", looked for in {', '.join(map(str, code.folders))} first" if code.folders else ""
-        print(f"orthokit: importing {name} for the {what} of your recipe{where}", file=sys.stderr, flush=True)
+    if first and multiprocessing.current_process().name == "MainProcess" and (name, code.folders) not in ANNOUNCED:
+        ANNOUNCED.add((name, code.folders))
+        search = f", looked for in {', '.join(map(str, code.folders))} first" if code.folders else ""
+        print(f"orthokit: importing {name} for the {product} of your recipe{search}", file=sys.stderr, flush=True)
 
 
-def _module(path: str, name: str, code: Code, what: str) -> ModuleType:
+def _module(path: str, name: str, code: Code, product: str) -> ModuleType:
     """The module, with the folders of ``code`` first on the import path."""
     folders = list(map(str, code.folders))
     sys.path[:] = [*folders, *(entry for entry in sys.path if entry not in folders)]
@@ -114,11 +114,13 @@ def _module(path: str, name: str, code: Code, what: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise  # the module is there, something that it imports is not
-        places = " or ".join([*folders, "on Python's path"])
-        raise ValueError(f"no module {error.name!r} for the {what} {name!r} in {places}; move it there, or install it") from None
+        folders_text = " or ".join([*folders, "on Python's path"])
+        raise ValueError(
+            f"no module {error.name!r} for the {product} {name!r} in {folders_text}; move it there, or install it"
+        ) from None
     except (Exception, SystemExit) as error:  # of anybody's code
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"importing {path} for the {what} {name!r} fails: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"importing {path} for the {product} {name!r} fails: {type(error).__name__}: {reason}") from error
     _IMPORTED[top] = _origin(sys.modules[top])
     return module
 
@@ -129,58 +131,60 @@ def _origin(module: ModuleType) -> str | None:
 
 def _drop_other(top: str, folders: list[str]) -> None:
     """Forget a module of this name that an earlier recipe brought from another folder."""
-    wanted, present = PathFinder.find_spec(top, folders), sys.modules.get(top)
-    if wanted is None or wanted.origin is None or present is None or _origin(present) == wanted.origin:
+    spec, present = PathFinder.find_spec(top, folders), sys.modules.get(top)
+    if spec is None or spec.origin is None or present is None or _origin(present) == spec.origin:
         return
     if _IMPORTED.get(top) != _origin(present):
         raise ValueError(
-            f"{wanted.origin} has the name of a module that is imported already, {_origin(present) or top}; rename yours"
+            f"{spec.origin} has the name of a module that is imported already, {_origin(present) or top}; rename yours"
         )
     for name in [each for each in sys.modules if each == top or each.startswith(f"{top}.")]:
         del sys.modules[name]
 
 
-def accepted(make: Callable[..., Any]) -> tuple[list[str], bool]:
+def arguments_of(make: Callable[..., Any]) -> tuple[list[str], bool]:
     """The names of a function's arguments, and whether it takes others too."""
     parameters = inspect.signature(make).parameters
     return list(parameters), any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
-def check_options(name: str, options: Mapping[str, Any], known: list[str]) -> None:
-    """Raise ``ValueError`` where an option is not among ``known``."""
+def check_options(name: str, options: Mapping[str, Any], names: list[str]) -> None:
+    """Raise ``ValueError`` where an option is not among ``names``."""
     for option in options:
-        if option not in known:
-            raise ValueError(f"{name} has no option {option!r}{did_you_mean(option, known)}")
+        if option not in names:
+            raise ValueError(f"{name} has no option {option!r}{did_you_mean(option, names)}")
 
 
 def check_outputs(model: nn.Module, images: Tensor, classes: int, kind: str, modes: Iterable[bool] = (True, False)) -> None:
     """Call a network in training mode, in evaluation mode, or in both: it must return logits.
 
     Args:
-        model: anybody's; statistics of batches change.
+        model: anybody's network; its statistics of batches change.
         images: ``(n, channels, h, w)``.
         classes: outputs.
-        kind: its name, for messages.
+        kind: the network's name, for messages.
         modes: True for training.
 
     Raises:
-        ValueError: it fails, or returns something else than ``(n, classes)`` numbers.
+        ValueError: the network fails, or returns something else than ``(n, classes)`` numbers.
     """
     n, channels, height, width = images.shape
-    given = f"{n} images of {channels} channels, {height}x{width}"
+    inputs = f"{n} images of {channels} channels, {height}x{width}"
     for mode in modes:
         model.train(mode)
-        said = f"network: {kind}, called in {'training' if mode else 'evaluation'} mode with {given},"
+        subject = f"network: {kind}, called in {'training' if mode else 'evaluation'} mode with {inputs},"
         try:
             with torch.no_grad():
                 output = model(images)
         except Exception as error:  # of anybody's network
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise ValueError(f"{said} fails with {reason}") from error
+            raise ValueError(f"{subject} fails with {reason}") from error
         if not isinstance(output, Tensor):
             names = ", ".join(map(str, output)) if isinstance(output, Mapping) else ""
-            got = type(output).__name__ + f" with {names}" * bool(names)
-            raise ValueError(f"{said} must return a tensor of logits; got {got}: wrap it in a module that returns these alone")
+            description = type(output).__name__ + f" with {names}" * bool(names)
+            raise ValueError(
+                f"{subject} must return a tensor of logits; got {description}: wrap it in a module that returns these alone"
+            )
         if output.shape != (n, classes) or not output.is_floating_point():
-            got = f"{str(output.dtype).removeprefix('torch.')} {tuple(output.shape)}"
-            raise ValueError(f"{said} must return logits ({n}, {classes}), one for each class; got {got}")
+            description = f"{str(output.dtype).removeprefix('torch.')} {tuple(output.shape)}"
+            raise ValueError(f"{subject} must return logits ({n}, {classes}), one for each class; got {description}")

@@ -37,7 +37,7 @@ from pydantic import Field, model_validator
 from orthokit.lab.atomic import to_json, write
 from orthokit.lab.comparison.inference import Sample
 from orthokit.lab.comparison.tuning import RULE, STRENGTH, Choice, Trial
-from orthokit.lab.recipes.compose import inline, label, load, name_of, parsed, read_section
+from orthokit.lab.recipes.compose import inline, label, load, name_of, parse_setting, read_section
 from orthokit.lab.recipes.sections import Section
 from orthokit.lab.runs.run import Run, Seeds
 from orthokit.tables import Column, Table
@@ -55,7 +55,7 @@ class Interval(Section):
     log: bool = False
 
     @model_validator(mode="after")
-    def _ordered(self) -> "Interval":
+    def _check_order(self) -> "Interval":
         if not self.low < self.high or (self.log and self.low <= 0):
             raise ValueError(f"needs low < high, and low > 0 with log; got low = {self.low}, high = {self.high}")
         return self
@@ -65,17 +65,17 @@ class Search(Section):
     """An Optuna search (tree-structured Parzen estimator)."""
 
     trials: int = Field(ge=1, le=10**5)
-    """Settings tried, of each recipe."""
+    """Number of settings tried with each recipe."""
     space: Annotated[dict[str, Interval | list[Any]], Field(min_length=1)]
-    """By key: an interval, or a list to choose from."""
+    """An interval, or a list to choose from, for each key."""
     parallel: int = Field(4, ge=1, le=10**5)
     """Trials between two looks at the results; with the seed it fixes what is tried."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Of the search."""
+    """The seed of the search."""
 
 
 class Sweep(Section):
-    """What a sweep's file says."""
+    """The file of a sweep."""
 
     FILES = ("recipes",)
     recipes: Annotated[list[str], Field(min_length=1)]
@@ -119,24 +119,24 @@ class Point:
 
     @property
     def strength(self) -> float | None:
-        """What its settings say of ``regularizer.strength``, if a number."""
-        given = [parsed(setting)["regularizer"]["strength"] for setting in self.settings if _is_strength(setting)]
-        return given[-1] if given and isinstance(given[-1], int | float) else None
+        """The value of ``regularizer.strength`` in the settings, if it is a number."""
+        strengths = [parse_setting(setting)["regularizer"]["strength"] for setting in self.settings if _is_strength(setting)]
+        return strengths[-1] if strengths and isinstance(strengths[-1], int | float) else None
 
     @property
     def others(self) -> list[str]:
-        """Its settings but for the strength."""
+        """The settings but for the strength."""
         return [setting for setting in self.settings if not _is_strength(setting)]
 
     @property
     def trial(self) -> Trial:
-        """It as the trial of a strength."""
+        """The point as the trial of a strength."""
         sample = Sample(tuple(100 * accuracy for accuracy in self.accuracies))
         return Trial(self.strength or 0.0, sample, diverged=self.seeds - sample.n)
 
     @property
     def command(self) -> str:
-        """What trains it."""
+        """The command that trains the point's runs."""
         return shlex.join(["orthokit", "train", self.recipe, "--set", *self.settings])
 
 
@@ -149,40 +149,40 @@ def read(path: Path) -> Sweep:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no TOML or no sweep.
+        ValueError: the file is not TOML, or not a sweep.
     """
     return read_section(Sweep, path)
 
 
 def run(path: Path, out: Path, execute: Callable[[Sequence[Run]], int]) -> tuple[list[Point], int]:
-    """Do what is left of the sweep in ``path``; its points, and the highest status of ``execute``, which does the runs.
+    """Do what is left of the sweep in ``path``; return its points, and the highest status of ``execute``, which does the runs.
 
     Raises:
-        ValueError: a recipe has no validation part, a setting is no key of it, or a folder holds a run of another recipe.
+        ValueError: a recipe has no validation part, a setting is not a key of it, or a folder holds a run of another recipe.
     """
     sweep = read(path)
     rounds = _search(sweep) if sweep.grid is None else _grid(sweep)
     points: dict[tuple[str, tuple[str, ...]], Point] = {}
-    status, told = 0, None
+    status, answers = 0, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna's, on options it calls experimental
         while True:
             try:
-                asked = rounds.send(told)  # type: ignore[arg-type]  # None begins it
+                requests = rounds.send(answers)  # type: ignore[arg-type]  # None begins it
             except StopIteration:
                 return list(points.values()), status
-            todo = {(file, _settings(sweep, values)): None for file, values in asked}
+            todo = {(file, _settings(sweep, values)): None for file, values in requests}
             runs = {key: _runs(sweep, *key, out / path.stem) for key in todo}
             # Two ways to write one recipe are one point.
-            unique = {run.folder: run for each in runs.values() for run in each}
+            unique = {one.folder: one for each in runs.values() for one in each}
             status = max(status, execute(list(unique.values())))
             for key, each in runs.items():
                 points[key] = _point(*key, each)
-            told = [points[file, _settings(sweep, values)] for file, values in asked]
+            answers = [points[file, _settings(sweep, values)] for file, values in requests]
 
 
 Rounds = Generator[list[tuple[str, Settings]], list[Point], None]
-"""Asks for settings of recipes, is told their points."""
+"""A generator that yields settings of recipes and receives their points."""
 
 
 def _grid(sweep: Sweep) -> Rounds:
@@ -245,40 +245,40 @@ def _runs(sweep: Sweep, file: str, settings: tuple[str, ...], out: Path) -> list
 
 
 def _point(file: str, settings: tuple[str, ...], runs: Sequence[Run]) -> Point:
-    found = [summary["validation"]["accuracy"] for run in runs if not run.damage() and (summary := run.summary())]
-    return Point(file, settings, tuple(found), len(runs))
+    accuracies = [summary["validation"]["accuracy"] for one in runs if not one.damage() and (summary := one.summary())]
+    return Point(file, settings, tuple(accuracies), len(runs))
 
 
 def best(points: Sequence[Point]) -> dict[str, Point]:
-    """Of each recipe the complete point of highest mean validation accuracy, or what the rule for strengths makes of it.
+    """The best point of each recipe: of highest mean validation accuracy, or the one that the rule for strengths chooses.
 
-    The first of equals; recipes without a complete point are left out.
+    Only complete points count, of equals the first; recipes without a complete point are left out.
     """
-    chosen: dict[str, Point] = {}
+    winners: dict[str, Point] = {}
     for recipe in dict.fromkeys(point.recipe for point in points if point.complete):
         complete = [point for point in points if point.recipe == recipe and point.complete]
         highest = max(complete, key=lambda point: point.mean)
         if (strengths := _strengths(complete, highest)) is not None:
             highest = strengths[Choice(recipe, "", tuple(point.trial for point in strengths.values())).chosen.strength]
-        chosen[recipe] = highest
-    return chosen
+        winners[recipe] = highest
+    return winners
 
 
 def _strengths(points: Sequence[Point], point: Point) -> dict[float, Point] | None:
-    """Those that differ from ``point`` in their strength alone, the weakest first; None where strengths were not tried."""
-    found = {each.strength: each for each in points if each.strength is not None and each.others == point.others}
-    return {strength: found[strength] for strength in sorted(found)} if len(found) > 1 else None
+    """Points that differ from ``point`` in their strength alone, the weakest first; None where strengths were not tried."""
+    by_strength = {each.strength: each for each in points if each.strength is not None and each.others == point.others}
+    return {strength: by_strength[strength] for strength in sorted(by_strength)} if len(by_strength) > 1 else None
 
 
 def edges(sweep: Sweep, point: Point) -> list[str]:
-    """Keys of the grid of which ``point`` has the least or the largest number: the best may lie beyond."""
-    found = []
+    """Keys of the grid of which ``point`` has the least or the largest number: a better one may lie beyond."""
+    keys = []
     for key, values in (sweep.grid or {}).items():
         numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
         if len(numbers) == len(values) > 1:
             ends = {f"{key}={inline(end)}" for end in (min(numbers), max(numbers))}
-            found += [key] if ends & set(point.settings) else []
-    return found
+            keys += [key] if ends & set(point.settings) else []
+    return keys
 
 
 COLUMNS = (
@@ -292,28 +292,28 @@ COLUMNS = (
 
 def table(points: Sequence[Point]) -> Table:
     """The points, best first within each recipe."""
-    chosen = best(points)
+    winners = best(points)
     order = {recipe: k for k, recipe in enumerate(dict.fromkeys(point.recipe for point in points))}
-    ordered = sorted(points, key=lambda p: (order[p.recipe], not p.complete, -p.mean if p.accuracies else 0.0))
+    in_order = sorted(points, key=lambda p: (order[p.recipe], not p.complete, -p.mean if p.accuracies else 0.0))
     rows = []
-    for point in ordered:
+    for point in in_order:
         sample = point.trial.sample
         rows.append(
             {
                 "name": " ".join([name_of(point.recipe), *point.settings]),
-                "chosen": "*" if chosen.get(point.recipe) is point else "",
+                "chosen": "*" if winners.get(point.recipe) is point else "",
                 "mean": sample.mean if sample.n else None,
                 "sd": sample.sd if sample.n else None,
                 "n": str(sample.n) if point.complete else f"{sample.n} of {point.seeds}",
             }
         )
-    ruled = any(_strengths(points, point) for point in chosen.values())
-    return Table("validation accuracy (%) after the last epoch", COLUMNS, tuple(rows), {}, (RULE,) if ruled else ())
+    by_rule = any(_strengths(points, point) for point in winners.values())
+    return Table("validation accuracy (%) after the last epoch", COLUMNS, tuple(rows), {}, (RULE,) if by_rule else ())
 
 
 def save(points: Sequence[Point], path: Path) -> None:
     """The points and the best ones as JSON."""
-    chosen = best(points)
+    winners = best(points)
     rows = [
         {
             "recipe": point.recipe,
@@ -321,7 +321,7 @@ def save(points: Sequence[Point], path: Path) -> None:
             "validation": list(point.accuracies),
             "mean": point.mean if point.accuracies else None,
             "n": len(point.accuracies),
-            "best": chosen.get(point.recipe) is point,
+            "best": winners.get(point.recipe) is point,
         }
         for point in points
     ]

@@ -1,4 +1,4 @@
-"""Whether arms may be compared: what differs besides the declared factor, arms that are one arm, choices made on the test set."""
+"""Checks of whether arms may be compared: differences besides the declared factor, equal arms, choices by test accuracy."""
 
 import itertools
 import json
@@ -19,15 +19,15 @@ from orthokit.spec import penalty_of, where_of
 __all__ = [
     "Panel",
     "flags",
-    "incomparable",
-    "lacking",
-    "listed",
+    "gaps",
+    "incomparable_parts",
+    "list_names",
+    "missing_numbers",
     "plain",
     "refusals",
-    "repeated",
-    "undeclared",
+    "repetitions",
+    "undeclared_differences",
     "under",
-    "unequal",
 ]
 
 
@@ -37,12 +37,12 @@ class Panel:
 
     name: str
     values: dict[str, Any]
-    """Of the keys that tell panels apart, such as ``network.depth``."""
+    """Values of the keys that tell panels apart, such as ``network.depth``."""
     arms: dict[str, tuple[Result, ...]]
 
     @property
     def results(self) -> list[Result]:
-        """Of all arms."""
+        """The results of all arms."""
         return [result for _, result in self]
 
     @property
@@ -52,22 +52,22 @@ class Panel:
 
     @property
     def depth(self) -> int | None:
-        """Of the network, if it has one."""
+        """The depth of the network, if the recipe has one."""
         if not self.recorded:
             return None
         depth = self.results[0].recipe.to_dict()["network"].get("depth")
         return depth if isinstance(depth, int) else None
 
     def __iter__(self) -> Iterator[tuple[str, Result]]:
-        """Arm and result."""
+        """Pairs of arm and result."""
         return ((arm, result) for arm, results in self.arms.items() for result in results)
 
     def by(self, look: Callable[[Result], Any]) -> dict[Any, list[str]]:
         """The values that ``look`` finds, and the arms that have them."""
-        found: dict[Any, list[str]] = {}
+        arms_by_value: dict[Any, list[str]] = {}
         for arm, result in self:
-            found.setdefault(look(result), []).append(arm)
-        return {value: list(dict.fromkeys(arms)) for value, arms in found.items()}
+            arms_by_value.setdefault(look(result), []).append(arm)
+        return {value: list(dict.fromkeys(arms)) for value, arms in arms_by_value.items()}
 
 
 def under(key: str, sections: Iterable[str]) -> bool:
@@ -76,78 +76,82 @@ def under(key: str, sections: Iterable[str]) -> bool:
 
 
 def plain(value: str | None) -> str:
-    """A value of ``orthokit.lab.recipes.recipe.flattened`` to read."""
+    """A value of ``orthokit.lab.recipes.recipe.flatten`` for a reader."""
     return "absent" if value is None else value.strip('"')
 
 
-def listed(names: Sequence[str], most: int = 4) -> str:
+def list_names(names: Sequence[str], most: int = 4) -> str:
     """Some names, those with a comma quoted, and how many more.
 
-    >>> from orthokit.lab.comparison.comparability import listed
-    >>> listed(["none", "so, scaled", "strict"], most=2)
+    >>> from orthokit.lab.comparison.comparability import list_names
+    >>> list_names(["none", "so, scaled", "strict"], most=2)
     'none, "so, scaled" and 1 more'
     """
-    shown = ", ".join(f'"{name}"' if "," in name else name for name in names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+    text = ", ".join(f'"{name}"' if "," in name else name for name in names[:most])
+    return text + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _shown(values: Mapping[Any, Iterable[str]]) -> str:
-    return "; ".join(f"{value} in {listed(list(arms))}" for value, arms in values.items())
+def _arms_text(values: Mapping[Any, Iterable[str]]) -> str:
+    return "; ".join(f"{value} in {list_names(list(arms))}" for value, arms in values.items())
 
 
-def undeclared(flat: Sequence[tuple[str, dict[str, str]]], factor: Sequence[str]) -> list[str]:
-    """In what the flattened recipes of arms differ besides the factor: a sentence for each key."""
-    said = []
+def undeclared_differences(flat: Sequence[tuple[str, dict[str, str]]], factor: Sequence[str]) -> list[str]:
+    """A sentence for each key, besides the factor, in which the flattened recipes of arms differ."""
+    sentences = []
     for key in dict.fromkeys(key for _, each in flat for key in each if not under(key, factor)):
         values: dict[str, dict[str, None]] = {}
         for arm, each in flat:
             values.setdefault(plain(each.get(key)), {})[arm] = None
         if len(values) > 1:
-            said.append(f"runs differ in {key}, which is not the declared factor ({', '.join(factor)}): {_shown(values)}")
-    return said
+            sentences.append(
+                f"runs differ in {key}, which is not the declared factor ({', '.join(factor)}): {_arms_text(values)}"
+            )
+    return sentences
 
 
 def refusals(panel: Panel, factor: Sequence[str]) -> list[str]:
-    """What makes the comparison in a panel meaningless."""
+    """Sentences on what makes the comparison in a panel meaningless."""
     advice = "declare it with --factor, keep such runs apart with --by, or see it flagged with --anyway"
-    found = [f"{each}; {advice}" for each in undeclared([(arm, result.flat) for arm, result in panel], factor)]
+    sentences = [f"{each}; {advice}" for each in undeclared_differences([(arm, result.flat) for arm, result in panel], factor)]
     if len(values := panel.by(lambda result: result.summary["fingerprint"][:12])) > 1:
-        found.append(f"runs are of different images (fingerprint): {_shown(values)}")
+        sentences.append(f"runs are of different images (fingerprint): {_arms_text(values)}")
     for arm, results in panel.arms.items():
-        own = [{key: value for key, value in r.flat.items() if under(key, factor)} for r in results]
-        if differing := [key for key in dict.fromkeys(key for each in own for key in each) if len({e.get(key) for e in own}) > 1]:
-            several = list(dict.fromkeys(plain(each.get(differing[0])) for each in own))
-            found.append(f"{arm} is the name of more than one arm: {differing[0]} is {' and '.join(several)}")
-    return [f"{panel.name}: {each}" for each in found]
+        settings = [{key: value for key, value in r.flat.items() if under(key, factor)} for r in results]
+        if differing := [
+            key for key in dict.fromkeys(key for each in settings for key in each) if len({e.get(key) for e in settings}) > 1
+        ]:
+            several = list(dict.fromkeys(plain(each.get(differing[0])) for each in settings))
+            sentences.append(f"{arm} is the name of more than one arm: {differing[0]} is {' and '.join(several)}")
+    return [f"{panel.name}: {each}" for each in sentences]
 
 
-def repeated(results: Iterable[Result]) -> list[str]:
-    """Runs of one recipe and seed, which are one run."""
-    found: dict[tuple[str, int], list[str]] = {}
+def repetitions(results: Iterable[Result]) -> list[str]:
+    """A sentence for each recipe and seed that has several runs, which are one run."""
+    folders: dict[tuple[str, int], list[str]] = {}
     for result in results:
-        found.setdefault((result.recipe.to_toml(), result.seed), []).append(str(result.source.parent))
-    return [f"the same run counts {len(names)} times: {listed(names)}" for names in found.values() if len(names) > 1]
+        folders.setdefault((result.recipe.to_toml(), result.seed), []).append(str(result.source.parent))
+    return [f"the same run counts {len(names)} times: {list_names(names)}" for names in folders.values() if len(names) > 1]
 
 
 def flags(panel: Panel, baseline: str) -> list[str]:
-    """What a reader must know before believing a comparison in a panel."""
-    found = []
-    for words, read in NUMERICS.items():
-        if len(values := panel.by(partial(_recorded, read))) > 1:
-            found.append(f"different {words}, which can move a result as far as another seed does: {_shown(values)}")
-    found += _commits(panel)
-    return [*_in(panel, [*_equal(panel), *_selected(panel)]), *unequal(panel, baseline), *_in(panel, found)]
+    """Sentences that a reader must know before believing a comparison in a panel."""
+    sentences = []
+    for words, reader in NUMERICS.items():
+        if len(values := panel.by(partial(_environment_text, reader))) > 1:
+            sentences.append(f"different {words}, which can move a result as far as another seed does: {_arms_text(values)}")
+    sentences += _commits(panel)
+    return [*_in(panel, [*_equal(panel), *_selections(panel)]), *gaps(panel, baseline), *_in(panel, sentences)]
 
 
-def unequal(panel: Panel, baseline: str) -> list[str]:
-    """What arms of a panel lack: the baseline, or seeds that others have."""
-    found = []
+def gaps(panel: Panel, baseline: str) -> list[str]:
+    """Sentences on what arms of a panel lack: the baseline, or seeds that others have."""
+    sentences = []
     if baseline not in panel.arms:
-        found.append(f"no run of the baseline {baseline}, hence no differences")
+        sentences.append(f"no run of the baseline {baseline}, hence no differences")
     seeds = {arm: " ".join(str(result.seed) for result in results) for arm, results in panel.arms.items()}
     if len(set(seeds.values())) > 1:
-        found.append("arms have different seeds: " + "; ".join(f"{each} in {arm}" for arm, each in seeds.items()))
-    return _in(panel, found)
+        sentences.append("arms have different seeds: " + "; ".join(f"{each} in {arm}" for arm, each in seeds.items()))
+    return _in(panel, sentences)
 
 
 def _in(panel: Panel, sentences: Iterable[str]) -> list[str]:
@@ -157,8 +161,8 @@ def _in(panel: Panel, sentences: Iterable[str]) -> list[str]:
 Environment = Mapping[str, Any]
 
 
-def _recorded(read: Callable[[Environment], object], result: Result) -> str:
-    return str(read(result.summary["environment"]))
+def _environment_text(reader: Callable[[Environment], object], result: Result) -> str:
+    return str(reader(result.summary["environment"]))
 
 
 def _version(package: str, environment: Environment) -> object:
@@ -188,8 +192,8 @@ def _commits(panel: Panel) -> list[str]:
         arms.setdefault(tuple(dict.fromkeys(map(_commit, results))), []).append(arm)
     apart = "arms share no commit of orthokit: what the code changed between them cannot be told from what the arms do"
     partly = "arms were run at different commits of orthokit, and code that changed may round otherwise"
-    told = partly if set.intersection(*map(set, arms)) else apart
-    return [f"{told}: {_shown({listed(commits): each for commits, each in arms.items()})}"]
+    reason = partly if set.intersection(*map(set, arms)) else apart
+    return [f"{reason}: {_arms_text({list_names(commits): each for commits, each in arms.items()})}"]
 
 
 def _commit(result: Result) -> str:
@@ -204,40 +208,42 @@ NUMERICS: dict[str, Callable[[Environment], object]] = {
     "versions of torch": partial(_version, "torch"),
     "versions of orthokit": partial(_version, "orthokit"),
 }
-"""In words, and what is read off ``environment.json``."""
+"""Properties in words, and how each is read from ``environment.json``."""
 
 
 def _equal(panel: Panel) -> list[str]:
-    """Arms that are one arm: equal plans, or the very same results."""
-    found = []
+    """Sentences on arms that are one arm: equal plans, or the very same results."""
+    sentences = []
     plans, unread = dict[str, Any](), dict[str, list[str]]()
     for arm, results in panel.arms.items():
         try:
             plans[arm] = _plan(results[0])
         except Exception as error:  # of whatever options a summary names
             unread.setdefault(" ".join(f"{error}".split())[:300], []).append(arm)
-    found += [f"plans of {listed(arms)} are not compared: {why}" for why, arms in unread.items()]
+    sentences += [f"plans of {list_names(arms)} are not compared: {why}" for why, arms in unread.items()]
     for (one, a), (two, b) in itertools.combinations(panel.arms.items(), 2):
         first, second = ({r.seed: (r.summary["test"], r.summary.get("train")) for r in arm} for arm in (a, b))
-        shared = first.keys() & second.keys()
+        seeds = first.keys() & second.keys()
         if plans.get(one) is not None and plans[one] == plans.get(two):
-            found.append(f"{one} and {two} have equal plans (orthokit plan): they are the same arm, and what differs is chance")
-        elif shared and all(first[seed] == second[seed] for seed in shared):
-            found.append(f"{one} and {two} have the very same results in every shared seed: they are the same arm")
-    return found
+            sentences.append(
+                f"{one} and {two} have equal plans (orthokit plan): they are the same arm, and what differs is chance"
+            )
+        elif seeds and all(first[seed] == second[seed] for seed in seeds):
+            sentences.append(f"{one} and {two} have the very same results in every shared seed: they are the same arm")
+    return sentences
 
 
 def _plan(result: Result) -> Any:
-    """What a disentangled norm asks for; None where there is nothing to tell.
+    """A value that equal plans of a disentangled norm share; None for any other penalty.
 
     Raises:
-        ValueError: there is no telling.
+        ValueError: the plan cannot be told.
     """
-    said = result.recipe.regularizer
-    penalty = said and penalty_of(said.penalty)
-    if said is None or not isinstance(penalty, Disentangled):
+    section = result.recipe.regularizer
+    penalty = section and penalty_of(section.penalty)
+    if section is None or not isinstance(penalty, Disentangled):
         return None
-    rest = {**said.model_dump(), "penalty": repr(replace(penalty, relax=None, form="pairs", count="expected"))}
+    rest = {**section.model_dump(), "penalty": repr(replace(penalty, relax=None, form="pairs", count="expected"))}
     ranks = result.summary.get("ranks") or {}
     if penalty.relax is None or all(filters == ranks.get(name) for name, filters in _filters(result).items()):
         return rest, "strict"
@@ -257,30 +263,32 @@ def _filters(result: Result) -> dict[str, Any]:
     return {layer.name: layer.kernel.o for layer in select(network, where_of(recipe.regularizer.where))}
 
 
-def _selected(panel: Panel) -> list[str]:
+def _selections(panel: Panel) -> list[str]:
     """Signs that something was, or is about to be, chosen by test accuracy."""
-    found = []
-    regularized = {arm: results for arm, results in panel.arms.items() if results[0].recipe.regularizer is not None}
-    if bare := [arm for arm, results in regularized.items() if not results[0].recipe.data.validation]:
-        found.append(
-            f"no validation images in {listed(bare)} (data.validation = 0): nothing here shows that their strength was chosen on "
-            "others than the test images"
+    sentences = []
+    with_penalty = {arm: results for arm, results in panel.arms.items() if results[0].recipe.regularizer is not None}
+    if bare := [arm for arm, results in with_penalty.items() if not results[0].recipe.data.validation]:
+        sentences.append(
+            f"no validation images in {list_names(bare)} (data.validation = 0): nothing here shows that their strength was "
+            "chosen on others than the test images"
         )
     alike: dict[str, list[str]] = {}
-    for arm, results in regularized.items():
-        said = results[0].recipe.regularizer
-        assert said is not None
-        alike.setdefault(repr(said.model_dump(exclude={"strength"})), []).append(arm)
-    found += [
-        f"{listed(arms)} differ in strength alone: to choose among them by these figures is to select on the test set; choose by "
-        "validation accuracy, on other seeds (orthokit sweep)"
+    for arm, results in with_penalty.items():
+        section = results[0].recipe.regularizer
+        assert section is not None
+        alike.setdefault(repr(section.model_dump(exclude={"strength"})), []).append(arm)
+    sentences += [
+        f"{list_names(arms)} differ in strength alone: to choose among them by these figures is to select on the test set; "
+        "choose by validation accuracy, on other seeds (orthokit sweep)"
         for arms in alike.values()
         if len(arms) > 1
     ]
     swept = [arm for arm, results in panel.arms.items() if any(_of_a_sweep(result) for result in results)]
     if swept:
-        found.append(f"runs of a sweep, which chose among them: {listed(swept)}; compare on seeds that took no part in it")
-    return found
+        sentences.append(
+            f"runs of a sweep, which chose among them: {list_names(swept)}; compare on seeds that took no part in it"
+        )
+    return sentences
 
 
 def _of_a_sweep(result: Result) -> bool:
@@ -288,39 +296,41 @@ def _of_a_sweep(result: Result) -> bool:
     return len(above) > 2 and (above[2] / "sweep.json").is_file()
 
 
-def incomparable(panels: Sequence[Panel]) -> tuple[list[str], list[str]]:
-    """Parts of evaluations made with different settings, and what to say of them and of parts that some runs lack."""
+def incomparable_parts(panels: Sequence[Panel]) -> tuple[list[str], list[str]]:
+    """Parts of evaluations made with different settings, and sentences on these and on parts that some runs lack."""
     results = [result for panel in panels for result in panel.results]
     differing, missing = [], dict[int, list[str]]()
     for part in dict.fromkeys(part for result in results for part in result.parts):
-        found = [_form(result.parts[part]) for result in results if part in result.parts]
-        if len(set(found)) > 1:
+        forms = [_form(result.parts[part]) for result in results if part in result.parts]
+        if len(set(forms)) > 1:
             differing.append(part)
-        elif len(found) < len(results):
-            missing.setdefault(len(results) - len(found), []).append(part)
-    said = [
+        elif len(forms) < len(results):
+            missing.setdefault(len(results) - len(forms), []).append(part)
+    sentences = [
         f"not evaluated in {count} of {len(results)} runs, whose arms are left out there: {', '.join(parts)}"
         for count, parts in missing.items()
     ]
     if differing:
-        said.append(f"evaluated with different settings, hence left out: {', '.join(differing)}; orthokit evaluate them alike")
-    return differing, [*said, *lacking(panels, METRICS)]
+        sentences.append(
+            f"evaluated with different settings, hence left out: {', '.join(differing)}; orthokit evaluate them alike"
+        )
+    return differing, [*sentences, *missing_numbers(panels, METRICS)]
 
 
-def lacking(panels: Sequence[Panel], metrics: Sequence[Metric]) -> list[str]:
+def missing_numbers(panels: Sequence[Panel], metrics: Sequence[Metric]) -> list[str]:
     """A sentence for each metric and panel in which some runs have no number, and others have."""
-    said = []
+    sentences = []
     for metric in metrics:
         for panel in panels:
-            measured = [(arm, result) for arm, result in panel if _measured(metric, result)]
-            none = [(arm, result.seed) for arm, result in measured if metric.read(result) is None]
-            if 0 < len(none) < len(measured):
-                shown = listed([f"{arm} (seed {seed})" for arm, seed in none])
-                said.append(f"{panel.name}: no {metric.label}, or no finite one, of {shown}; these arms are left out of it")
-    return said
+            pairs = [(arm, result) for arm, result in panel if _is_measured(metric, result)]
+            none = [(arm, result.seed) for arm, result in pairs if metric.read(result) is None]
+            if 0 < len(none) < len(pairs):
+                text = list_names([f"{arm} (seed {seed})" for arm, seed in none])
+                sentences.append(f"{panel.name}: no {metric.label}, or no finite one, of {text}; these arms are left out of it")
+    return sentences
 
 
-def _measured(metric: Metric, result: Result) -> bool:
+def _is_measured(metric: Metric, result: Result) -> bool:
     return metric.part is None or metric.part in result.parts
 
 

@@ -1,7 +1,7 @@
-"""Comparisons: arms against a baseline, in panels of equal networks and data, from what finished runs left.
+"""Comparisons: arms against a baseline, in panels of equal networks and data, from the results of finished runs.
 
-An *arm* is what the runs of one value of the declared factor have in common (by default the factor is ``regularizer``), a *panel*
-what is compared within: runs of equal ``network`` and ``data.name``. Within a panel the arms must differ in the factor alone.
+An *arm* is all runs with one value of the declared factor (by default ``regularizer``). A *panel* is all runs that are compared
+with each other: those of equal ``network`` and ``data.name``. Within a panel the arms must differ in the factor alone.
 Results are those of the last epoch.
 """
 
@@ -11,18 +11,18 @@ from functools import cached_property
 from typing import Literal, TypeVar
 
 from orthokit.checks import printable
-from orthokit.lab.comparison.comparability import Panel, flags, incomparable, refusals, repeated, under
+from orthokit.lab.comparison.comparability import Panel, flags, incomparable_parts, refusals, repetitions, under
 from orthokit.lab.comparison.inference import (
     Contrast,
     Difference,
     Sample,
-    blocked,
+    blocked_differences,
     contrast,
     detectable,
     differences,
     holm,
     intraclass,
-    paired,
+    paired_contrast,
     per_doubling,
     pooled_sd,
     seeds_needed,
@@ -36,13 +36,13 @@ from orthokit.lab.runs.results import Result
 __all__ = ["FACTOR", "PANELS", "WORDS", "Blocks", "Cell", "Comparison", "Contrasts", "Resolution", "compare"]
 
 Key = TypeVar("Key", bound=Hashable)
-Tested = TypeVar("Tested", Difference, Contrast)
+Effect = TypeVar("Effect", Difference, Contrast)
 Blocks = Literal["seed"]
-"""What runs of different arms may share that a test sets apart from their error."""
+"""A property that runs of different arms share, and that a test keeps apart from their error."""
 FACTOR = ("regularizer",)
 PANELS = ("network", "data.name")
 WORDS = {1: ("better", "worse"), 0: ("higher", "lower"), -1: ("worse", "better")}
-"""Of differences above 0, and below, by what is better of a metric."""
+"""Words for differences above 0, and below, by whether more or less of a metric is better."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,22 @@ class Cell:
 
     sample: Sample
     difference: Difference | None = None
-    """From the baseline; None of the baseline itself, and where there is none."""
+    """The difference from the baseline; None for the baseline itself, and where there is no baseline."""
     verdict: str = ""
     """``better``, ``worse`` or ``not resolved``; ``higher`` or ``lower`` where neither is a merit; empty without a difference."""
 
 
 @dataclass(frozen=True)
 class Contrasts:
-    """A question that is put to all panels at once, and what each arm answers."""
+    """A question that is put to all panels at once, and the answer of each arm."""
 
     name: str
     over: str
-    """Which panels."""
+    """The panels, in words."""
     words: tuple[str, str]
-    """For what is above 0, and below."""
+    """Words for differences above 0, and below."""
     answers: dict[str, Contrast]
-    """By arm, or by pair of arms."""
+    """Answers by arm, or by pair of arms."""
 
     @property
     def title(self) -> str:
@@ -85,9 +85,9 @@ class Resolution:
     name: str
     """The panel, or the pair."""
     least: float | None
-    """None where nothing is tested."""
+    """The gain; None where nothing is tested."""
     seeds: int | None = None
-    """Seeds an arm, at least; None where seeds are blocks."""
+    """The fewest seeds of an arm; None where seeds are blocks."""
     more: Mapping[float, int] = field(default_factory=dict)
     """Seeds an arm that would resolve a half, and a quarter, of the least gain."""
     pair: bool = False
@@ -103,71 +103,71 @@ class Comparison:
     panels: tuple[Panel, ...]
     factor: tuple[str, ...] = FACTOR
     primary: Metric = METRICS[0]
-    """What verdicts go by; all others are secondary."""
+    """The metric that verdicts go by; all others are secondary."""
     flags: tuple[str, ...] = ()
-    """What a reader must know before believing any of it."""
+    """Sentences that a reader must know before believing the comparison."""
     excluded: tuple[str, ...] = ()
     """Parts of evaluations that do not compare."""
     choices: tuple[Choice, ...] = ()
-    """How the strengths of a study's arms were chosen."""
+    """The choices of the strengths of a study's arms."""
     blocks: Blocks | None = None
     """Whether verdicts go by a test with seeds as blocks, and not by Welch's."""
     primary_contrasts: tuple[tuple[str, str], ...] = ()
     """The primary question, stated before the runs: pairs of arms, whose difference over all panels is tested."""
     known: tuple[Metric, ...] = METRICS
-    """What may have been measured."""
+    """The metrics that may have been measured."""
     sources: tuple[str, ...] = ()
     """Files that the numbers are from, where they are not runs of the lab."""
     question: str = ""
-    """What is asked, in one sentence; printed above the answer."""
+    """The question, in one sentence; printed above the answer."""
 
     @cached_property
     def arms(self) -> list[str]:
-        """Of all panels, the baseline first."""
+        """The arms of all panels, the baseline first."""
         return list(dict.fromkeys([self.baseline, *(arm for panel in self.panels for arm in panel.arms)]))
 
     @property
     def recorded(self) -> bool:
-        """Whether its runs are the lab's."""
+        """Whether all runs are the lab's."""
         return all(panel.recorded for panel in self.panels)
 
     @cached_property
     def metrics(self) -> list[Metric]:
-        """Those that there are numbers of."""
+        """The metrics that there are numbers of."""
         return [metric for metric in self.known if self.cells(metric)]
 
     def cells(self, metric: Metric) -> dict[str, dict[str, Cell]]:
         """Panel -> arm -> cell of a metric; p-values are adjusted over all of them. Arms without numbers are left out."""
         if metric.key not in self._cells:
-            self._cells[metric.key] = {} if metric.part in self.excluded else self._compared(metric)
+            self._cells[metric.key] = {} if metric.part in self.excluded else self._cells_of(metric)
         return self._cells[metric.key]
 
     @cached_property
     def _cells(self) -> dict[str, dict[str, dict[str, Cell]]]:
         return {}
 
-    def _compared(self, metric: Metric) -> dict[str, dict[str, Cell]]:
+    def _cells_of(self, metric: Metric) -> dict[str, dict[str, Cell]]:
         cells: dict[str, dict[str, Cell]] = {}
         raw: dict[tuple[str, str], Difference] = {}
         for panel in self.panels:
-            read = {arm: [metric.read(result) for result in results] for arm, results in panel.arms.items()}
+            numbers = {arm: [metric.read(result) for result in results] for arm, results in panel.arms.items()}
             samples = {
-                arm: Sample(tuple(v for v in values if v is not None)) for arm, values in read.items() if None not in values
+                arm: Sample(tuple(v for v in values if v is not None)) for arm, values in numbers.items() if None not in values
             }
             if samples:
                 cells[panel.name] = {arm: Cell(sample) for arm, sample in samples.items()}
             if self.baseline in samples and metric.group != "cost":  # machines and their load differ
-                by_seed = blocked(_by_seed(panel, samples), self.baseline)
+                by_seed = blocked_differences(_by_seed(panel, samples), self.baseline)
                 for arm, each in differences(samples, self.baseline).items():
-                    raw[panel.name, arm] = self._ruled(replace(each, blocked=by_seed.get(arm)))
-        adjusted = _adjusted({key: self._p(each) for key, each in raw.items()})
+                    raw[panel.name, arm] = self._by_rule(replace(each, blocked=by_seed.get(arm)))
+        p_values = _adjust({key: self._p(each) for key, each in raw.items()})
         for (name, arm), each in raw.items():
-            each = replace(each, holm=adjusted.get((name, arm)))
+            each = replace(each, holm=p_values.get((name, arm)))
             cells[name][arm] = Cell(cells[name][arm].sample, each, _verdict(each, WORDS[metric.better]))
         return cells
 
-    def _ruled(self, effect: Tested) -> Tested:
-        """The same with mean and interval of the test that verdicts go by."""
+    def _by_rule(self, effect: Effect) -> Effect:
+        """The effect with mean and interval of the test that verdicts go by."""
         if self.blocks is None:
             return effect
         if (by_seed := effect.blocked) is None:
@@ -181,11 +181,11 @@ class Comparison:
         return effect.welch if isinstance(effect, Difference) else effect.raw
 
     def cell(self, metric: Metric, panel: str, arm: str) -> Cell | None:
-        """One cell, if there is."""
+        """One cell, or None."""
         return self.cells(metric).get(panel, {}).get(arm)
 
     def comparisons(self, metric: Metric) -> int:
-        """How many tests the adjustment of a metric is over."""
+        """The number of tests that the adjustment of a metric is over."""
         every = [cell.difference for arms in self.cells(metric).values() for cell in arms.values()]
         return sum(each is not None and self._p(each) is not None for each in every)
 
@@ -200,22 +200,22 @@ class Comparison:
 
     @cached_property
     def contrasts(self) -> list[Contrasts]:
-        """Of the primary metric: over all panels and, where these grow, per doubling."""
+        """Contrasts of the primary metric: over all panels and, where these grow, per doubling."""
         whole, count = self._whole, len(self.panels)
         if count < 2 or self.baseline not in whole:
             return []
 
-        def tested(weights: Sequence[float]) -> dict[str, Contrast]:
+        def test(weights: Sequence[float]) -> dict[str, Contrast]:
             raw = {arm: self._contrast(weights, arm, self.baseline) for arm in whole if arm != self.baseline}
-            adjusted = _adjusted({arm: self._p(each) for arm, each in raw.items()})
-            return {arm: replace(each, holm=adjusted.get(arm)) for arm, each in raw.items()}
+            p_values = _adjust({arm: self._p(each) for arm, each in raw.items()})
+            return {arm: replace(each, holm=p_values.get(arm)) for arm, each in raw.items()}
 
-        alike = tested([1 / count] * count)
+        alike = test([1 / count] * count)
         questions = [Contrasts("mean difference", self._everywhere, WORDS[self.primary.better], alike)]
         if self.grows is not None:
             numbers = [panel.values[self.grows] for panel in self.panels]
             over = f"{self.grows} from {numbers[0]} to {numbers[-1]}"
-            questions.append(Contrasts("change per doubling", over, ("rises", "falls"), tested(per_doubling(numbers))))
+            questions.append(Contrasts("change per doubling", over, ("rises", "falls"), test(per_doubling(numbers))))
         return questions if questions[0].answers else []
 
     @cached_property
@@ -236,34 +236,34 @@ class Comparison:
         for panel, *samples in zip(self.panels, *both, strict=True):
             one, two = _by_seed(panel, dict(zip((arm, other), samples, strict=True))).values()
             pairs.append({seed: value - two[seed] for seed, value in one.items() if seed in two})
-        return self._ruled(replace(contrast(weights, *both), blocked=paired(weights, pairs)))
+        return self._by_rule(replace(contrast(weights, *both), blocked=paired_contrast(weights, pairs)))
 
     @cached_property
     def primary_answer(self) -> Contrasts | None:
-        """What the primary question's pairs of arms answer, adjusted over them; None where none is stated or runs lack."""
+        """The answers to the primary question, adjusted over its pairs of arms; None where none is stated or runs are missing."""
         pairs, count = self.primary_contrasts, len(self.panels)
         if not pairs or any(arm not in self._whole for pair in pairs for arm in pair):
             return None
         effects = {f"{arm} - {other}": self._contrast([1 / count] * count, arm, other) for arm, other in pairs}
         raw = {pair: self._p(each) for pair, each in effects.items()}
-        adjusted = holm([1.0 if p is None else p for p in raw.values()])  # a pair that is not tested yet counts in the family
+        p_values = holm([1.0 if p is None else p for p in raw.values()])  # a pair that is not tested yet counts in the family
         answers = {
             pair: replace(each, holm=None if raw[pair] is None else p)
-            for (pair, each), p in zip(effects.items(), adjusted, strict=True)
+            for (pair, each), p in zip(effects.items(), p_values, strict=True)
         }
         name = "primary question: mean difference" if count > 1 else "primary question: difference"
         return Contrasts(name, self._everywhere, WORDS[self.primary.better], answers)
 
     def resolutions(self) -> list[Resolution]:
         """The least gains that the present seeds resolve: in each panel and, where seeds are blocks, between each stated pair."""
-        count, tested = self.comparisons(self.primary), []
+        count, rows = self.comparisons(self.primary), []
         for pair, each in self.primary_answer.answers.items() if self.primary_answer and self.blocks else ():
             if each.blocked is not None:
-                tested.append(Resolution(pair, each.blocked.detectable(len(self.primary_contrasts)), pair=True))
-        return tested + [self._resolution(panel, list(arms.values()), count) for panel, arms in self.cells(self.primary).items()]
+                rows.append(Resolution(pair, each.blocked.detectable(len(self.primary_contrasts)), pair=True))
+        return rows + [self._resolution(panel, list(arms.values()), count) for panel, arms in self.cells(self.primary).items()]
 
     def _resolution(self, panel: str, cells: Sequence[Cell], count: int) -> Resolution:
-        """What the seeds of a panel resolve, each of ``count`` tests at the strictest step of Holm's procedure."""
+        """The least gain that the seeds of a panel resolve, each of ``count`` tests at the strictest step of Holm's procedure."""
         if self.blocks is not None:
             by_seed = [cell.difference.blocked for cell in cells if cell.difference and cell.difference.blocked]
             return Resolution(panel, max((each.detectable(count) for each in by_seed), default=None))
@@ -277,17 +277,18 @@ class Comparison:
 
     @cached_property
     def shared(self) -> tuple[float, float] | None:
-        """Of the primary metric, the correlation of results of one seed beyond the means of arms, and the p of its F test.
+        """The correlation of one seed's results beyond the means of arms, in the primary metric, and the p of its F test.
 
         None where arms share no seeds; see :func:`orthokit.lab.comparison.inference.intraclass`.
         """
         cells = self.cells(self.primary)
-        read = [
+        values = [
             list(_by_seed(panel, {arm: cell.sample for arm, cell in cells.get(panel.name, {}).items()}).values())
             for panel in self.panels
         ]
-        seeds = [sorted(set.intersection(*map(set, each))) if each else [] for each in read]
-        return intraclass([[[values[s] for s in own] for values in each] for each, own in zip(read, seeds, strict=True)])
+        seeds = [sorted(set.intersection(*map(set, each))) if each else [] for each in values]
+        blocks = zip(values, seeds, strict=True)
+        return intraclass([[[by_seed[seed] for seed in common] for by_seed in arms] for arms, common in blocks])
 
 
 def _by_seed(panel: Panel, samples: Mapping[str, Sample]) -> dict[str, dict[int, float]]:
@@ -297,10 +298,10 @@ def _by_seed(panel: Panel, samples: Mapping[str, Sample]) -> dict[str, dict[int,
     }
 
 
-def _adjusted(raw: Mapping[Key, float | None]) -> dict[Key, float]:
-    """The p-values that there are, after Holm."""
-    tested = {key: p for key, p in raw.items() if p is not None}
-    return dict(zip(tested, holm(list(tested.values())), strict=True))
+def _adjust(raw: Mapping[Key, float | None]) -> dict[Key, float]:
+    """The p-values that are not None, adjusted after Holm."""
+    p_values = {key: p for key, p in raw.items() if p is not None}
+    return dict(zip(p_values, holm(list(p_values.values())), strict=True))
 
 
 def _verdict(effect: Difference | Contrast, words: tuple[str, str]) -> str:
@@ -327,9 +328,9 @@ def compare(
 
         from orthokit.lab.comparison.comparison import compare
         from orthokit.lab.reporting import page, tables, words
-        from orthokit.lab.runs import results
+        from orthokit.lab.runs import collect
 
-        runs, flagged = results.read(["runs"])
+        runs, flagged = collect.read([Path("runs")])
         comparison = compare(runs, flagged=flagged, title="SO against none")
         cell = comparison.cell(comparison.primary, comparison.panels[0].name, comparison.arms[1])
         print(cell.difference.mean, cell.difference.interval, cell.verdict)
@@ -342,7 +343,7 @@ def compare(
     Args:
         results: the last epochs of finished runs.
         title: printed above tables and pages.
-        question: what the comparison is to answer, in one sentence.
+        question: the question that the comparison is to answer, in one sentence.
         factor: keys or sections of the recipe in which arms may differ.
         by: keys or sections of the recipe that tell panels apart.
         baseline: an arm's name; by default the only arm called none or baseline, or the only one without a regularizer.
@@ -350,8 +351,8 @@ def compare(
         blocks: ``"seed"`` for verdicts by a test with seeds as blocks instead of Welch's t; state it before the runs.
         contrasts: the primary question, such as ``"strict - none"``: differences of two arms, averaged over all panels and
             adjusted after Holm over these alone.
-        anyway: whether to flag what is refused otherwise.
-        flagged: sentences on what is amiss, such as those of :func:`orthokit.lab.runs.results.read`.
+        anyway: whether to flag comparisons that are refused otherwise.
+        flagged: further sentences to flag, such as those of :func:`orthokit.lab.runs.collect.read`.
 
     Raises:
         ValueError: arms of a panel differ in more than the factor, or in their images; a seed counts twice; there is no such key,
@@ -373,22 +374,24 @@ def compare(
     names = panels_of(results, flat, [key for each in flat for key in each if under(key, by) and not under(key, factor)])
     bare = [arm for arm, result in zip(arms, results, strict=True) if result.recipe.regularizer is None]
     baseline = baseline_of(baseline, arms, bare)
-    grouped: dict[str, dict[str, list[Result]]] = {}
+    by_panel: dict[str, dict[str, list[Result]]] = {}
     for (name, _), arm, result in zip(names, arms, results, strict=True):
-        grouped.setdefault(name, {}).setdefault(arm, []).append(result)
+        by_panel.setdefault(name, {}).setdefault(arm, []).append(result)
     values, order = dict(names), dict.fromkeys([baseline, *arms])
     panels = tuple(
-        Panel(name, values[name], {a: tuple(sorted(grouped[name][a], key=lambda r: r.seed)) for a in order if a in grouped[name]})
-        for name in sorted(grouped, key=lambda name: [sortable(value) for value in values[name].values()])
+        Panel(
+            name, values[name], {a: tuple(sorted(by_panel[name][a], key=lambda r: r.seed)) for a in order if a in by_panel[name]}
+        )
+        for name in sorted(by_panel, key=lambda name: [sortable(value) for value in values[name].values()])
     )
     if len(order) < 2:
         only = f"there is only one arm, {baseline}; give runs that differ in {' or '.join(factor)}"
         raise ValueError("; ".join([only, *flagged]))
-    refused = [*repeated(results), *(each for panel in panels for each in refusals(panel, factor))]
-    if refused and not anyway:
-        raise ValueError("; ".join(refused))
-    excluded, left_out = incomparable(panels)
-    cautions = [*refused, *flagged, *(each for panel in panels for each in flags(panel, baseline)), *left_out]
+    reasons = [*repetitions(results), *(each for panel in panels for each in refusals(panel, factor))]
+    if reasons and not anyway:
+        raise ValueError("; ".join(reasons))
+    excluded, left_out = incomparable_parts(panels)
+    cautions = [*reasons, *flagged, *(each for panel in panels for each in flags(panel, baseline)), *left_out]
     pairs = tuple(pair_of(each, order) for each in contrasts)
     comparison = Comparison(
         printable(title),

@@ -1,4 +1,4 @@
-"""Statistics of a comparison: what a few seeds can tell, and how many would tell more.
+"""Statistics of a comparison: tests and intervals for a few seeds, and how many seeds would tell more.
 
 Welch's t (unequal variances), Dunnett's test against the baseline (equal variances, simultaneous) and Student's intervals are
 SciPy's. A verdict goes by Welch's p, adjusted over all comparisons of one metric after S. Holm, "A simple sequentially rejective
@@ -24,13 +24,13 @@ __all__ = [
     "Contrast",
     "Difference",
     "Sample",
-    "blocked",
+    "blocked_differences",
     "contrast",
     "detectable",
     "differences",
     "holm",
     "intraclass",
-    "paired",
+    "paired_contrast",
     "per_doubling",
     "pooled_sd",
     "power",
@@ -40,15 +40,15 @@ __all__ = [
 ALPHA = 0.05
 """Risk of a wrong verdict among all comparisons of a metric; intervals have a level of ``1 - ALPHA``."""
 POWER = 0.8
-"""Chance that a real difference is to be resolved with."""
+"""Chance with which a real difference should be resolved."""
 MOST = 100_000
-"""Seeds that nobody would run."""
+"""More seeds than anybody would run."""
 FAMILY = 10_000
-"""Comparisons that nobody would make at once."""
+"""More comparisons than anybody would make at once."""
 FAR = 100.0
-"""Standard errors between two means."""
+"""Standard errors between two means beyond which SciPy's noncentral t is slow."""
 SHARES = 200
-"""Points at which the distribution of two variances' shares is taken."""
+"""Points at which the distribution of two variances' shares is evaluated."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Sample:
 
     @property
     def n(self) -> int:
-        """How many."""
+        """The number of values."""
         return len(self.values)
 
     @property
     def mean(self) -> float:
-        """Their mean."""
+        """The mean of the values."""
         return statistics.fmean(self.values)
 
     @property
@@ -90,17 +90,17 @@ class Blocked:
     """Standard error of the mean."""
     freedom: float
     seeds: tuple[int, ...]
-    """How many seeds both arms have, in each panel."""
+    """The number of seeds that both arms have, in each panel."""
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Student's interval."""
+        """Student's interval of the mean."""
         half = float(stats.t.ppf(1 - ALPHA / 2, self.freedom)) * self.error
         return self.mean - half, self.mean + half
 
     @property
     def p(self) -> float:
-        """Of Student's t, two-sided."""
+        """The p of Student's t, two-sided."""
         return float(2 * stats.t.sf(abs(self.mean) / self.error, self.freedom))
 
     def detectable(self, comparisons: int = 1) -> float:
@@ -125,7 +125,7 @@ class Difference:
     holm: float | None = None
     """The p that verdicts go by, adjusted over all comparisons of the metric."""
     blocked: Blocked | None = None
-    """The same with seeds as blocks; None of fewer than two seeds that both have."""
+    """The difference with seeds as blocks; None with fewer than two seeds that both arms have."""
 
     @property
     def resolved(self) -> bool:
@@ -134,22 +134,22 @@ class Difference:
 
 
 def differences(arms: Mapping[str, Sample], baseline: str) -> dict[str, Difference]:
-    """Each arm but the baseline against it, not yet adjusted.
+    """The difference of each other arm from the baseline, not yet adjusted.
 
     >>> from orthokit.lab.comparison.inference import Sample, differences
-    >>> found = differences({"none": Sample((90.0, 90.2, 90.4)), "strict": Sample((91.0, 91.2, 91.4))}, "none")["strict"]
-    >>> round(found.mean, 3), [round(x, 3) for x in found.interval], round(found.welch, 4)
+    >>> effect = differences({"none": Sample((90.0, 90.2, 90.4)), "strict": Sample((91.0, 91.2, 91.4))}, "none")["strict"]
+    >>> round(effect.mean, 3), [round(x, 3) for x in effect.interval], round(effect.welch, 4)
     (1.0, [0.547, 1.453], 0.0036)
     """
     control = arms[baseline]
     others = {name: sample for name, sample in arms.items() if name != baseline}
-    tested = [name for name, sample in others.items() if min(sample.n, control.n) > 1]
-    dunnett = dict(zip(tested, _dunnett([others[name] for name in tested], control) if tested else [], strict=True))
-    found = {}
+    names = [name for name, sample in others.items() if min(sample.n, control.n) > 1]
+    dunnett = dict(zip(names, _dunnett([others[name] for name in names], control) if names else [], strict=True))
+    result = {}
     for name, sample in others.items():
-        interval, welch = _welch(sample, control) if name in tested else (None, None)
-        found[name] = Difference(sample.mean - control.mean, interval, welch, dunnett.get(name))
-    return found
+        interval, welch = _welch(sample, control) if name in names else (None, None)
+        result[name] = Difference(sample.mean - control.mean, interval, welch, dunnett.get(name))
+    return result
 
 
 @dataclass(frozen=True)
@@ -162,25 +162,25 @@ class Contrast:
     holm: float | None = None
     """The p that verdicts go by, adjusted over the arms."""
     blocked: Blocked | None = None
-    """The same with seeds as blocks; None where a panel has fewer than two seeds that both arms have."""
+    """The contrast with seeds as blocks; None where a panel has fewer than two seeds that both arms have."""
 
     @property
     def resolved(self) -> bool:
-        """Whether the seeds suffice to tell that there is one."""
+        """Whether the seeds suffice to tell that there is a difference."""
         return self.holm is not None and self.holm < ALPHA
 
 
 def contrast(weights: Sequence[float], arm: Sequence[Sample], control: Sequence[Sample]) -> Contrast:
     """``sum_k w_k (arm_k - control_k)`` of means, panel by panel, and whether it is 0.
 
-    Its error comes from the seeds of each mean alone, however the means lie; the degrees of freedom are Satterthwaite's. Weights
-    of ``1/k`` make it the mean difference over ``k`` panels.
+    The error comes from the seeds of each mean alone, however the means lie; the degrees of freedom are Satterthwaite's. With
+    weights of ``1/k`` the contrast is the mean difference over ``k`` panels.
 
     >>> from orthokit.lab.comparison.inference import Sample, contrast
     >>> none = [Sample((90.0, 90.2, 90.4)), Sample((80.0, 80.2, 80.4))]
     >>> arm = [Sample((90.4, 90.6, 90.8)), Sample((80.2, 80.4, 80.6))]
-    >>> found = contrast([0.5, 0.5], arm, none)
-    >>> round(found.mean, 3), [round(x, 3) for x in found.interval], round(found.raw, 4)
+    >>> effect = contrast([0.5, 0.5], arm, none)
+    >>> round(effect.mean, 3), [round(x, 3) for x in effect.interval], round(effect.raw, 4)
     (0.3, [0.034, 0.566], 0.0317)
     """
     pairs = list(zip(weights, arm, control, strict=True))
@@ -196,37 +196,37 @@ def contrast(weights: Sequence[float], arm: Sequence[Sample], control: Sequence[
     return Contrast(mean, (mean - half, mean + half), float(2 * stats.t.sf(abs(mean) / error, freedom)))
 
 
-def paired(weights: Sequence[float], differences: Sequence[Mapping[int, float]]) -> Blocked | None:
+def paired_contrast(weights: Sequence[float], pairs: Sequence[Mapping[int, float]]) -> Blocked | None:
     """``sum_k w_k mean(d_k)`` of differences within seeds, panel by panel: :func:`contrast` with seeds as blocks.
 
-    A seed is one block in all panels that have it, however its results there hang together: where all panels have the same seeds
-    this is Student's t of ``sum_k w_k d_ks`` over the seeds ``s``, where they share none it is Satterthwaite's.
+    A seed is one block in all panels that have it, however its results there hang together. Where all panels have the same
+    seeds the test is Student's t of ``sum_k w_k d_ks`` over the seeds ``s``; where they share none it is Satterthwaite's.
 
-    >>> from orthokit.lab.comparison.inference import paired
-    >>> found = paired([0.5, 0.5], [{0: 0.4, 1: 0.5, 2: 0.6}, {0: 0.1, 1: 0.3, 2: 0.2}])
-    >>> round(found.mean, 3), [round(x, 3) for x in found.interval], round(found.p, 4)
+    >>> from orthokit.lab.comparison.inference import paired_contrast
+    >>> effect = paired_contrast([0.5, 0.5], [{0: 0.4, 1: 0.5, 2: 0.6}, {0: 0.1, 1: 0.3, 2: 0.2}])
+    >>> round(effect.mean, 3), [round(x, 3) for x in effect.interval], round(effect.p, 4)
     (0.35, [0.135, 0.565], 0.0198)
 
     Args:
         weights: one for each panel.
-        differences: of each panel, by seed.
+        pairs: the differences of each panel, by seed.
 
     Returns:
         None where a panel has fewer than two seeds, or no difference varies.
     """
-    sizes = [len(each) for each in differences]
+    sizes = [len(each) for each in pairs]
     if min(sizes, default=0) < 2:
         return None
-    samples = [Sample(tuple(each.values())) for each in differences]
+    samples = [Sample(tuple(each.values())) for each in pairs]
     parts = [weight**2 * statistics.variance(each.values) / each.n for weight, each in zip(weights, samples, strict=True)]
     errors, shares = dict[int, float](), dict[int, float]()
-    for weight, own, sample, part in zip(weights, differences, samples, parts, strict=True):
+    for weight, values, sample, part in zip(weights, pairs, samples, parts, strict=True):
         root = math.sqrt(sample.n * (sample.n - 1))
-        for seed, value in own.items():
+        for seed, value in values.items():
             errors[seed] = errors.get(seed, 0.0) + weight * (value - sample.mean) / root
             shares[seed] = shares.get(seed, 0.0) + part / root
     variance = sum(error**2 for error in errors.values())
-    scale = max(abs(weight * value) for weight, own in zip(weights, differences, strict=True) for value in own.values())
+    scale = max(abs(weight * value) for weight, values in zip(weights, pairs, strict=True) for value in values.values())
     if variance <= (1e-12 * scale) ** 2:
         return None
     mean = sum(weight * each.mean for weight, each in zip(weights, samples, strict=True))
@@ -234,14 +234,15 @@ def paired(weights: Sequence[float], differences: Sequence[Mapping[int, float]])
     return Blocked(mean, math.sqrt(variance), freedom, tuple(sizes))
 
 
-def blocked(arms: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, Blocked]:
-    """Each arm but the baseline against it, with seeds as blocks: ``value = arm + seed + error``, by least squares.
+def blocked_differences(arms: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, Blocked]:
+    """The difference of each other arm from the baseline, with seeds as blocks: least squares of ``value = arm + seed + error``.
 
-    The error is pooled over all arms. With two arms it is the paired t over the seeds that both have.
+    The error is pooled over all arms. With two arms the test is the paired t over the seeds that both have.
 
-    >>> from orthokit.lab.comparison.inference import blocked
-    >>> found = blocked({"none": {0: 90.0, 1: 90.2, 2: 90.4}, "strict": {0: 90.5, 1: 90.6, 2: 91.0}}, "none")["strict"]
-    >>> round(found.mean, 3), round(found.p, 4), found.seeds
+    >>> from orthokit.lab.comparison.inference import blocked_differences
+    >>> arms = {"none": {0: 90.0, 1: 90.2, 2: 90.4}, "strict": {0: 90.5, 1: 90.6, 2: 91.0}}
+    >>> effect = blocked_differences(arms, "none")["strict"]
+    >>> round(effect.mean, 3), round(effect.p, 4), effect.seeds
     (0.5, 0.0131, (3,))
 
     Args:
@@ -258,15 +259,15 @@ def blocked(arms: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str,
     inverse = np.linalg.pinv(design)
     values = np.array([value for *_, value in runs])
     fit = inverse @ values
-    left, freedom = values - design @ fit, len(runs) - int(np.linalg.matrix_rank(design))
-    if freedom < 1 or np.abs(left).max() <= 1e-12 * np.abs(values).max():
+    residuals, freedom = values - design @ fit, len(runs) - int(np.linalg.matrix_rank(design))
+    if freedom < 1 or np.abs(residuals).max() <= 1e-12 * np.abs(values).max():
         return {}
-    errors = np.sqrt(np.square(inverse).sum(1) * float(left @ left) / freedom)
-    shared = {arm: len(arms[arm].keys() & arms[baseline].keys()) for arm in others}
+    errors = np.sqrt(np.square(inverse).sum(1) * float(residuals @ residuals) / freedom)
+    counts = {arm: len(arms[arm].keys() & arms[baseline].keys()) for arm in others}
     return {
-        arm: Blocked(float(fit[place]), float(errors[place]), freedom, (shared[arm],))
-        for place, arm in enumerate(others)
-        if shared[arm] > 1
+        arm: Blocked(float(fit[index]), float(errors[index]), freedom, (counts[arm],))
+        for index, arm in enumerate(others)
+        if counts[arm] > 1
     }
 
 
@@ -288,7 +289,7 @@ def per_doubling(numbers: Sequence[float]) -> list[float]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """SciPy warns where values hardly spread, as seeds may in small tests of few images."""
+    """A context without SciPy's warnings on values that hardly spread, as those of seeds with few test images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
@@ -312,23 +313,23 @@ def _dunnett(samples: Sequence[Sample], control: Sample) -> list[float | None]:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: to call those below ``ALPHA`` real is wrong, for any of them, in at most that share of families.
+    """Adjusted p-values: calling all those below ``ALPHA`` real is wrong somewhere in at most that share of families.
 
     >>> from orthokit.lab.comparison.inference import holm
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
-    adjusted, largest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = largest
-    return adjusted
+    p_values, largest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        p_values[index] = largest
+    return p_values
 
 
 def intraclass(blocks: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float] | None:
-    """How results of one seed correlate beyond the means of their arms, and the p-value of the F test that they do not.
+    """The correlation of one seed's results beyond the means of their arms, and the p-value of the F test that it is 0.
 
-    The share that seeds have in the variance between the runs of an arm, ICC(C,1) of K. O. McGraw and S. P. Wong, "Forming
+    It is the share that seeds have in the variance between the runs of an arm, ICC(C,1) of K. O. McGraw and S. P. Wong, "Forming
     inferences about some intraclass correlation coefficients" (1996), the variances pooled over the blocks. Tests that take runs
     as independent are careful where it is above 0.
 
@@ -371,9 +372,10 @@ def pooled_sd(samples: Sequence[Sample]) -> float | None:
 def power(n: int, effect: float, sd: float, *, comparisons: int = 1, alpha: float = ALPHA) -> float:
     """Chance that ``n`` seeds an arm resolve a difference of ``effect`` between two arms whose runs vary by ``sd``.
 
-    Of Welch's two-sided test at level ``alpha / comparisons``, the strictest step of Holm's procedure: with several comparisons
-    the chance is at least this. Given the variances' shares ``b`` and ``1 - b`` of their sum, which are independent of t and
-    Beta((n - 1) / 2, (n - 1) / 2), its degrees of freedom are ``(n - 1) / (b^2 + (1 - b)^2)``; the chance is the mean over them.
+    The test is Welch's, two-sided, at level ``alpha / comparisons``, the strictest step of Holm's procedure. With several
+    comparisons the chance is at least this. Given the variances' shares ``b`` and ``1 - b`` of their sum, which are independent
+    of t and Beta((n - 1) / 2, (n - 1) / 2), the test has ``(n - 1) / (b^2 + (1 - b)^2)`` degrees of freedom. The chance is the
+    mean over these shares.
 
     >>> from orthokit.lab.comparison.inference import power
     >>> round(power(6, 0.3, 0.15), 3)  # Cohen's d = 2

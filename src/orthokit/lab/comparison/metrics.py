@@ -24,7 +24,7 @@ class Metric:
     better: Literal[-1, 0, 1]
     """+1 where more is better, -1 where less is, 0 where neither is a merit in itself."""
     path: str
-    """Dotted keys in ``summary.json`` or, below ``evaluation``, in parts of ``evaluation.json``; of a curve the mean counts."""
+    """Dotted keys in ``summary.json`` or, below ``evaluation``, in parts of ``evaluation.json``; the mean of a curve counts."""
     format: str = ".2f"
     unit: Literal["", "%"] = ""
 
@@ -35,16 +35,16 @@ class Metric:
 
     @property
     def part(self) -> str | None:
-        """Of the evaluation, if it is read from one."""
+        """The part of the evaluation that the metric is read from, if there is one."""
         first, second, *_ = [*self.path.split("."), None]
         return second if first == "evaluation" else None
 
     def read(self, result: Result) -> float | None:
-        """Its value, None where it is missing or not finite; fractions become percent where that is the unit."""
+        """The metric's value, None where it is missing or not finite; fractions become percent where that is the unit."""
         return self._of(result.numbers(self.path))
 
     def of(self, record: Mapping[str, Any]) -> float | None:
-        """As :meth:`read`, of a dictionary such as a summary."""
+        """The metric's value in a dictionary such as a summary; see :meth:`read`."""
         return self._of(numbers_at(record, self.path))
 
     def _of(self, numbers: Sequence[float]) -> float | None:
@@ -87,10 +87,10 @@ METRICS = (
     Metric("speed", "images/s", "cost", 0, "images_per_second", ".0f"),
     Metric("share", "penalty in a step", "cost", 0, "penalty_share", ".1f", "%"),
 )
-"""In the order of tables. Of a robustness curve the mean over its strengths; of features the penultimate ones."""
+"""Metrics in display order. A robustness metric is the mean over all strengths. Features are the penultimate layer's."""
 
 STRENGTHS = {"fgsm": "linf", "pgd": "linf", "pgd_l2": "l2", "noise": "sigma"}
-"""Metrics that are means of a curve, and under which key of their part its strengths are."""
+"""Metrics that are means of a curve, and the key of their part with its strengths."""
 
 
 def curve(key: str, result: Result) -> dict[float, float]:
@@ -104,8 +104,8 @@ def metric_of(key: str) -> Metric:
     """The metric of a key.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such metric.
     """
-    known = {metric.key: metric for metric in METRICS}
-    check_choice("metric", key, list(known))
-    return known[key]
+    by_key = {metric.key: metric for metric in METRICS}
+    check_choice("metric", key, list(by_key))
+    return by_key[key]

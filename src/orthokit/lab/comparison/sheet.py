@@ -1,4 +1,4 @@
-"""Anybody's results as a comparison: CSV files with a line for each run.
+"""Comparisons of results from anywhere, in CSV files with a line for each run.
 
 .. code-block:: text
 
@@ -6,8 +6,9 @@
     none,0,ResNet-8,66.2,0.98
     strict,0,ResNet-8,66.9,0.96
 
-``arm`` and ``seed`` must be there; ``panel`` or ``network``, or what ``by`` names, tells apart what is compared separately; every
-other column is a metric. An empty cell is a missing value. Intervals, verdicts, power and pages are those of the lab's runs.
+``arm`` and ``seed`` must be there. Runs that differ in ``panel`` or ``network``, or in the columns ``by``, are compared
+separately. Every other column is a metric. An empty cell is a missing value. Intervals, verdicts, power and pages are those of
+the lab's runs.
 """
 
 import csv
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from orthokit.checks import did_you_mean, printable
-from orthokit.lab.comparison.comparability import Panel, lacking, unequal
+from orthokit.lab.comparison.comparability import Panel, gaps, missing_numbers
 from orthokit.lab.comparison.comparison import Blocks, Comparison
 from orthokit.lab.comparison.inference import Sample, pooled_sd
 from orthokit.lab.comparison.metrics import METRICS, Metric
@@ -54,7 +55,7 @@ LESS = {"loss", "error", "err", "nll", "ece", "mse", "rmse", "mae", "perplexity"
 
 @dataclass(frozen=True)
 class Line:
-    """A run: where it stands, and what it is."""
+    """A run, and the line of the file that holds it."""
 
     where: str
     arm: str
@@ -67,19 +68,19 @@ def lines_of(paths: Sequence[Path], by: Sequence[str] = ()) -> tuple[list[str], 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a column is missing or stands twice, a value is no number, a run stands twice, or there is none.
+        ValueError: a column is missing or stands twice, a value is not a number, a run stands twice, or there is no run.
     """
     panels, metrics = dict[str, None](), dict[str, None]()
     lines: list[Line] = []
-    seen: dict[tuple[tuple[str, ...], str, int], str] = {}
+    firsts: dict[tuple[tuple[str, ...], str, int], str] = {}
     for path in paths:
-        own, columns, rows = _table(path, by)
-        panels |= dict.fromkeys(own)
+        panel_columns, columns, rows = _table(path, by)
+        panels |= dict.fromkeys(panel_columns)
         metrics |= dict.fromkeys(columns)
         for where, cells in rows:
-            line = _line(where, cells, own, columns, path)
+            line = _line(where, cells, panel_columns, columns, path)
             key = line.panel, line.arm, line.row.seed
-            if (first := seen.setdefault(key, where)) != where:
+            if (first := firsts.setdefault(key, where)) != where:
                 raise ValueError(f"{where}: {', '.join([line.arm, *line.panel])}, seed {line.row.seed} stands in {first} already")
             lines.append(line)
     if not lines:
@@ -88,11 +89,11 @@ def lines_of(paths: Sequence[Path], by: Sequence[str] = ()) -> tuple[list[str], 
 
 
 def _table(path: Path, by: Sequence[str]) -> tuple[list[str], list[str], Iterator[tuple[str, dict[str, str]]]]:
-    """Of a file: the columns that tell panels apart, the metrics, and its lines as text."""
+    """The columns of a file that tell panels apart, the metrics, and the lines as text."""
     try:
         text = path.read_text("utf-8-sig")
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
-        rows = [row for row in _numbered(text, delimiter) if any(map(str.strip, row[1]))]
+        rows = [row for row in _numbered_rows(text, delimiter) if any(map(str.strip, row[1]))]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not there; give a CSV file, or folders of runs") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -122,7 +123,7 @@ def _table(path: Path, by: Sequence[str]) -> tuple[list[str], list[str], Iterato
     return panels, metrics, below()
 
 
-def _numbered(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _numbered_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     for row in reader:
         yield reader.line_num, row
@@ -162,9 +163,9 @@ def direction(name: str, higher: Collection[str] = (), lower: Collection[str] = 
     """
     if name in higher or name in lower:
         return 1 if name in higher else -1
-    known = [metric.better for metric in METRICS if name.lower() in (metric.key, metric.label.lower())]
+    betters = [metric.better for metric in METRICS if name.lower() in (metric.key, metric.label.lower())]
     words = set(re.findall(r"[a-z]+\d*", name.lower()))
-    return known[0] if known else -1 if words & LESS else 1 if words & MORE else 0
+    return betters[0] if betters else -1 if words & LESS else 1 if words & MORE else 0
 
 
 def compare_lines(
@@ -183,16 +184,16 @@ def compare_lines(
     """The comparison of the runs in CSV files.
 
     Args:
-        paths: of the files; see the top of this module.
+        paths: the files; see the top of this module.
         title: printed above tables and pages.
-        question: what the comparison is to answer, in one sentence.
+        question: the question that the comparison is to answer, in one sentence.
         by: columns that tell panels apart; by default ``panel`` and ``network``, where they are there.
         baseline: an arm; by default the one called ``none`` or ``baseline``.
         metric: the column that verdicts go by; by default the first one.
         higher: columns of which more is better, where their name does not say so.
         lower: columns of which less is better.
-        blocks: as of :func:`orthokit.lab.comparison.comparison.compare`.
-        contrasts: as there.
+        blocks: see :func:`orthokit.lab.comparison.comparison.compare`.
+        contrasts: see there.
 
     Raises:
         FileNotFoundError: no such file.
@@ -212,25 +213,25 @@ def compare_lines(
     keys = list(dict.fromkeys(line.panel for line in lines))
     if all(isinstance(_plain(value), float | int) for key in keys for value in key):
         keys.sort(key=lambda key: [float(value) for value in key])
-    grouped = []
+    groups = []
     for key in keys:
         runs = {arm: sorted((x.row for x in lines if (x.arm, x.panel) == (arm, key)), key=lambda r: r.seed) for arm in order}
-        told = [
+        words = [
             f"{name}={value}" if len(panels) > 1 or _plain(value) != value else value
             for name, value in zip(panels, key, strict=True)
         ]
         values = {name: _plain(value) for name, value in zip(panels, key, strict=True)} if len(keys) > 1 else {}
-        grouped.append(Panel(", ".join(told) or "all runs", values, {arm: tuple(found) for arm, found in runs.items() if found}))
-    known = [_metric(name, place, direction(name, higher, lower), grouped) for place, name in enumerate(names)]
-    primary = known[names.index(metric)] if metric else known[0]
+        groups.append(Panel(", ".join(words) or "all runs", values, {arm: tuple(rows) for arm, rows in runs.items() if rows}))
+    metrics = [_metric(name, direction(name, higher, lower), groups) for name in names]
+    primary = metrics[names.index(metric)] if metric else metrics[0]
     comparison = Comparison(
         printable(title),
         baseline,
-        tuple(grouped),
+        tuple(groups),
         factor=(),
         primary=primary,
-        flags=(*(each for panel in grouped for each in unequal(panel, baseline)), *lacking(grouped, known)),
-        known=tuple(known),
+        flags=(*(each for panel in groups for each in gaps(panel, baseline)), *missing_numbers(groups, metrics)),
+        known=tuple(metrics),
         sources=tuple(printable(path.name) for path in paths),
         question=printable(question),
         blocks=blocks,
@@ -246,10 +247,10 @@ def _plain(value: str) -> float | int | str:
     return value if number is None or not math.isfinite(number) else int(number) if number.is_integer() else number
 
 
-def _metric(name: str, place: int, better: Literal[-1, 0, 1], panels: Sequence[Panel]) -> Metric:
-    """With as many decimals as two digits of the standard deviation of seeds need."""
+def _metric(name: str, better: Literal[-1, 0, 1], panels: Sequence[Panel]) -> Metric:
+    """A metric with as many decimals as two digits of the standard deviation of seeds need."""
     metric = Metric(name, name, "result", better, name)
-    read = [[metric.read(row) for row in rows] for panel in panels for rows in panel.arms.values()]
-    sd = pooled_sd([Sample(tuple(value for value in values if value is not None)) for values in read])
+    values = [[metric.read(row) for row in rows] for panel in panels for rows in panel.arms.values()]
+    sd = pooled_sd([Sample(tuple(value for value in numbers if value is not None)) for numbers in values])
     decimals = 1 - math.floor(math.log10(sd)) if sd else 2
     return replace(metric, format=f".{max(decimals, 0)}f" if decimals < 9 else ".3g")

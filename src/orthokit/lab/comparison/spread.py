@@ -1,4 +1,4 @@
-"""How much results vary from seed to seed: what a plan for new runs can take from runs that are there."""
+"""The spread of results from seed to seed, by which new runs can be planned."""
 
 import statistics
 from collections.abc import Sequence
@@ -32,21 +32,21 @@ def spreads(paths: Sequence[Path], metric: str | None = None) -> tuple[str, list
             (the first one by default).
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: a path leads nowhere.
         ValueError: no arm has two runs with the metric, or a file is damaged.
     """
     sheets = [path for path in paths if path.suffix.lower() == ".csv"]
     if sheets and len(sheets) < len(paths):
         raise ValueError("give CSV files, or folders of runs, not both at once")
     heading, values = _of_sheets(sheets, metric) if sheets else _of_runs(paths, metric_of(metric or "accuracy"))
-    found = []
-    for where in dict.fromkeys(panel for panel, _ in values):
-        samples = [Sample(tuple(each)) for (panel, _), each in values.items() if panel == where and len(each) > 1]
+    rows = []
+    for panel in dict.fromkeys(name for name, _ in values):
+        samples = [Sample(tuple(each)) for (name, _), each in values.items() if name == panel and len(each) > 1]
         if sd := pooled_sd(samples):
-            found.append(Spread(where, sum(sample.n for sample in samples), len(samples), sd))
-    if not found:
+            rows.append(Spread(panel, sum(sample.n for sample in samples), len(samples), sd))
+    if not rows:
         raise ValueError(f"no arm has two runs that differ in {heading} in {', '.join(map(str, paths))}")
-    return heading, found
+    return heading, rows
 
 
 Values = dict[tuple[str, str], list[float]]
@@ -75,6 +75,6 @@ def _of_runs(paths: Sequence[Path], metric: Metric) -> tuple[str, Values]:
     return metric.heading, values
 
 
-def typical(found: Sequence[Spread]) -> float:
-    """The median over panels."""
-    return statistics.median(each.sd for each in found)
+def typical(rows: Sequence[Spread]) -> float:
+    """The median standard deviation over panels."""
+    return statistics.median(each.sd for each in rows)

@@ -55,14 +55,14 @@ def distinct(lists: Mapping[str, Collection[object]]) -> None:
 
 
 class Tune(Section):
-    """``[tune]``: of which strengths every arm with a regularizer gets the best, and by which seeds."""
+    """``[tune]``: the strengths of which every arm with a regularizer gets the best, and the seeds that choose."""
 
     seeds: Annotated[Seeds, Field(min_length=2)]
-    """Of the runs that choose; two at least, as one has no standard error."""
+    """Seeds of the runs that choose; at least two, as one has no standard error."""
     values: Values
-    """Of ``regularizer.strength``, in place of what the arm says."""
+    """Values of ``regularizer.strength``, in place of the arm's own."""
     network: str | None = None
-    """The one whose runs choose, for all; each its own by default."""
+    """The network whose runs choose for all; by default each network has its own choice."""
     arms: Annotated[dict[str, Values], Field(default_factory=dict)]
     """Values of single arms."""
 
@@ -73,8 +73,8 @@ class Tune(Section):
 
     def check(self, seeds: Iterable[int], arms: Collection[str], networks: Collection[str]) -> None:
         """Raise ``ValueError`` where a study with these seeds, arms and networks cannot be tuned so."""
-        if shared := [seed for seed in seeds if seed in self.seeds]:
-            raise ValueError(f"tune.seeds must be others than those of the study, which has {shared} too")
+        if common := [seed for seed in seeds if seed in self.seeds]:
+            raise ValueError(f"tune.seeds must be others than those of the study, which has {common} too")
         if self.network is not None and self.network not in networks:
             raise ValueError(f"tune.network: no network {self.network!r}{did_you_mean(self.network, networks)}")
         if unknown := [arm for arm in self.arms if arm not in arms]:
@@ -92,18 +92,18 @@ class Trial:
     strength: float
     sample: Sample
     diverged: int = 0
-    """Seeds that did."""
+    """Seeds that diverged."""
 
     @classmethod
     def of(cls, strength: float, results: Iterable[Result], diverged: int) -> "Trial":
-        """Read off finished runs."""
-        found = [VALIDATION.read(result) for result in results]
-        return cls(strength, Sample(tuple(value for value in found if value is not None)), diverged)
+        """The trial of a strength, read from finished runs."""
+        values = [VALIDATION.read(result) for result in results]
+        return cls(strength, Sample(tuple(value for value in values if value is not None)), diverged)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The strengths that were tried of an arm, by all seeds, and which one the rule of this module chooses.
+    """The strengths that were tried with an arm, by all seeds, and the one that the rule of this module chooses.
 
     >>> from orthokit.lab.comparison.inference import Sample
     >>> from orthokit.lab.comparison.tuning import Choice, Trial
@@ -116,16 +116,16 @@ class Choice:
     arm: str
     panel: str
     trials: tuple[Trial, ...]
-    """The weakest first."""
+    """Trials, the weakest first."""
 
     @cached_property
     def able(self) -> list[Trial]:
-        """Those of which no run diverged; there may be none."""
+        """The trials of which no run diverged; there may be none."""
         return [trial for trial in self.trials if not trial.diverged]
 
     @cached_property
     def best(self) -> Trial:
-        """Of the highest mean; of equals the strongest."""
+        """The trial of the highest mean; the strongest of equals."""
         return max(self.able, key=lambda trial: (trial.sample.mean, trial.strength))
 
     @cached_property
@@ -143,16 +143,16 @@ class Choice:
     def edge(self) -> str | None:
         """The arm, if its chosen or its best value is the first or the last one tried, and which of the two is."""
         ends = self.trials[0], self.trials[-1]
-        named = {"chosen": self.chosen} | ({"best": self.best} if self.best is not self.chosen else {})
-        told = [f"{name} {trial.strength:g}" for name, trial in named.items() if trial in ends]
-        return f"{self.arm} ({', '.join(told)})" if told else None
+        trials = {"chosen": self.chosen} | ({"best": self.best} if self.best is not self.chosen else {})
+        parts = [f"{name} {trial.strength:g}" for name, trial in trials.items() if trial in ends]
+        return f"{self.arm} ({', '.join(parts)})" if parts else None
 
 
 def cautions(choices: Iterable[Choice]) -> list[str]:
     """A sentence for each panel that chose strengths at an edge."""
-    found: dict[str, list[str]] = {}
+    by_panel: dict[str, list[str]] = {}
     for choice in choices:
         if choice.edge is not None:
-            found.setdefault(choice.panel, []).append(choice.edge)
-    said = "strengths at the edge of those tried, beyond which better ones may lie"
-    return [": ".join(filter(None, [panel, said, "; ".join(arms)])) for panel, arms in found.items()]
+            by_panel.setdefault(choice.panel, []).append(choice.edge)
+    sentence = "strengths at the edge of those tried, beyond which better ones may lie"
+    return [": ".join(filter(None, [panel, sentence, "; ".join(arms)])) for panel, arms in by_panel.items()]

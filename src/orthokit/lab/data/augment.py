@@ -1,6 +1,6 @@
 """Batches of training images: order and augmentation, both keyed.
 
-What happens to an image depends on (seed, epoch, its index) and nothing else: not on the order, the rank, the device, the batch
+The fate of an image depends on (seed, epoch, its index) and nothing else: not on the order, the process, the device, the batch
 it falls into, or whether training was interrupted in between. There is no generator whose state could be lost.
 """
 
@@ -13,21 +13,21 @@ from torch.nn import functional as F
 
 from orthokit.lab.data.images import ImageSet
 
-__all__ = ["Augment", "Batches", "key_of", "scrambled"]
+__all__ = ["Augment", "Batches", "key_of", "scramble"]
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 """The odd constant of SplitMix64 (Steele, Lea, Flood 2014), as a signed integer: distinct counters, well spread."""
 
 
-def scrambled(x: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+def scramble(x: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
     """The finalizer of SplitMix64: 64 bits in, 64 bits that look random out, a bijection; the same on every device."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
-        x = (x ^ _shifted(x, shift)) * factor
-    return x ^ _shifted(x, 31)
+        x = (x ^ _shift(x, shift)) * factor
+    return x ^ _shift(x, 31)
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & int(2 ** (64 - bits) - 1)  # without the copies of the sign that >> moves in
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & int(2 ** (64 - bits) - 1)  # less the copies of the sign that >> moves in
 
 
 def key_of(*parts: int) -> int:
@@ -39,7 +39,7 @@ def key_of(*parts: int) -> int:
     """
     key = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        key = scrambled(key + torch.tensor(part + 1) * GOLDEN)
+        key = scramble(key + torch.tensor(part + 1) * GOLDEN)
     return int(key)
 
 
@@ -66,23 +66,23 @@ class Augment:
         Args:
             pixels: ``(n, c, h, w)``.
             index: ``(n,)`` numbers of the images in their set.
-            key: of seed and epoch.
+            key: :func:`key_of` seed and epoch.
             fill: ``(c,)``, the colour of what cutout removes.
         """
         (n, channels, height, width), device = pixels.shape, pixels.device
-        draws = scrambled(index * GOLDEN + key)
+        draws = scramble(index * GOLDEN + key)
 
         def draw(stream: int, below: int) -> Tensor:
-            return _shifted(scrambled(draws ^ stream), 1) % below
+            return _shift(scramble(draws ^ stream), 1) % below
 
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
         if self.pad or self.flip:
-            padded = F.pad(pixels, (self.pad,) * 4)
-            flipped = (draw(1, 2) * self.flip)[:, None]
+            canvas = F.pad(pixels, (self.pad,) * 4)
+            mirror = (draw(1, 2) * self.flip)[:, None]
             y = draw(2, 2 * self.pad + 1)[:, None] + rows
-            x = draw(3, 2 * self.pad + 1)[:, None] + torch.where(flipped == 1, columns.flip(0), columns)
-            place = (y[:, :, None] * padded.shape[-1] + x[:, None, :]).reshape(n, 1, -1).expand(-1, channels, -1)
-            pixels = padded.flatten(2).gather(2, place).view(n, channels, height, width)
+            x = draw(3, 2 * self.pad + 1)[:, None] + torch.where(mirror == 1, columns.flip(0), columns)
+            positions = (y[:, :, None] * canvas.shape[-1] + x[:, None, :]).reshape(n, 1, -1).expand(-1, channels, -1)
+            pixels = canvas.flatten(2).gather(2, positions).view(n, channels, height, width)
         if self.cutout:
             low = self.cutout // 2
             y = (rows - draw(4, height)[:, None] + low)[:, None, :, None]
@@ -98,28 +98,28 @@ class Batches:
 
     Args:
         data: the set.
-        batch: images in a batch, over all ranks together.
-        augment: what is done to them.
-        seed: of the run.
-        rank: of this process, of ``ranks``; it gets its own part of each batch.
-        ranks: processes; must divide ``batch``.
+        batch: images in a batch, over all processes together.
+        augment: what is done to the images.
+        seed: the run's.
+        process: the number of this process, below ``processes``; each gets its own part of a batch.
+        processes: must divide ``batch``.
 
     Raises:
-        ValueError: a batch is larger than the set, or does not divide among the ranks.
+        ValueError: a batch is larger than the set, or does not divide among the processes.
     """
 
     data: ImageSet
     batch: int
     augment: Augment
     seed: int
-    rank: int = 0
-    ranks: int = 1
+    process: int = 0
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if len(self) == 0:
             raise ValueError(f"a batch of {self.batch} is larger than the {len(self.data.train)} training images")
-        if self.batch % self.ranks:
-            raise ValueError(f"a batch of {self.batch} does not divide among {self.ranks} processes")
+        if self.batch % self.processes:
+            raise ValueError(f"a batch of {self.batch} does not divide among {self.processes} processes")
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -130,9 +130,9 @@ class Batches:
         generator = torch.Generator().manual_seed(key_of(self.seed, epoch) % 2**63)
         return torch.randperm(len(self.data.train), generator=generator).to(self.data.train.labels.device)
 
-    def get(self, epoch: int, place: int, order: Int[Tensor, " n"]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
-        """The part of this rank in batch ``place`` of an epoch: normalised images and their classes."""
-        rows = order[place * self.batch : (place + 1) * self.batch].chunk(self.ranks)[self.rank]
+    def get(self, epoch: int, index: int, order: Int[Tensor, " n"]) -> tuple[Float[Tensor, "b c h w"], Int[Tensor, " b"]]:
+        """The part of this process in batch ``index`` of an epoch: normalised images and their classes."""
+        rows = order[index * self.batch : (index + 1) * self.batch].chunk(self.processes)[self.process]
         train = self.data.train
         pixels = self.augment(train.pixels[rows], rows, key_of(self.seed, epoch), self.data.mean)
         return self.data.normalise(pixels), train.labels[rows]

@@ -30,11 +30,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-__all__ = ["PUBLISHED", "WAITS", "Layout", "Parts", "Published", "Source", "download", "find", "read"]
+__all__ = ["RELEASES", "WAITS", "Layout", "Parts", "Release", "Source", "download", "find", "read"]
 
 PIXELS = 3 * 32 * 32
 WAITS = (1.0, 2.0, 5.0, 10.0)
-"""Seconds before each new attempt to go on with a download that broke off; after progress they are counted anew."""
+"""Seconds before each new attempt to go on with a download that broke off; after progress the count begins anew."""
 TIMEOUT = 30.0
 """Seconds without an answer or a byte after which a connection counts as broken."""
 LEAST = 1000.0
@@ -59,12 +59,12 @@ class Layout:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All that is read."""
+        """The files that are read."""
         return *self.train, self.test
 
 
 @dataclass(frozen=True)
-class Published:
+class Release:
     """A set of 32x32 colour images: its number of classes, of images in either part, all classes equally often, and its forms."""
 
     name: str
@@ -75,8 +75,8 @@ class Published:
     layouts: tuple[Layout, ...]
 
 
-PUBLISHED = {
-    "cifar10": Published(
+RELEASES = {
+    "cifar10": Release(
         name="cifar10",
         title="CIFAR-10",
         classes=10,
@@ -103,7 +103,7 @@ PUBLISHED = {
             ),
         ),
     ),
-    "cifar100": Published(
+    "cifar100": Release(
         name="cifar100",
         title="CIFAR-100",
         classes=100,
@@ -147,38 +147,38 @@ class Parts(NamedTuple):
 class Source:
     """A set in one of its forms, found at ``path``: a folder, or an archive that is not unpacked."""
 
-    published: Published
+    release: Release
     layout: Layout
     path: Path
 
     @property
-    def packed(self) -> bool:
-        """Whether it is an archive."""
+    def is_archive(self) -> bool:
+        """Whether the set is in an archive."""
         return self.path.is_file()
 
     def key(self) -> str:
-        """Names, sizes and times of change of the files, and what is expected of them: equal as long as nothing changes."""
-        paths = [self.path] if self.packed else [self.path / name for name in self.layout.files]
+        """Names, sizes and times of change of the files, and the expected numbers: equal as long as nothing changes."""
+        paths = [self.path] if self.is_archive else [self.path / name for name in self.layout.files]
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        return json.dumps([self.published.classes, self.published.train, self.published.test, *stats])
+        return json.dumps([self.release.classes, self.release.train, self.release.test, *stats])
 
-    def intact(self) -> bool:
+    def is_intact(self) -> bool:
         """Whether an archive has the published MD5; always so for a folder, whose contents :func:`read` checks."""
-        return not self.packed or _md5(self.path) == self.layout.md5
+        return not self.is_archive or _md5(self.path) == self.layout.md5
 
 
-def find(published: Published, root: str | Path) -> Source:
+def find(release: Release, root: str | Path) -> Source:
     """The set in ``root``: unpacked there, in an archive there, or ``root`` itself is the unpacked folder.
 
     Raises:
         FileNotFoundError: none of these is there and complete.
     """
     root = Path(root)
-    folders = [Source(published, layout, root / layout.folder) for layout in published.layouts]
-    itself = [Source(published, layout, root) for layout in published.layouts]
-    lacking = {found: [name for name in found.layout.files if not (found.path / name).is_file()] for found in folders + itself}
+    folders = [Source(release, layout, root / layout.folder) for layout in release.layouts]
+    itself = [Source(release, layout, root) for layout in release.layouts]
+    lacking = {each: [name for name in each.layout.files if not (each.path / name).is_file()] for each in folders + itself}
     complete = [source for source in folders if not lacking[source]]
-    complete += [Source(published, layout, path) for layout in published.layouts if (path := root / layout.archive).is_file()]
+    complete += [Source(release, layout, path) for layout in release.layouts if (path := root / layout.archive).is_file()]
     complete += [source for source in itself if not lacking[source]]
     if complete:
         return complete[0]
@@ -187,10 +187,10 @@ def find(published: Published, root: str | Path) -> Source:
         for source in folders + itself
         if source.path.is_dir() and (source.path != root or len(lacking[source]) < len(source.layout.files))
     ]
-    accepted = [f"the folder {layout.folder}" for layout in published.layouts] + [layout.archive for layout in published.layouts]
+    forms = [f"the folder {layout.folder}" for layout in release.layouts] + [layout.archive for layout in release.layouts]
     raise FileNotFoundError(
-        f"no {published.title} in {root}: {''.join(part)}root (--root) must hold {', '.join(accepted[:-1])} or {accepted[-1]}; "
-        f"download=True (orthokit train --download) fetches {published.layouts[0].archive}. "
+        f"no {release.title} in {root}: {''.join(part)}root (--root) must hold {', '.join(forms[:-1])} or {forms[-1]}; "
+        f"download=True (orthokit train --download) fetches {release.layouts[0].archive}. "
         "Without a network, train on data = digits, such as nano+digits+strict"
     )
 
@@ -199,56 +199,56 @@ def read(source: Source) -> Parts:
     """Decode a set and check it against what is published. An archive is hashed before anything in it is read.
 
     Raises:
-        ValueError: a file is damaged, or its images are not as many and of the kind that they should be.
+        ValueError: a file is damaged, or holds images of another number or kind than published.
     """
-    published, layout = source.published, source.layout
-    share = published.train // len(layout.train)
-    found: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]] = {}
+    release, layout = source.release, source.layout
+    share = release.train // len(layout.train)
+    contents: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]] = {}
     for name, content in _contents(source):
-        where = source.path / name
-        images, labels = _decode(content, where, layout.labels)
-        count = published.test if name == layout.test else share
+        path = source.path / name
+        images, labels = _decode(content, path, layout.labels)
+        count = release.test if name == layout.test else share
         if images.dtype != np.uint8 or images.shape != (count, PIXELS) or labels.shape != (count,):
             raise ValueError(
-                f"{where} is no file of {published.title}: it must hold {count:,} images of {PIXELS} bytes and their labels; it "
+                f"{path} is not a file of {release.title}: it must hold {count:,} images of {PIXELS} bytes and their labels; it "
                 f"holds {images.dtype} {images.shape} and labels {labels.shape}; unpack {layout.archive} anew"
             )
-        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= published.classes:
-            odd = [label for label in labels.tolist() if label not in range(published.classes)][:3]
+        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= release.classes:
+            odd = [label for label in labels.tolist() if label not in range(release.classes)][:3]
             raise ValueError(
-                f"{where}: labels must be integers from 0 to {published.classes - 1}; got {labels.dtype} {odd}; "
+                f"{path}: labels must be integers from 0 to {release.classes - 1}; got {labels.dtype} {odd}; "
                 f"unpack {layout.archive} anew"
             )
-        found[name] = images, labels.astype(np.int64)
-    if missing := [name for name in layout.files if name not in found]:
+        contents[name] = images, labels.astype(np.int64)
+    if missing := [name for name in layout.files if name not in contents]:
         raise ValueError(f"{source.path} holds no {', '.join(missing)}; get {layout.archive} anew (--download)")
     parts = []
     for names in (layout.train, (layout.test,)):
-        images, labels = (np.concatenate([found[name][k] for name in names]) for k in (0, 1))
-        _check_classes(labels, published.classes, f"{source.path}: {', '.join(names)}", layout)
+        images, labels = (np.concatenate([contents[name][k] for name in names]) for k in (0, 1))
+        _check_classes(labels, release.classes, f"{source.path}: {', '.join(names)}", layout)
         parts += [torch.from_numpy(images).reshape(-1, 3, 32, 32), torch.from_numpy(labels)]
     return Parts(*parts)
 
 
-def _check_classes(labels: NDArray[np.int64], classes: int, where: str, layout: Layout) -> None:
-    counts, wanted = np.bincount(labels, minlength=classes), len(labels) // classes
-    if (counts != wanted).any():
-        odd = int((counts != wanted).argmax())
+def _check_classes(labels: NDArray[np.int64], classes: int, source: str, layout: Layout) -> None:
+    counts, expected = np.bincount(labels, minlength=classes), len(labels) // classes
+    if (counts != expected).any():
+        odd = int((counts != expected).argmax())
         raise ValueError(
-            f"{where}: every class must have {wanted:,} images; class {odd} has {counts[odd]:,}; unpack {layout.archive} anew"
+            f"{source}: every class must have {expected:,} images; class {odd} has {counts[odd]:,}; unpack {layout.archive} anew"
         )
 
 
 def _contents(source: Source) -> Iterator[tuple[str, bytes]]:
     layout, path = source.layout, source.path
-    if not source.packed:
+    if not source.is_archive:
         yield from ((name, (path / name).read_bytes()) for name in layout.files)
         return
-    packed = path.read_bytes()  # once, so that what is unpacked is what was hashed
-    if (md5 := hashlib.md5(packed, usedforsecurity=False).hexdigest()) != layout.md5:
+    archive = path.read_bytes()  # once, so that what is unpacked is what was hashed
+    if (md5 := hashlib.md5(archive, usedforsecurity=False).hexdigest()) != layout.md5:
         raise ValueError(f"{path} has the MD5 {md5}, not the published {layout.md5}; delete it, or fetch it anew with --download")
     try:
-        with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as tar:
+        with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
             for member in tar:
                 folder, _, name = member.name.removeprefix("./").rpartition("/")
                 if folder == layout.folder and name in layout.files and (file := tar.extractfile(member)):
@@ -257,20 +257,20 @@ def _contents(source: Source) -> Iterator[tuple[str, bytes]]:
         raise ValueError(f"{path} is damaged: {error}; delete it, or fetch it anew with --download") from None
 
 
-def _decode(content: bytes, where: Path, labels: str | int) -> tuple[NDArray[Any], NDArray[Any]]:
+def _decode(content: bytes, path: Path, labels: str | int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Images and labels of one file, not checked yet; ``labels`` as in :class:`Layout`."""
     if isinstance(labels, str):
         try:
             batch = _Plain(io.BytesIO(content), encoding="bytes").load()
-            data, found = (np.asarray(batch[k.encode()] if k.encode() in batch else batch[k]) for k in ("data", labels))
+            data, classes = (np.asarray(batch[k.encode()] if k.encode() in batch else batch[k]) for k in ("data", labels))
         except Exception as error:  # a damaged pickle can fail in any way
             reason = f"no {error} in it" if isinstance(error, KeyError) else str(error) or type(error).__name__
-            raise ValueError(f"{where} is damaged, or no batch of a python version: {reason}; unpack it anew") from None
-        return data, found
+            raise ValueError(f"{path} is damaged, or not a batch of a python version: {reason}; unpack it anew") from None
+        return data, classes
     if len(content) % (labels + PIXELS):
         raise ValueError(
-            f"{where} is damaged, or no file of a binary version: its size must be a multiple of {labels + PIXELS} bytes, and is "
-            f"{len(content):,}; unpack it anew"
+            f"{path} is damaged, or not a file of a binary version: its size must be a multiple of {labels + PIXELS} bytes, and "
+            f"is {len(content):,}; unpack it anew"
         )
     rows = np.frombuffer(content, np.uint8).reshape(-1, labels + PIXELS)
     return rows[:, labels:], rows[:, labels - 1]
@@ -289,13 +289,13 @@ class _Plain(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no such batch needs")
 
 
-def download(published: str | Published, root: str | Path, *, url: str | None = None, console: Console | None = None) -> Path:
+def download(release: str | Release, root: str | Path, *, url: str | None = None, console: Console | None = None) -> Path:
     """Fetch the archive of the python version into ``root``, unless it is there already; return its path.
 
-    It grows as ``<archive>.part``, which a later call goes on with, and gets its name once its MD5 is right.
+    The archive grows as ``<archive>.part``, which a later call goes on with, and gets its name once its MD5 is right.
 
     Args:
-        published: ``"cifar10"``, ``"cifar100"``, or an entry like those of ``PUBLISHED``.
+        release: ``"cifar10"``, ``"cifar100"``, or an entry like those of ``RELEASES``.
         root: folder, made if need be.
         url: where from; https://www.cs.toronto.edu/~kriz/ by default.
         console: for the progress bar; stderr by default.
@@ -305,11 +305,11 @@ def download(published: str | Published, root: str | Path, *, url: str | None = 
         ConnectionError: the server did not give the file, broke off too often, or was too slow; what came is kept.
         OSError: the folder cannot be written to, or is full.
     """
-    if isinstance(published, str):
-        if published not in PUBLISHED:
-            raise ValueError(f"only {' and '.join(PUBLISHED)} can be downloaded; got {published!r}")
-        published = PUBLISHED[published]
-    layout, console = published.layouts[0], console or Console(stderr=True)
+    if isinstance(release, str):
+        if release not in RELEASES:
+            raise ValueError(f"only {' and '.join(RELEASES)} can be downloaded; got {release!r}")
+        release = RELEASES[release]
+    layout, console = release.layouts[0], console or Console(stderr=True)
     url = url or f"https://www.cs.toronto.edu/~kriz/{layout.archive}"
     target = Path(root) / layout.archive
     part = target.with_name(f"{layout.archive}.part")
@@ -367,7 +367,7 @@ def _fetch(url: str, part: Path, layout: Layout, console: Console) -> None:
 
 
 def _receive(url: str, part: Path, layout: Layout, progress: Progress, task: TaskID) -> None:
-    """One attempt: append to ``part`` what comes."""
+    """Append to ``part`` what comes, in one attempt."""
     have = _size(part)
     headers = {"User-Agent": "orthokit"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
@@ -378,7 +378,7 @@ def _receive(url: str, part: Path, layout: Layout, progress: Progress, task: Tas
             if _md5(part) == layout.md5:
                 return
             part.unlink()
-            raise _BrokenOffError(f"{part} was no beginning of {url}") from None
+            raise _BrokenOffError(f"{part} was not a beginning of {url}") from None
         if error.code in (408, 425, 429) or error.code >= 500:
             raise _BrokenOffError(f"HTTP {error.code} {error.reason}") from None
         raise ConnectionError(
@@ -427,7 +427,7 @@ def _receive(url: str, part: Path, layout: Layout, progress: Progress, task: Tas
 
 
 def _chunk(response: http.client.HTTPResponse) -> bytes:
-    """What has come, at once, however little: nothing of it is lost where the connection stalls."""
+    """The bytes that have come, however few, so that none is lost where the connection stalls."""
     try:
         return response.read1(1 << 18)
     except (http.client.HTTPException, OSError) as error:

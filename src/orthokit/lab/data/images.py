@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from orthokit.checks import check_count, check_number, did_you_mean, warn_once
 from orthokit.lab.atomic import replacing
 from orthokit.lab.data import cifar
-from orthokit.lab.data.cifar import PUBLISHED, Parts
+from orthokit.lab.data.cifar import RELEASES, Parts
 from orthokit.lab.data.toy import TOYS, need
 
-__all__ = ["SETS", "ImageSet", "Images", "Source", "arranged", "choose", "fingerprint_of", "load"]
+__all__ = ["SETS", "ImageSet", "Images", "Source", "arrange", "choose", "fingerprint_of", "load"]
 
 SETS = {
     "cifar10": "CIFAR-10: 50,000 + 10,000 photographs of 10 kinds of objects, 32x32 RGB; in --root, or with --download",
@@ -32,7 +32,7 @@ SETS = {
     "patches": "5,000 + 1,000 patches of 10 photographs, which of them?, 32x32 RGB; come with scikit-image",
     "synthetic": "5,000 + 1,000 pictures made of smooth random patterns, 10 classes, 32x32 RGB; computed",
 }
-"""Name: training + test images, and where they are from."""
+"""Names, with how many training + test images a set has, and where they are from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Images:
         return len(self.labels)
 
     def to(self, device: str | torch.device) -> "Images":
-        """The same on ``device``."""
+        """A copy on ``device``."""
         return Images(self.pixels.to(device), self.labels.to(device))
 
 
@@ -72,7 +72,7 @@ class ImageSet:
         return pixels.float().sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
 
     def to(self, device: str | torch.device) -> "ImageSet":
-        """The same with all its tensors on ``device``."""
+        """A copy with all its tensors on ``device``."""
         return dataclasses.replace(
             self,
             train=self.train.to(device),
@@ -97,7 +97,7 @@ def load(
 
     ``digits`` are E. Alpaydin and C. Kaynak's (UCI, 1998), their 17 greys multiplied by 15. The test patches of ``patches`` are
     from the right quarter of each photograph, the training patches from the rest, so that they share no pixel; none is fetched.
-    CIFAR is decoded once and kept in ``root/.orthokit-<name>.safetensors`` until its files change, or that file does.
+    CIFAR is decoded once and kept in ``root/.orthokit-<name>.safetensors`` until CIFAR's files or this one change.
 
     Args:
         name: a key of ``SETS``.
@@ -118,14 +118,14 @@ def load(
     for option, value, low in (("train", train, 1), ("validation", validation, 0), ("size", size, 1)):
         if value is not None:
             check_count(option, value, low)
-    if name in PUBLISHED:
-        parts, fingerprint = _published(name, Path(root), download)
+    if name in RELEASES:
+        parts, fingerprint = _load_cifar(name, Path(root), download)
     else:
         if download:
             warn_once(f"download does nothing for {name}, which needs no files")
         parts = TOYS[name]()
         fingerprint = fingerprint_of(parts)
-    return arranged(name, Source(parts, fingerprint), train=train, validation=validation, size=size, noise=noise)
+    return arrange(name, Source(parts, fingerprint), train=train, validation=validation, size=size, noise=noise)
 
 
 class Source(NamedTuple):
@@ -136,7 +136,7 @@ class Source(NamedTuple):
     validation: Images | None = None
 
 
-def arranged(
+def arrange(
     name: str, source: Source, *, train: int | None = None, validation: int = 0, size: int | None = None, noise: float = 0.0
 ) -> ImageSet:
     """A set, split, resized and relabelled as in :func:`load`.
@@ -156,24 +156,24 @@ def arranged(
         aside, rows = choose("validation", validation, rows, labels)
     if train is not None and train != len(rows):
         rows, _ = choose("train", train, rows, labels)
-    held = None if aside is None else _take(parts.train_pixels, parts.train_labels, aside, size)
+    validation_images = None if aside is None else _take(parts.train_pixels, parts.train_labels, aside, size)
     if validation and apart is not None:
         every = np.arange(len(apart))
         if validation < len(apart):
             every, _ = choose("validation", validation, every, apart.labels.numpy())
         elif validation > len(apart):
             raise ValueError(f"validation must be at most {len(apart):,}, the validation images of {name}; got {validation:,}")
-        held = _take(apart.pixels, apart.labels, every, size)
+        validation_images = _take(apart.pixels, apart.labels, every, size)
     classes = int(labels.max()) + 1
-    chosen = _relabelled(_take(parts.train_pixels, parts.train_labels, rows, size), noise, classes)
-    mean, std = _moments(chosen.pixels)
+    training = _relabel(_take(parts.train_pixels, parts.train_labels, rows, size), noise, classes)
+    mean, std = _moments(training.pixels)
     if not std.all():
         raise ValueError(f"the training images of {name} have a channel of one value only, which cannot be normalised")
     return ImageSet(
         name=name,
         classes=classes,
-        train=chosen,
-        validation=held,
+        train=training,
+        validation=validation_images,
         test=Images(_resize(parts.test_pixels, size), parts.test_labels),
         mean=mean,
         std=std,
@@ -181,40 +181,40 @@ def arranged(
     )
 
 
-def _relabelled(images: Images, noise: float, classes: int) -> Images:
-    """``images``, a share ``noise`` of them with a class drawn uniformly: the true one may be drawn, too."""
+def _relabel(images: Images, noise: float, classes: int) -> Images:
+    """``images``, a share ``noise`` of them with a class drawn uniformly, perhaps the true one."""
     check_number("noise", noise, 0, 1)
     if noise == 0:
         return images
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(images), generator=generator)[: round(noise * len(images))]
-    drawn = torch.randint(classes, (len(chosen),), generator=generator)
-    return Images(images.pixels, images.labels.index_put((chosen,), drawn))
+    rows = torch.randperm(len(images), generator=generator)[: round(noise * len(images))]
+    labels = torch.randint(classes, (len(rows),), generator=generator)
+    return Images(images.pixels, images.labels.index_put((rows,), labels))
 
 
-def choose(option: str, wanted: int, rows: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-    """``wanted`` of ``rows``, of each class in its proportion, always the same, and the others; both in the order of ``rows``.
+def choose(option: str, count: int, rows: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+    """``count`` of ``rows``, of each class in its proportion, always the same, and the others; both in the order of ``rows``.
 
     Raises:
-        ValueError: that leaves a class without an image, in either; it speaks of ``option``.
+        ValueError: one part would lack a class; the message speaks of ``option``.
     """
     classes = int(labels.max()) + 1
-    if not classes <= wanted <= len(rows) - classes:
+    if not classes <= count <= len(rows) - classes:
         everything = f", or all {len(rows):,}" if option == "train" else ""
         raise ValueError(
             f"{option} must be from {classes:,} to {len(rows) - classes:,}{everything}: of the {len(rows):,} images there are, "
-            f"at least one of each of {classes} classes, and as many for the rest; got {wanted:,}"
+            f"at least one of each of {classes} classes, and as many for the rest; got {count:,}"
         )
     split = need("sklearn.model_selection", "splitting image sets").train_test_split
-    chosen, others = split(rows, train_size=wanted, stratify=labels[rows], random_state=0)
-    return np.sort(chosen), np.sort(others)
+    selection, others = split(rows, train_size=count, stratify=labels[rows], random_state=0)
+    return np.sort(selection), np.sort(others)
 
 
 def _take(pixels: Tensor, labels: Tensor, rows: NDArray[np.int64], size: int | None) -> Images:
     if len(rows) == len(labels):
         return Images(_resize(pixels, size), labels)
-    chosen = torch.from_numpy(rows)
-    return Images(_resize(pixels[chosen], size), labels[chosen])
+    index = torch.from_numpy(rows)
+    return Images(_resize(pixels[index], size), labels[index])
 
 
 def _resize(pixels: UInt8[Tensor, "n c h w"], size: int | None) -> UInt8[Tensor, "n c k k"]:
@@ -242,20 +242,20 @@ def fingerprint_of(parts: Sequence[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _published(name: str, root: Path, download: bool) -> tuple[Parts, str]:
+def _load_cifar(name: str, root: Path, download: bool) -> tuple[Parts, str]:
     """CIFAR and its fingerprint, from the cache if it is of the files in ``root``."""
-    published, cache = PUBLISHED[name], root / f".orthokit-{name}.safetensors"
+    release, cache = RELEASES[name], root / f".orthokit-{name}.safetensors"
     try:
-        source = cifar.find(published, root)
+        source = cifar.find(release, root)
     except FileNotFoundError:
         if not download:
             raise
         source = None
-    if source and (cached := _read_cache(cache, source)):
-        return cached
-    if download and not (source and source.intact()):
-        cifar.download(published, root)
-        source = cifar.find(published, root)
+    if source and (entry := _read_cache(cache, source)):
+        return entry
+    if download and not (source and source.is_intact()):
+        cifar.download(release, root)
+        source = cifar.find(release, root)
     assert source
     key = source.key()  # before reading: a change meanwhile makes the cache stale, not wrong
     parts = cifar.read(source)
@@ -273,11 +273,11 @@ def _read_cache(path: Path, source: cifar.Source) -> tuple[Parts, str] | None:
             parts = Parts(*(file.get_tensor(field) for field in Parts._fields))
     except (SafetensorError, OSError):
         return None
-    fingerprint = fingerprint_of(parts)  # of what is there now, in a fifth of a second: a byte may have changed since
+    fingerprint = fingerprint_of(parts)  # of the tensors now, in a fifth of a second: a byte may have changed since
     return (parts, fingerprint) if fingerprint == metadata.get("fingerprint") else None
 
 
 def _write_cache(path: Path, parts: Parts, metadata: dict[str, str]) -> None:
-    """Write it if possible: the folder may be read-only or full."""
+    """Write the cache if possible: the folder may be read-only or full."""
     with contextlib.suppress(SafetensorError, OSError), replacing(path) as part:
         save_file(parts._asdict(), part, metadata)

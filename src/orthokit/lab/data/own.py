@@ -14,9 +14,9 @@ from orthokit.checks import warn_once
 from orthokit.lab.data.cifar import Parts
 from orthokit.lab.data.images import Images, ImageSet, Source, choose, fingerprint_of
 from orthokit.lab.data.toy import need
-from orthokit.lab.own import Code, accepted, check_options
+from orthokit.lab.own import Code, arguments_of, check_options
 
-__all__ = ["FOLDER", "of_folder", "of_function", "place"]
+__all__ = ["FOLDER", "folder_of", "of_folder", "of_function"]
 
 FOLDER = "folder"
 """The name of a set that is a folder of files."""
@@ -25,22 +25,22 @@ PARTS = ("train", "val", "test")
 TENSORS = "uint8 pixels (n, c, h, w) and integer labels (n,) of the training images, then those of the test images"
 
 
-def place(path: str, root: Path, code: Code | None) -> Path:
+def folder_of(path: str, root: Path, code: Code | None) -> Path:
     """The folder that a recipe's ``path`` means: beside the recipe, or in ``root``.
 
     A recipe that came with data has no ``code``: it means a folder inside ``root`` only.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such folder.
         ValueError: a recipe that came with data names a folder outside ``root``.
     """
     if code is None and (Path(path).is_absolute() or ".." in Path(path).parts):
         raise ValueError(f"data.path = {path!r} leads out of --root, in a recipe that came with data; name it with --recipe FILE")
-    tried = [folder / path for folder in dict.fromkeys([*(code.folders if code else ()), root])]
-    for folder in tried:
+    candidates = [folder / path for folder in dict.fromkeys([*(code.folders if code else ()), root])]
+    for folder in candidates:
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"no folder of images {' or '.join(dict.fromkeys(map(str, tried)))}; set data.path, or --root")
+    raise FileNotFoundError(f"no folder of images {' or '.join(dict.fromkeys(map(str, candidates)))}; set data.path, or --root")
 
 
 def of_folder(folder: Path, size: int | None) -> Source:
@@ -65,17 +65,17 @@ def of_folder(folder: Path, size: int | None) -> Source:
     if len(classes) < 2:
         raise ValueError(f"{folder}/train must have a folder for each class, at least two; got {classes or 'none'}")
     files = {part: _files(folder / part, classes) for part in PARTS if (folder / part).is_dir()}
-    digest, read = hashlib.sha256(), dict[str, list[NDArray[np.uint8]]]()
+    digest, arrays = hashlib.sha256(), dict[str, list[NDArray[np.uint8]]]()
     for part, each in files.items():
-        read[part] = []
+        arrays[part] = []
         for label, file in each:
             content = file.read_bytes()
             digest.update(f"{part} {classes[label]} {hashlib.sha256(content).hexdigest()}\n".encode())
-            read[part].append(_pixels(file, size))
-    grey = all(not image.ndim or image.shape[-1] == 1 for images in read.values() for image in images)
+            arrays[part].append(_pixels(file, size))
+    grey = all(not image.ndim or image.shape[-1] == 1 for images in arrays.values() for image in images)
     sets = {
-        part: Images(_stacked(images, files[part], grey), torch.tensor([label for label, _ in files[part]]))
-        for part, images in read.items()
+        part: Images(_stack(images, files[part], grey), torch.tensor([label for label, _ in files[part]]))
+        for part, images in arrays.items()
     }
     if len({images.pixels.shape[-1] for images in sets.values()}) > 1:
         raise ValueError(f"{folder}: the parts have images of different sizes; set data.size")
@@ -90,7 +90,7 @@ def _files(folder: Path, classes: list[str]) -> list[tuple[int, Path]]:
     """The images of a part with their labels, in order."""
     if strangers := [name for name in _classes(folder) if name not in classes]:
         raise ValueError(f"{folder / strangers[0]} is not a class of the training images, which are {', '.join(classes)}")
-    found = []
+    pairs = []
     for label, name in enumerate(classes):
         inside = sorted((folder / name).rglob("*")) if (folder / name).is_dir() else []
         inside = [file for file in inside if file.is_file() and not file.name.startswith(".")]
@@ -100,18 +100,18 @@ def _files(folder: Path, classes: list[str]) -> list[tuple[int, Path]]:
             warn_once(f"{other} and perhaps others are left out, as they are neither .png nor .jpg")
         if not images and folder.name == "train":
             raise FileNotFoundError(f"{folder / name} holds no image (*.png or *.jpg)")
-        found += [(label, file) for file in images]
-    if not found:
+        pairs += [(label, file) for file in images]
+    if not pairs:
         raise FileNotFoundError(f"{folder} holds no image of {', '.join(classes)}")
-    return found
+    return pairs
 
 
 def _pixels(file: Path, size: int | None) -> NDArray[np.uint8]:
-    """``(h, w, 1)`` of a grey image, ``(h, w, 3)`` of any other."""
+    """Pixels ``(h, w, 1)`` of a grey image, ``(h, w, 3)`` of any other."""
     image, ops = need("PIL.Image", "a folder of images"), need("PIL.ImageOps", "a folder of images")
     try:
-        with image.open(file, formats=("PNG", "JPEG")) as opened:  # other formats start other programs
-            upright = ops.exif_transpose(opened)
+        with image.open(file, formats=("PNG", "JPEG")) as picture:  # other formats start other programs
+            upright = ops.exif_transpose(picture)
             if upright.mode.startswith(("I", "F")):
                 raise ValueError("it has more than 8 bits a channel; save it with 8")
             upright = upright.convert("L" if upright.mode in ("1", "L") else "RGB")
@@ -123,7 +123,7 @@ def _pixels(file: Path, size: int | None) -> NDArray[np.uint8]:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _stacked(images: list[NDArray[np.uint8]], files: list[tuple[int, Path]], grey: bool) -> Tensor:
+def _stack(images: list[NDArray[np.uint8]], files: list[tuple[int, Path]], grey: bool) -> Tensor:
     height, width = images[0].shape[:2]
     for pixels, (_, file) in zip(images, files, strict=True):
         if pixels.shape[0] != pixels.shape[1] or pixels.shape[:2] != (height, width):
@@ -132,38 +132,38 @@ def _stacked(images: list[NDArray[np.uint8]], files: list[tuple[int, Path]], gre
                 f"{file} is {pixels.shape[1]}x{pixels.shape[0]}{first}: set data.size to make all squares of one side"
             )
     channels = 1 if grey else 3
-    stacked = np.stack([np.broadcast_to(pixels, (height, width, channels)) for pixels in images])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+    array = np.stack([np.broadcast_to(pixels, (height, width, channels)) for pixels in images])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
 
 
 def of_function(name: str, make: Callable[..., Any], root: Path, options: Mapping[str, Any]) -> Source:
-    """The images that a function returns, called with ``options``, and with ``root`` if it takes that.
+    """The images that a function returns, called with ``options``, and with ``root`` if it has such an argument.
 
-    It returns an ``ImageSet``; or tensors or arrays, of the training and of the test images, between them perhaps of validation
-    images: ``(pixels, labels, pixels, labels)``, or pairs of them.
+    The function returns an ``ImageSet``; or tensors or arrays ``(pixels, labels, pixels, labels)``, or pairs of these: of the
+    training and of the test images, between them perhaps of validation images.
 
     Raises:
         ValueError: options that the function does not take, an error in it, or something else than images.
     """
-    names, more = accepted(make)
+    names, more = arguments_of(make)
     if not more:
         check_options(name, options, [each for each in names if each != "root"])
-    given = {"root": root} if "root" in names else {}
+    arguments = {"root": root} if "root" in names else {}
     try:
-        found = make(**given, **options)
+        result = make(**arguments, **options)
     except Exception as error:  # of anybody's code
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"data: {name} fails with {reason}") from error
-    if isinstance(found, ImageSet):
-        parts = [(each.pixels, each.labels) for each in (found.train, found.validation, found.test) if each is not None]
+    if isinstance(result, ImageSet):
+        parts = [(each.pixels, each.labels) for each in (result.train, result.validation, result.test) if each is not None]
     else:
-        listed = list(found) if isinstance(found, (tuple, list)) else []
-        if listed and all(isinstance(each, (tuple, list)) and len(each) == 2 for each in listed):
-            listed = [each for pair in listed for each in pair]
-        parts = list(zip(listed[::2], listed[1::2], strict=False))
-        if len(listed) not in (4, 6):
-            got = f"{type(found).__name__}" + f" of {len(listed)}" * bool(listed)
-            raise ValueError(f"data: {name} must return an ImageSet, or {TENSORS}; got {got}")
+        items = list(result) if isinstance(result, (tuple, list)) else []
+        if items and all(isinstance(each, (tuple, list)) and len(each) == 2 for each in items):
+            items = [each for pair in items for each in pair]
+        parts = list(zip(items[::2], items[1::2], strict=False))
+        if len(items) not in (4, 6):
+            description = f"{type(result).__name__}" + f" of {len(items)}" * bool(items)
+            raise ValueError(f"data: {name} must return an ImageSet, or {TENSORS}; got {description}")
     names = ["train", "test"] if len(parts) == 2 else ["train", "val", "test"]
     sets = {part: _images(name, part, *each) for part, each in zip(names, parts, strict=True)}
     if len({images.pixels.shape[1:] for images in sets.values()}) > 1:
@@ -178,29 +178,29 @@ def _images(name: str, part: str, pixels: Any, labels: Any) -> Images:
         pixels, labels = torch.as_tensor(pixels), torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"data: {name} must return {TENSORS}; of {part} it returns something else ({error})") from None
-    shaped = pixels.ndim == 4 and pixels.shape[-1] == pixels.shape[-2] and labels.shape == pixels.shape[:1] and len(labels) > 0
-    if not shaped or pixels.dtype != torch.uint8 or labels.is_floating_point() or labels.is_complex():
-        got = f"{pixels.dtype} {tuple(pixels.shape)} and {labels.dtype} {tuple(labels.shape)}".replace("torch.", "")
-        raise ValueError(f"data: {name} must return {TENSORS}, images square; of {part} it returns {got}")
+    fits = pixels.ndim == 4 and pixels.shape[-1] == pixels.shape[-2] and labels.shape == pixels.shape[:1] and len(labels) > 0
+    if not fits or pixels.dtype != torch.uint8 or labels.is_floating_point() or labels.is_complex():
+        description = f"{pixels.dtype} {tuple(pixels.shape)} and {labels.dtype} {tuple(labels.shape)}".replace("torch.", "")
+        raise ValueError(f"data: {name} must return {TENSORS}, images square; of {part} it returns {description}")
     return Images(pixels.cpu().contiguous(), labels.cpu().long())
 
 
-def _source(sets: dict[str, Images], fingerprint: str, what: str) -> Source:
-    """A set of its parts; without test images they are those of ``val``, or a fifth of the training images."""
+def _source(sets: dict[str, Images], fingerprint: str, subject: str) -> Source:
+    """A set made of its parts. Without test images, those of ``val`` or a fifth of the training images take their place."""
     train, test = sets["train"], sets.get("test", sets.get("val"))
     if test is None:
         labels = train.labels.numpy()
         classes = len(set(labels.tolist()))
-        chosen, rest = choose("test", max(classes, len(train) // 5), np.arange(len(train)), labels)
-        test, train = (Images(train.pixels[rows], train.labels[rows]) for rows in map(torch.from_numpy, (chosen, rest)))
+        selection, rest = choose("test", max(classes, len(train) // 5), np.arange(len(train)), labels)
+        test, train = (Images(train.pixels[rows], train.labels[rows]) for rows in map(torch.from_numpy, (selection, rest)))
     classes = int(train.labels.max()) + 1
     counts = torch.bincount(train.labels.clamp(min=0), minlength=classes)
     if train.labels.min() < 0 or not counts.all():
         raise ValueError(
-            f"{what}: training labels must be 0, 1, ... with images of each; got {sorted(set(train.labels.tolist()))}"
+            f"{subject}: training labels must be 0, 1, ... with images of each; got {sorted(set(train.labels.tolist()))}"
         )
     for part, images in sets.items():
         if not 0 <= int(images.labels.min()) <= int(images.labels.max()) < classes:
-            raise ValueError(f"{what}: labels of {part} must be from 0 to {classes - 1}, as those of the training images are")
+            raise ValueError(f"{subject}: labels of {part} must be from 0 to {classes - 1}, as those of the training images are")
     parts = Parts(train.pixels, train.labels, test.pixels, test.labels)
     return Source(parts, fingerprint, sets.get("val") if "test" in sets else None)

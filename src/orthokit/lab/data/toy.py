@@ -18,16 +18,16 @@ PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "gr
 """The classes of ``patches``: losslessly stored pictures inside the scikit-image wheel."""
 
 
-def need(module: str, what: str) -> Any:
+def need(module: str, user: str) -> Any:
     """A module of the lab's libraries.
 
     Raises:
-        ModuleNotFoundError: it is missing; the message says how to get it.
+        ModuleNotFoundError: the module is missing; the message says how to get it.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{what} needs {error.name}: {install('lab')}", name=error.name) from None
+        raise ModuleNotFoundError(f"{user} needs {error.name}: {install('lab')}", name=error.name) from None
 
 
 def digits() -> Parts:
@@ -63,15 +63,15 @@ def _corners(height: int, width: int, generator: torch.Generator) -> tuple[Int64
     border, corners = width * 3 // 4, []
     for count, left, right in ((500, 0, border), (100, border, width)):
         columns = right - left - 31
-        places = torch.randperm((height - 31) * columns, generator=generator)[:count]
-        corners.append(torch.stack([places // columns, left + places % columns], 1))
+        positions = torch.randperm((height - 31) * columns, generator=generator)[:count]
+        corners.append(torch.stack([positions // columns, left + positions % columns], 1))
     return corners[0], corners[1]
 
 
 def synthetic() -> Parts:
-    """Each class is a smooth pattern, shifted at random (cyclically) and buried in another smooth pattern and in noise.
+    """Pictures whose class is a smooth pattern, shifted at random (cyclically) and buried in another pattern and in noise.
 
-    No rounding before the last step, so that it is the same on any machine.
+    Nothing is rounded before the last step, so that the pictures are the same on any machine.
     """
     generator = torch.Generator().manual_seed(0)
     step = torch.arange(32)

@@ -1,1 +1,1 @@
-"""What is measured of a trained network: calibration, robustness, features."""
+"""Measurements of a trained network: calibration, robustness, features."""

@@ -58,13 +58,13 @@ class Pixels(nn.Module):
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, its parameters without gradients; afterwards as it was."""
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """A context with the model in evaluation mode and its parameters without gradients; the model is then as it was."""
+    states = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with evaluating(model.requires_grad_(False)):
             yield
     finally:
-        for parameter, requires_grad in wanted:
+        for parameter, requires_grad in states:
             parameter.requires_grad_(requires_grad)
 
 
@@ -75,7 +75,7 @@ def clean(
     *,
     batch: int = 256,
 ) -> Bool[Tensor, "n"]:  # noqa: F821
-    """Which images are right as they are."""
+    """A mask of the images that are right as they are."""
     return _right(model, images, labels, lambda x, _: iter([x]), batch)[0]
 
 
@@ -87,7 +87,7 @@ def fgsm(
     *,
     batch: int = 256,
 ) -> Bool[Tensor, "e n"]:
-    """Which images are still right after one step: ``clamp(x + epsilon sign(gradient), 0, 1)``, a row for each epsilon.
+    """A mask of the images still right after one step: ``clamp(x + epsilon sign(gradient), 0, 1)``, a row for each epsilon.
 
     One gradient of the cross-entropy, at the clean image, serves every epsilon. An image that is wrong at a small epsilon may be
     right at a larger one.
@@ -121,7 +121,7 @@ def pgd(
     batch: int = 256,
     seed: int = 0,
 ) -> Bool[Tensor, "e n"]:
-    """Which images are still right at every iterate of projected gradient descent, a row for each epsilon.
+    """A mask of the images still right at every iterate of projected gradient descent, a row for each epsilon.
 
     From a random place in the ball around the image, ``steps`` steps of length ``path epsilon / steps`` along the sign of the
     gradient of the cross-entropy (``"linf"``) or along the gradient (``"l2"``), each followed by a projection onto the ball and
@@ -186,7 +186,7 @@ def noisy(
     batch: int = 256,
     seed: int = 0,
 ) -> Bool[Tensor, "e n"]:
-    """Which images are still right under :func:`noise`, a row for each of ``sigmas``."""
+    """A mask of the images still right under :func:`noise`, a row for each of ``sigmas``."""
     _check(images, sigmas, "sigmas", batch)
     return torch.cat([_right(model, noise(images, sigma, seed=seed), labels, lambda x, _: iter([x]), batch) for sigma in sigmas])
 
@@ -214,10 +214,10 @@ def _right(
     change: Callable[[Tensor, Tensor], Iterator[Tensor]],
     batch: int,
 ) -> Bool[Tensor, "e n"]:
-    """Where the model is right on each of the changed images."""
+    """A mask of where the model is right on each of the changed images."""
     with _attacking(model, images):
         parts = [
-            torch.stack([model(changed).argmax(1) == y for changed in change(x.float(), y)])
+            torch.stack([model(variant).argmax(1) == y for variant in change(x.float(), y)])
             for x, y in zip(images.split(batch), labels.split(batch), strict=True)
         ]
     return torch.cat(parts, 1)
@@ -235,30 +235,30 @@ def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _descend(
     model: nn.Module, images: Tensor, labels: Tensor, start: Tensor, epsilon: float, norm: Norm, steps: int, path: float
 ) -> Bool[Tensor, "n"]:  # noqa: F821
-    """Which images stay right at the start and after each step."""
+    """A mask of the images that stay right at the start and after each step."""
     step = _linf_step if norm == "linf" else _l2_step
     rows, x, y = torch.arange(len(images), device=images.device), images, labels
-    moved = (x + start).clamp_(0, 1)
+    iterate = (x + start).clamp_(0, 1)
     for _ in range(steps):
-        logits, gradient = _gradient(model, moved, y)
+        logits, gradient = _gradient(model, iterate, y)
         right = logits.argmax(1) == y
-        rows, x, y, moved, gradient = (part[right] for part in (rows, x, y, moved, gradient))
+        rows, x, y, iterate, gradient = (part[right] for part in (rows, x, y, iterate, gradient))
         if not len(rows):
             break
-        moved = step(x, moved, gradient, epsilon, path * epsilon / steps).clamp_(0, 1)
+        iterate = step(x, iterate, gradient, epsilon, path * epsilon / steps).clamp_(0, 1)
     standing = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     if len(rows):
-        standing[rows] = model(moved).argmax(1) == y
+        standing[rows] = model(iterate).argmax(1) == y
     return standing
 
 
-def _linf_step(x: Tensor, moved: Tensor, gradient: Tensor, epsilon: float, length: float) -> Tensor:
-    return (moved + length * gradient.sign()).clamp(x - epsilon, x + epsilon)
+def _linf_step(x: Tensor, iterate: Tensor, gradient: Tensor, epsilon: float, length: float) -> Tensor:
+    return (iterate + length * gradient.sign()).clamp(x - epsilon, x + epsilon)
 
 
-def _l2_step(x: Tensor, moved: Tensor, gradient: Tensor, epsilon: float, length: float) -> Tensor:
-    scaled = gradient / _positive(gradient.abs().amax((1, 2, 3), keepdim=True))  # squares of small gradients underflow
-    offset = moved - x + length * scaled / _positive(_length(scaled))
+def _l2_step(x: Tensor, iterate: Tensor, gradient: Tensor, epsilon: float, length: float) -> Tensor:
+    direction = gradient / _positive(gradient.abs().amax((1, 2, 3), keepdim=True))  # squares of small gradients underflow
+    offset = iterate - x + length * direction / _positive(_length(direction))
     return x + offset * (epsilon / _positive(_length(offset))).clamp(max=1)
 
 
@@ -272,7 +272,7 @@ def _positive(x: Tensor) -> Tensor:
 
 
 def _in_ball(shape: Sequence[int], norm: Norm, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
-    """Uniform in the unit ball."""
+    """Points drawn uniformly from the unit ball."""
     if norm == "linf":
         return torch.rand(shape, generator=generator) * 2 - 1
     direction = torch.randn(shape, generator=generator)

@@ -41,7 +41,7 @@ __all__ = [
     "brightness",
     "contrast",
     "corrupt",
-    "corrupted",
+    "corrupt_all",
     "gaussian_blur",
     "gaussian_noise",
     "impulse_noise",
@@ -66,33 +66,33 @@ def gaussian_noise(images: UInt8[Tensor, "n c h w"], severity: int) -> UInt8[Ten
     """``x + sigma z`` with normal ``z``."""
     sigma = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1]
     draws = np.random.default_rng(0)
-    return _changed(images, lambda x: x + sigma * draws.standard_normal(x.shape))
+    return _apply(images, lambda x: x + sigma * draws.standard_normal(x.shape))
 
 
 def shot_noise(images: UInt8[Tensor, "n c h w"], severity: int) -> UInt8[Tensor, "n c h w"]:
     """``poisson(c x) / c``. The draws of an image depend on the images before it, not on those after it."""
     photons = (500, 250, 100, 75, 50)[severity - 1]
     draws = np.random.default_rng(0)
-    return _changed(images, lambda x: draws.poisson(x * photons) / photons)
+    return _apply(images, lambda x: draws.poisson(x * photons) / photons)
 
 
 def impulse_noise(images: UInt8[Tensor, "n c h w"], severity: int) -> UInt8[Tensor, "n c h w"]:
-    """Each value of each channel becomes 0 or 1, each with half the probability ``amount``."""
+    """Values of each channel set to 0 or 1, each with half the probability ``amount``."""
     amount = (0.01, 0.02, 0.03, 0.05, 0.07)[severity - 1]
     draws = np.random.default_rng(0)
 
     def change(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        hit, white = np.moveaxis(draws.random((len(x), 2, *x.shape[1:])), 1, 0)
-        return np.where(hit < amount, np.where(white < 0.5, 1.0, 0.0), x)
+        chance, white = np.moveaxis(draws.random((len(x), 2, *x.shape[1:])), 1, 0)
+        return np.where(chance < amount, np.where(white < 0.5, 1.0, 0.0), x)
 
-    return _changed(images, change)
+    return _apply(images, change)
 
 
 def gaussian_blur(images: UInt8[Tensor, "n c h w"], severity: int) -> UInt8[Tensor, "n c h w"]:
     """A Gaussian cut off at four standard deviations; the border is repeated outwards."""
     sigma = (0.4, 0.6, 0.7, 0.8, 1.0)[severity - 1]
     blur = need("scipy.ndimage", "gaussian_blur").gaussian_filter
-    return _changed(images, lambda x: blur(x, (0, sigma, sigma, 0), mode="nearest", truncate=4.0))
+    return _apply(images, lambda x: blur(x, (0, sigma, sigma, 0), mode="nearest", truncate=4.0))
 
 
 def contrast(images: UInt8[Tensor, "n c h w"], severity: int) -> UInt8[Tensor, "n c h w"]:
@@ -101,17 +101,17 @@ def contrast(images: UInt8[Tensor, "n c h w"], severity: int) -> UInt8[Tensor, "
 
     def change(x: NDArray[np.float64]) -> NDArray[np.float64]:
         mean = x.mean((1, 2), keepdims=True)
-        changed: NDArray[np.float64] = (x - mean) * factor + mean
-        return changed
+        result: NDArray[np.float64] = (x - mean) * factor + mean
+        return result
 
-    return _changed(images, change)
+    return _apply(images, change)
 
 
 def brightness(images: UInt8[Tensor, "n c h w"], severity: int) -> UInt8[Tensor, "n c h w"]:
-    """Adds to the value in hue, saturation and value; to the grey of grey images."""
-    added = (0.05, 0.1, 0.15, 0.2, 0.3)[severity - 1]
+    """An amount added to the value in hue, saturation and value; to the grey of grey images."""
+    amount = (0.05, 0.1, 0.15, 0.2, 0.3)[severity - 1]
     if _grey_or_colour("brightness", images) == "L":
-        return _changed(images, lambda x: x + added)
+        return _apply(images, lambda x: x + amount)
 
     def change(x: NDArray[np.float64]) -> NDArray[np.float64]:
         red, green, blue = channels = np.ascontiguousarray(np.moveaxis(x, -1, 0))
@@ -125,15 +125,15 @@ def brightness(images: UInt8[Tensor, "n c h w"], severity: int) -> UInt8[Tensor,
         sixths = np.where(grey, 0, hue / 6 % 1) * 6
         sector = np.floor(sixths)
         falling, share = sector % 2 == 1, sixths - sector
-        value = np.minimum(high + added, 1)
+        value = np.minimum(high + amount, 1)
         middle = value * (1 - np.where(falling, share, 1 - share) * saturation)
         return np.stack([np.where(c == high, value, np.where(c == low, value * (1 - saturation), middle)) for c in channels], -1)
 
-    return _changed(images, change)
+    return _apply(images, change)
 
 
 def pixelate(images: UInt8[Tensor, "n c h w"], severity: int) -> UInt8[Tensor, "n c h w"]:
-    """Down to ``int(c side)`` by averaging areas, and back."""
+    """Images reduced to ``int(c side)`` by averaging areas, and enlarged again."""
     factor = (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1]
     height, width = images.shape[-2:]
     small = (int(width * factor), int(height * factor))
@@ -170,7 +170,7 @@ CORRUPTIONS: dict[str, Callable[[UInt8[Tensor, "n c h w"], int], UInt8[Tensor, "
 def corrupt(images: UInt8[Tensor, "n c h w"], name: str, severity: int) -> UInt8[Tensor, "n c h w"]:
     """The images after a corruption.
 
-    The first images of a set become the same whatever follows them.
+    An image's corruption does not depend on the images after it.
 
     Args:
         images: from 0 to 255, grey or RGB (any channels but for ``brightness``, ``pixelate`` and ``jpeg_compression``).
@@ -187,10 +187,10 @@ def corrupt(images: UInt8[Tensor, "n c h w"], name: str, severity: int) -> UInt8
     return CORRUPTIONS[name](images, severity)
 
 
-def corrupted(images: UInt8[Tensor, "n c h w"], name: str, *, folder: Path | None = None) -> UInt8[Tensor, "5 n c h w"]:
+def corrupt_all(images: UInt8[Tensor, "n c h w"], name: str, *, folder: Path | None = None) -> UInt8[Tensor, "5 n c h w"]:
     """:func:`corrupt` at every severity, from a file in ``folder`` if one is there, else computed and kept there if possible.
 
-    The file's name tells the corruption and the SHA-256 of the images; a damaged one is replaced. None is written unless
+    The file's name tells the corruption and the SHA-256 of the images; a damaged one is replaced. No file is written unless
     ``folder`` exists and can be written to.
     """
     if name not in CORRUPTIONS:
@@ -199,24 +199,24 @@ def corrupted(images: UInt8[Tensor, "n c h w"], name: str, *, folder: Path | Non
         return torch.stack([corrupt(images, name, severity) for severity in SEVERITIES])
     key = _digest(images, f"{name}, version {VERSION}")
     path = folder / f".orthokit-{name}-{key[:16]}.safetensors"
-    found = _read(path, key)
-    if found is None:
-        found = torch.stack([corrupt(images, name, severity) for severity in SEVERITIES]).cpu()
+    result = _read(path, key)
+    if result is None:
+        result = torch.stack([corrupt(images, name, severity) for severity in SEVERITIES]).cpu()
         if folder.is_dir():
             with contextlib.suppress(SafetensorError, OSError), replacing(path) as part:
-                save_file({"images": found}, part, {"key": key, "content": _digest(found, key)})
-    return found.to(images.device)
+                save_file({"images": result}, part, {"key": key, "content": _digest(result, key)})
+    return result.to(images.device)
 
 
 def _read(path: Path, key: str) -> UInt8[Tensor, "5 n c h w"] | None:
     """The content of a cache file, if it is whole and of this ``key``."""
     try:
         with safe_open(path, "pt") as file:
-            metadata, found = file.metadata() or {}, file.get_tensor("images")
+            metadata, result = file.metadata() or {}, file.get_tensor("images")
     except (SafetensorError, OSError):
         return None
-    intact = metadata.get("key") == key and metadata.get("content") == _digest(found, key)
-    return found if intact else None
+    is_intact = metadata.get("key") == key and metadata.get("content") == _digest(result, key)
+    return result if is_intact else None
 
 
 def _digest(images: Tensor, about: str) -> str:
@@ -225,28 +225,28 @@ def _digest(images: Tensor, about: str) -> str:
     return digest.hexdigest()
 
 
-def _changed(images: UInt8[Tensor, "n c h w"], change: Change) -> UInt8[Tensor, "n c h w"]:
-    """The change of the images in parts and in order, truncated to bytes as the authors do."""
+def _apply(images: UInt8[Tensor, "n c h w"], change: Change) -> UInt8[Tensor, "n c h w"]:
+    """The images changed in parts and in order, truncated to bytes as the authors do."""
     parts = []
     for part in images.cpu().split(PART):
         x = np.ascontiguousarray(part.permute(0, 2, 3, 1).numpy()) / 255.0
-        found = (np.clip(change(x), 0, 1) * 255).astype(np.uint8)
-        parts.append(torch.from_numpy(found).permute(0, 3, 1, 2).contiguous())
+        result = (np.clip(change(x), 0, 1) * 255).astype(np.uint8)
+        parts.append(torch.from_numpy(result).permute(0, 3, 1, 2).contiguous())
     return torch.cat(parts).to(images.device)
 
 
 def _each(name: str, images: UInt8[Tensor, "n c h w"], change: Callable[[Any], Any]) -> UInt8[Tensor, "n c h w"]:
-    """The change of every image as a Pillow picture."""
+    """The images changed one by one, as Pillow pictures."""
     mode, image = _grey_or_colour(name, images), need("PIL.Image", name)
     shape = (len(images), *images.shape[-2:], images.shape[1])
-    found = np.empty(shape, np.uint8)
+    result = np.empty(shape, np.uint8)
     for row, picture in enumerate(images.cpu().permute(0, 2, 3, 1).contiguous().numpy()):
-        found[row] = np.asarray(change(image.fromarray(picture.squeeze(-1) if mode == "L" else picture))).reshape(shape[1:])
-    return torch.from_numpy(found).permute(0, 3, 1, 2).contiguous().to(images.device)
+        result[row] = np.asarray(change(image.fromarray(picture.squeeze(-1) if mode == "L" else picture))).reshape(shape[1:])
+    return torch.from_numpy(result).permute(0, 3, 1, 2).contiguous().to(images.device)
 
 
 def _grey_or_colour(name: str, images: UInt8[Tensor, "n c h w"]) -> str:
-    """Pillow's mode."""
+    """Pillow's mode for images of this shape."""
     modes = {1: "L", 3: "RGB"}
     if images.shape[1] not in modes:
         raise ValueError(f"{name} is defined for grey and RGB images, with 1 or 3 channels; got {images.shape[1]} channels")

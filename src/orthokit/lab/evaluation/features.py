@@ -1,12 +1,12 @@
-"""How expressive features are: their effective dimension, their correlations, and the collapse of classes.
+"""Figures of features: their effective dimension, their correlations, and the collapse of classes.
 
 Effective rank: O. Roy, M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007,
 https://ieeexplore.ieee.org/document/7098875. Neural collapse: V. Papyan, X. Y. Han, D. L. Donoho, "Prevalence of neural collapse
 during the terminal phase of deep learning training", 2020, https://arxiv.org/abs/2008.08186.
 
-Papyan et al. measure training images, we measure test images. Ours differs where classes are not of equal size: every class
-mean has the same weight in the covariance between classes, every image in the covariance within them. Classes without images are
-left out.
+Papyan et al. measure training images, we measure test images. These figures differ where classes are not of equal size: every
+class mean has the same weight in the covariance between classes, every image in the covariance within them. Classes without
+images are left out.
 """
 
 from collections.abc import Iterable
@@ -27,12 +27,12 @@ ROWS = 2**16
 """Feature vectors held at once as 64-bit floats."""
 
 RESOLUTION = 1e-6
-"""Singular values of the class means below this share of the largest are zero: they are made of 32-bit floats."""
+"""Singular values of the class means below this share of the largest count as zero, as the means are of 32-bit floats."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a set of feature vectors is like; ``None`` where a figure is undefined, as the correlation of one feature is.
+    """Figures of a set of feature vectors; ``None`` where one is undefined, as the correlation of a single feature is.
 
     Attributes:
         where: the module that the features go into or come from.
@@ -87,12 +87,12 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, class
                 continue
             if not 0 <= labels.min() <= labels.max() < classes:
                 raise ValueError(f"labels must be from 0 to {classes - 1}; got {int(labels.min())} to {int(labels.max())}")
-            found = _features(model, images)
-            sources = {key: source for key, (source, _) in found.items()}
+            vectors = _features(model, images)
+            sources = {key: source for key, (source, _) in vectors.items()}
             if moments and sources != where:
                 raise ValueError(f"every batch must have the features of the first, {where}; got {sources}")
             where = sources
-            for key, (_, features) in found.items():
+            for key, (_, features) in vectors.items():
                 if key not in moments:
                     moments[key] = Moments(features, classes)
                 moments[key].add(features, labels if key == "penultimate" else None)
@@ -103,16 +103,16 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, class
 
 @torch.no_grad()
 def _features(model: nn.Module, images: Tensor) -> dict[str, tuple[str, Float[Tensor, "_ _"]]]:
-    """Where each set of feature vectors of a batch is from, and the vectors.
+    """The origin of each set of feature vectors of a batch, and the vectors.
 
-    What the hooks keep are copies, as a module that works in place may change its input later.
+    The hooks keep copies, as a module that works in place may change its input later.
     """
     linear: list[tuple[str, Tensor]] = []
     maps: dict[tuple[int, int], tuple[str, Tensor]] = {}
 
-    def before(name: str, given: Any) -> None:
-        if isinstance(given, Tensor) and given.ndim == 2 and len(given) == len(images):
-            linear[:] = [(f"input of {name or 'the model'}", given.clone())]
+    def before(name: str, inputs: Any) -> None:
+        if isinstance(inputs, Tensor) and inputs.ndim == 2 and len(inputs) == len(images):
+            linear[:] = [(f"input of {name or 'the model'}", inputs.clone())]
 
     def after(name: str, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and output.shape[-2:].numel() > 1:
@@ -122,18 +122,18 @@ def _features(model: nn.Module, images: Tensor) -> dict[str, tuple[str, Float[Te
     hooks = []
     try:
         for name, module in model.named_modules():
-            hooks.append(module.register_forward_hook(lambda _module, _given, output, name=name: after(name, output)))
+            hooks.append(module.register_forward_hook(lambda _module, _inputs, output, name=name: after(name, output)))
             if isinstance(module, nn.Linear):
-                hooks.append(module.register_forward_pre_hook(lambda _module, given, name=name: before(name, *given[:1])))
+                hooks.append(module.register_forward_pre_hook(lambda _module, inputs, name=name: before(name, *inputs[:1])))
         with torch.autocast(images.device.type, enabled=False):
             output = model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    found = {"penultimate": linear[0] if linear else ("output of the model", output.flatten(1))}
+    vectors = {"penultimate": linear[0] if linear else ("output of the model", output.flatten(1))}
     for stage, ((height, width), (source, features)) in enumerate(maps.items(), 1):
-        found[f"stage {stage} ({height}x{width})"] = (source, features.permute(0, 2, 3, 1).flatten(0, 2))
-    return found
+        vectors[f"stage {stage} ({height}x{width})"] = (source, features.permute(0, 2, 3, 1).flatten(0, 2))
+    return vectors
 
 
 class Moments:
@@ -199,8 +199,8 @@ class Moments:
         between = torch.linalg.svd((means - means.mean(0)) / classes**0.5, full_matrices=False)
         if between.S[0] <= RESOLUTION**2 * within.trace().clamp(min=0).sqrt():
             return None, None
-        kept = between.S[: classes - 1] > RESOLUTION * between.S[0]
-        directions, sizes = between.Vh[: classes - 1][kept], between.S[: classes - 1][kept].square()
+        mask = between.S[: classes - 1] > RESOLUTION * between.S[0]
+        directions, sizes = between.Vh[: classes - 1][mask], between.S[: classes - 1][mask].square()
         inside = ((directions @ within) * directions).sum(1).clamp(min=0)
         trace = within.diagonal().clamp(min=0).sum() / between.S.square().sum()
         return ((inside / sizes).sum() / classes).item(), trace.item()

@@ -1,1 +1,1 @@
-"""Residual and wide residual networks for small images, and anybody's own by name."""
+"""Residual and wide residual networks for small images, and networks of your own by name."""

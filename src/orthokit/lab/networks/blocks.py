@@ -1,4 +1,4 @@
-"""What the networks are built of: convolutions, normalisation, stages, He's initialisation."""
+"""Parts of the networks: convolutions, normalisation, stages, He's initialisation."""
 
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -43,7 +43,7 @@ def stages(
 
 
 def he_(network: nn.Module) -> None:
-    """Convolutions of He et al. (2015, https://arxiv.org/abs/1502.01852), scaled to the fan-out; biases zero."""
+    """Initialise convolutions as He et al. do (2015, https://arxiv.org/abs/1502.01852), scaled to the fan-out; biases zero."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -52,7 +52,7 @@ def he_(network: nn.Module) -> None:
 
 
 DEEPEST, WIDEST = 2000, 100
-"""Layers, and how many times the filters of a thin network."""
+"""Most layers, and most times the filters of a thin network."""
 
 
 def check_sizes(channels: int, classes: int, norm: Norm) -> None:

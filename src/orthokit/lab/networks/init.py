@@ -9,12 +9,12 @@ __all__ = ["orthogonal_"]
 
 def _set(module: nn.Module, weight: Tensor) -> None:
     """Set a layer's weight, or what the hooks of ``torch.nn.utils`` (spectral_norm, weight_norm) compute the weight from."""
-    own = {name: parameter.detach() for name, parameter in module._parameters.items() if parameter is not None}
-    if target := own.keys() & {"weight", "weight_orig", "weight_v"}:
-        own[target.pop()].copy_(weight)
+    parameters = {name: parameter.detach() for name, parameter in module._parameters.items() if parameter is not None}
+    if target := parameters.keys() & {"weight", "weight_orig", "weight_v"}:
+        parameters[target.pop()].copy_(weight)
     else:
         raise ValueError("it is computed in an unknown way")
-    if (lengths := own.get("weight_g")) is not None:
+    if (lengths := parameters.get("weight_g")) is not None:
         over = [dim for dim, length in enumerate(lengths.shape) if length == 1]
         lengths.copy_(torch.linalg.vector_norm(weight, dim=over, keepdim=True))
 
@@ -22,13 +22,13 @@ def _set(module: nn.Module, weight: Tensor) -> None:
 def orthogonal_(module: nn.modules.conv._ConvNd, name: str = "") -> None:
     """Give a convolution orthonormal filters, or orthonormal columns where it has more filters than weights per filter.
 
-    Drawn from the global generator. A weight that is computed from others (``torch.nn.utils.parametrizations``) is set through
-    them.
+    Filters are drawn from the global generator. A weight that is computed from others (``torch.nn.utils.parametrizations``) is
+    set through these.
 
     Raises:
-        ValueError: these cannot express it.
+        ValueError: the parametrization cannot express such a weight.
     """
-    across = module.transposed  # whose filters lie along the second dimension
+    across = module.transposed  # then filters lie along the second dimension
     weight = module.weight.detach().clone()
     for group in weight.chunk(module.groups):
         filters = group.transpose(0, 1).contiguous() if across else group

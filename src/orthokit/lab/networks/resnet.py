@@ -12,7 +12,7 @@ from orthokit.checkpoint.statedict import bare, pick
 from orthokit.checks import check_choice, check_count
 from orthokit.lab.networks.blocks import DEEPEST, Norm, check_sizes, conv, he_, norm_of, stages
 
-__all__ = ["SHORTCUTS", "BasicBlock", "Bottleneck", "ImageNetResNet", "PadShortcut", "ResNet", "unwrapped"]
+__all__ = ["SHORTCUTS", "BasicBlock", "Bottleneck", "ImageNetResNet", "PadShortcut", "ResNet", "state_in"]
 
 Shortcut = Literal["projection", "identity"]
 Block = Literal["basic", "bottleneck"]
@@ -84,7 +84,7 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
 
 
-def unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def state_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict in a checkpoint, without the prefixes of DistributedDataParallel and ``torch.compile``."""
     return bare(pick(checkpoint)[0])
 
@@ -122,8 +122,8 @@ class ResNet(nn.Module):
         per_block = 6 if block == "basic" else 9
         check_count("depth", depth, per_block + 2, most=DEEPEST)
         if depth % per_block != 2:
-            known = ", ".join(str(per_block * blocks + 2) for blocks in (1, 2, 3))
-            raise ValueError(f"depth must be {per_block} b + 2 for b {block} blocks a stage ({known}, ...); got {depth}")
+            examples = ", ".join(str(per_block * blocks + 2) for blocks in (1, 2, 3))
+            raise ValueError(f"depth must be {per_block} b + 2 for b {block} blocks a stage ({examples}, ...); got {depth}")
         check_sizes(channels, classes, norm)
         check_choice("shortcut", shortcut, SHORTCUTS)
         if block == "bottleneck" and shortcut == "identity":
@@ -148,7 +148,7 @@ class ResNet(nn.Module):
         Raises:
             ValueError: the weights are not those of this network.
         """
-        state = unwrapped(checkpoint)
+        state = state_in(checkpoint)
         blocks = {match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
         shortcut: Shortcut = "projection" if any(".shortcut." in key for key in state) else "identity"
         norm: Norm = "batch" if "bn.running_mean" in state else "group" if "bn.weight" in state else "none"
@@ -174,7 +174,7 @@ class ImageNetResNet(nn.Module):
     blocks of 64, 128, 256 and 512 filters up to depth 34, from 50 bottlenecks of four times that many, with their stride on
     the 3x3 convolution. He's initialisation (normal, fan-out), biases zero.
 
-    Over-determined, with more filters than weights per filter: the first convolution, 64x27 for three channels; every 1x1
+    Tall, with more filters than weights per filter: the first convolution, 64x27 for three channels; every 1x1
     projection; the last 1x1 convolution of every bottleneck, four filters for each weight.
 
     Args:

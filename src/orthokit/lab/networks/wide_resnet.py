@@ -39,7 +39,7 @@ class WideResNet(nn.Module):
 
     Three stages of 16, 32 and 64 times ``width`` filters. He's initialisation (normal, fan-out), biases zero.
 
-    Over-determined, with more filters than weights per filter: every 1x1 projection; with ``width`` above 9 the first 3x3
+    Tall, with more filters than weights per filter: every 1x1 projection; with ``width`` above 9 the first 3x3
     convolution of the first block, ``16 width x 144``; the first convolution, 16x9, of images with one channel.
 
     Args:

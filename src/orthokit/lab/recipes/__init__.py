@@ -1,1 +1,1 @@
-"""What is trained on what, and how, in TOML."""
+"""Recipes in TOML: which network is trained on which images, and how."""

@@ -1,4 +1,4 @@
-"""TOML files, what they extend and the settings of a command line, laid over each other; a recipe is what they say together."""
+"""Recipes composed of TOML files, the files that these extend, and settings of a command line, laid over each other."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from orthokit.checks import did_you_mean
 from orthokit.lab.own import Code
-from orthokit.lab.recipes.recipe import Recipe, flattened
+from orthokit.lab.recipes.recipe import Recipe, flatten
 from orthokit.lab.recipes.sections import DEEPEST, Keys, S, Section, problems_of, valid
 
 __all__ = [
@@ -23,20 +23,20 @@ __all__ = [
     "NAMED",
     "Part",
     "inline",
-    "joined",
+    "join",
     "label",
     "load",
-    "merged",
+    "merge",
     "name_of",
     "overview",
-    "parsed",
+    "parse_setting",
     "parts",
     "read_section",
     "read_toml",
 ]
 
 NAMED = ("name", "kind")
-"""A table that gives another name than the one it is merged into replaces it, as their options have nothing in common."""
+"""A table with another ``name`` or ``kind`` replaces the one below it instead of merging, because their options differ."""
 KINDS = {"budget": ("train.epochs",), "network": ("network.kind",), "data": ("data.name", "data.kind"), "penalty": ()}
 """Folders of parts in the order in which they are laid over each other, and the keys of which a recipe needs one."""
 USE = {
@@ -46,11 +46,11 @@ USE = {
     "penalty": "what acts on the filters; nothing without one",
 }
 BYTES = 2**18
-"""Of a file; the largest study has 4,000."""
+"""Most bytes of a file; the largest study has 4,000."""
 _TEXT = re.compile(r'"[^"\n]*"|\'[^\'\n]*\'|#[^\n]*')
 """Texts and comments of TOML, on one line."""
 PIECES = 16
-"""Parts and files that one reference joins."""
+"""Most parts and files that one reference joins."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Part:
 
     @property
     def summary(self) -> str:
-        """What it is, in a line: the first of its file."""
+        """The first line of the file, which says what the part is."""
         with self.path.open(encoding="utf-8") as file:
             return file.readline().strip("# \n")
 
@@ -79,13 +79,13 @@ def _by_numbers(path: Path) -> list[str]:
 
 
 def overview() -> str:
-    """All parts, by kind, with a line on each."""
+    """A text with all parts, by kind, and a line on each."""
     lines = ["A recipe is one part of each kind, joined by + in any order, such as nano+digits+strict."]
     for kind, use in USE.items():
         lines += ["", f"{kind}: {use}"]
         lines += [f"  {name:<13}{part.summary}" for name, part in parts().items() if part.kind == kind]
-    own = "--set section.key=value changes a key. A TOML file of your own may go in their place or after them."
-    return "\n".join([*lines, "", own])
+    ending = "--set section.key=value changes a key. A TOML file of your own may go in their place or after them."
+    return "\n".join([*lines, "", ending])
 
 
 def load(reference: str | Path, settings: Sequence[str] = (), code: Sequence[Path] = ()) -> Recipe:
@@ -101,7 +101,7 @@ def load(reference: str | Path, settings: Sequence[str] = (), code: Sequence[Pat
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no such part, or two of one kind; a file is no TOML or extends itself; all together are no recipe.
+        ValueError: no such part, or two of one kind; a file is not TOML or extends itself; all together are not a recipe.
 
     >>> from orthokit.lab.recipes.compose import load
     >>> recipe = load("strict+nano+cifar10", ["train.epochs=5"])
@@ -110,17 +110,17 @@ def load(reference: str | Path, settings: Sequence[str] = (), code: Sequence[Pat
     """
     reader, reference = _Reader(), str(reference)
     files = _files(reference, Path())
-    raw, by = reader.composed(reference, Path(), "recipe"), Path(reference) if _is_part(files[-1]) else files[-1]
+    raw, by = reader.compose(reference, Path(), "recipe"), Path(reference) if _is_part(files[-1]) else files[-1]
     for setting in settings:
-        raw = merged(raw, reader.extended(parsed(setting), by, (by.resolve(),)))
+        raw = merge(raw, reader.extend_table(parse_setting(setting), by, (by.resolve(),)))
     if all(map(_is_part, files)):
         _check_kinds(reference, raw)
     recipe = valid(Recipe, raw, " + ".join([reference, *settings]), reader.giver)
-    return recipe.named(Code(tuple(folder.absolute() for folder in code)) if code else reader.code())
+    return recipe.with_code(Code(tuple(folder.absolute() for folder in code)) if code else reader.code())
 
 
 def name_of(reference: str) -> str:
-    """What a recipe is called: its parts, and its files without folder and suffix, as they were written.
+    """The name of a recipe: its parts, and its files without folder and suffix, as they were written.
 
     >>> from orthokit.lab.recipes.compose import name_of
     >>> name_of("nano+cifar10+strict"), name_of("mine/wide.toml")
@@ -136,8 +136,8 @@ def name_of(reference: str) -> str:
 
 
 def _pieces(reference: str, folder: Path, by: Path | None = None) -> list[Path]:
-    """The files that a reference, which ``by`` has, joins by ``+``, in its order; names of files may have a ``+``, too."""
-    words, found = reference.split("+"), list[Path]()
+    """The files that a reference in the file ``by`` joins by ``+``, in its order; names of files may have a ``+``, too."""
+    words, paths = reference.split("+"), list[Path]()
     if len(words) > PIECES:
         raise ValueError(f"a recipe is composed of at most {PIECES} parts and files; got {len(words)}")
     while words:
@@ -149,12 +149,12 @@ def _pieces(reference: str, folder: Path, by: Path | None = None) -> list[Path]:
                 f"{by or reference}: no part of a recipe is called {name!r}{did_you_mean(name, parts())}; orthokit list recipes "
                 "shows all of them, and the name of a file of your own ends in .toml"
             )
-        found.append(path if part is None else part.path)
-    return found
+        paths.append(path if part is None else part.path)
+    return paths
 
 
 def _files(reference: str, folder: Path, by: Path | None = None) -> list[Path]:
-    """The same in the order in which they are laid over each other: parts by their kind, then files."""
+    """The files of a reference in the order in which they are laid over each other: parts by their kind, then files."""
     pieces = _pieces(reference, folder, by)
     for one, other in itertools.combinations([path for path in pieces if _is_part(path)], 2):
         if one.parent == other.parent:
@@ -170,8 +170,8 @@ def _is_part(path: Path) -> bool:
 
 
 def _check_kinds(reference: str, raw: Mapping[str, Any]) -> None:
-    """Say which kinds of parts are missing, where no file of the user's could bring what they would."""
-    present, missing = flattened(raw), list[str]()
+    """Raise ``ValueError`` where a kind of part is missing and no file of the user's could take its place."""
+    present, missing = flatten(raw), list[str]()
     for kind, keys in KINDS.items():
         if keys and not any(key in present for key in keys):
             missing.append(f"no {kind} ({', '.join(name for name, part in parts().items() if part.kind == kind)})")
@@ -179,32 +179,32 @@ def _check_kinds(reference: str, raw: Mapping[str, Any]) -> None:
         raise ValueError(f"{reference} names {' and '.join(missing)}; add one with a +, as in nano+cifar10+strict")
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` with ``over`` laid over it, table by table; see :data:`NAMED`.
 
-    >>> from orthokit.lab.recipes.compose import merged
-    >>> merged({"a": {"x": 1, "y": 2}}, {"a": {"x": 3}})
+    >>> from orthokit.lab.recipes.compose import merge
+    >>> merge({"a": {"x": 1, "y": 2}}, {"a": {"x": 3}})
     {'a': {'x': 3, 'y': 2}}
-    >>> merged({"penalty": {"name": "srip", "steps": 2}}, {"penalty": {"name": "so"}})
+    >>> merge({"penalty": {"name": "srip", "steps": 2}}, {"penalty": {"name": "so"}})
     {'penalty': {'name': 'so'}}
     """
     result = dict(base)
     for key, value in over.items():
         present = result.get(key)
         if isinstance(present, Mapping) and isinstance(value, Mapping):
-            value = _laid(key, present, value)
+            value = _lay_over(key, present, value)
         result[key] = value
     return result
 
 
-def _laid(key: str, present: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    """A table of this key over another."""
+def _lay_over(key: str, present: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of this key laid over another."""
     # The options of [data] mean the same for every set; an arm of a study may be called "name".
-    named = [name for name in NAMED if key != "data" and isinstance(value.get(name), str)]
-    return dict(value) if any(value[name] != present.get(name) for name in named) else merged(present, value)
+    names = [name for name in NAMED if key != "data" and isinstance(value.get(name), str)]
+    return dict(value) if any(value[name] != present.get(name) for name in names) else merge(present, value)
 
 
-def parsed(setting: str) -> dict[str, Any]:
+def parse_setting(setting: str) -> dict[str, Any]:
     """``"train.epochs=10"`` as the nested dictionary ``{"train": {"epochs": 10}}``."""
     key, equals, text = setting.partition("=")
     names = key.strip().split(".")
@@ -234,7 +234,7 @@ def inline(value: Any) -> str:
 
 
 def label(settings: Sequence[str]) -> str:
-    """What ``settings`` add to the name of a run's folder.
+    """The text that ``settings`` add to the name of a run's folder.
 
     >>> from orthokit.lab.recipes.compose import label
     >>> label(["train.epochs=10", "data.size = 16"])
@@ -242,12 +242,12 @@ def label(settings: Sequence[str]) -> str:
     """
     text = "".join("+" + re.sub(r"\s*=\s*", "=", setting.strip(), count=1) for setting in settings)
     plain = re.sub(r"[^\w.=+-]+", "_", text)
-    # Settings that differ only in what a folder's name cannot hold must not share it.
+    # Settings that differ only in characters that a folder's name cannot hold must not share a folder.
     return text if text == plain and len(text) <= 120 else f"{plain[:100]}~{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 DEPTH, FILES = 32, 1000
-"""Files that extend each other, in a row and in all; one that is extended twice counts twice."""
+"""Most files that extend each other, in a row and in all; one that is extended twice counts twice."""
 
 
 class _Reader:
@@ -255,73 +255,73 @@ class _Reader:
 
     def __init__(self, section: type[Section] = Section) -> None:
         self.section = section
-        """Of the file that is read; see ``FILES`` and ``PARTIAL`` there."""
-        self.opened: list[Path] = []
-        self.given: dict[Keys, Path | None] = {}
-        """By its place, which of the extended files gave a value last; none, where the one that was asked for did."""
+        """The kind of the file that is read; see its ``FILES`` and ``PARTIAL``."""
+        self.paths: list[Path] = []
+        self.givers: dict[Keys, Path | None] = {}
+        """The extended file that gave the value at some keys last; None where the file that was asked for did."""
 
-    def composed(
-        self, reference: str, folder: Path, what: str = "file", above: tuple[Path, ...] = (), place: Keys = ()
+    def compose(
+        self, reference: str, folder: Path, kind: str = "file", above: tuple[Path, ...] = (), keys: Keys = ()
     ) -> dict[str, Any]:
-        """What parts and files, joined by ``+``, say together of the table at ``place``."""
+        """The table at ``keys`` of parts and files, joined by ``+``."""
         files, raw = _files(reference, folder, above[-1] if above else None), dict[str, Any]()
         if not above and len(files) > 1:
             above = (Path(reference),)
         for path in files:
-            raw = _laid(place[-1] if place else "", raw, self.read(path, what, above, place))
+            raw = _lay_over(keys[-1] if keys else "", raw, self.read(path, kind, above, keys))
         return raw
 
-    def read(self, path: Path, what: str = "file", above: tuple[Path, ...] = (), place: Keys = ()) -> dict[str, Any]:
-        """What a file says of the table at ``place``; those ``above`` extend it."""
+    def read(self, path: Path, kind: str = "file", above: tuple[Path, ...] = (), keys: Keys = ()) -> dict[str, Any]:
+        """A file's table at ``keys``; the files ``above`` extend this one."""
         if not path.is_file():
-            named = f"{path}, which {above[-1]} extends," if above else f"{path}"
-            raise FileNotFoundError(f"{named} is a folder, no {what}" if path.is_dir() else f"no {what} {named} is there")
+            subject = f"{path}, which {above[-1]} extends," if above else f"{path}"
+            raise FileNotFoundError(f"{subject} is a folder, not a {kind}" if path.is_dir() else f"no {kind} {subject} is there")
         if path.resolve() in above:
             raise ValueError(f"{path} extends itself, through {', '.join(map(str, above))}")
-        if len(above) > DEPTH or len(self.opened) >= FILES:
+        if len(above) > DEPTH or len(self.paths) >= FILES:
             raise ValueError(
                 f"{path}: over {DEPTH} files extend each other in a row, or {FILES} in all; put what they say in fewer files"
             )
-        self.opened.append(path)
-        own = read_toml(path)
-        if not place:
-            own |= {name: _beside(path, own[name]) for name in self.section.FILES if name in own}
-            own |= {name: _partial(own[name]) for name in self.section.PARTIAL if name in own}
-        return self.extended(own, path, (*above, path.resolve()), place)
+        self.paths.append(path)
+        table = read_toml(path)
+        if not keys:
+            table |= {name: _beside(path, table[name]) for name in self.section.FILES if name in table}
+            table |= {name: _partial(table[name]) for name in self.section.PARTIAL if name in table}
+        return self.extend_table(table, path, (*above, path.resolve()), keys)
 
-    def extended(self, own: Mapping[str, Any], path: Path, above: tuple[Path, ...], place: Keys = ()) -> dict[str, Any]:
+    def extend_table(self, table: Mapping[str, Any], path: Path, above: tuple[Path, ...], keys: Keys = ()) -> dict[str, Any]:
         """A table that stands in a file, and each inside it, laid over the parts and files that its ``extends`` names."""
-        bases = own.get("extends", [])
+        bases = table.get("extends", [])
         bases = [bases] if isinstance(bases, str) else bases
         if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
             raise ValueError(
                 f"{path}: extends must be a file or parts, such as mine.toml or nano+cifar10, or a list of these; got {bases!r}"
             )
-        key, raw = place[-1] if place else "", dict[str, Any]()
+        key, raw = keys[-1] if keys else "", dict[str, Any]()
         for base in bases:
-            raw = _laid(key, raw, self.composed(base, path.parent, above=above, place=place))
-        self.given |= dict.fromkeys(((*place, name) for name in own), path if len(above) > 1 else None)
+            raw = _lay_over(key, raw, self.compose(base, path.parent, above=above, keys=keys))
+        self.givers |= dict.fromkeys(((*keys, name) for name in table), path if len(above) > 1 else None)
         inside = {
-            name: self.extended(value, path, above, (*place, name)) if isinstance(value, Mapping) else value
-            for name, value in own.items()
+            name: self.extend_table(value, path, above, (*keys, name)) if isinstance(value, Mapping) else value
+            for name, value in table.items()
             if name != "extends"
         }
-        return _laid(key, raw, inside)
+        return _lay_over(key, raw, inside)
 
     def code(self, *more: Path) -> Code:
-        """The permission to import from the folders of what was read and of ``more``; parts name no modules."""
-        return Code.beside(*(path for path in self.opened if not _is_part(path)), *more)
+        """The permission to import from the folders of the files that were read and of ``more``; parts name no modules."""
+        return Code.beside(*(path for path in self.paths if not _is_part(path)), *more)
 
-    def giver(self, place: Keys) -> Path | None:
-        """The extended file that alone gives what is there, if one does."""
-        while place and place not in self.given:
-            place = place[:-1]
-        found = {file for keys, file in self.given.items() if keys[: len(place)] == place}
-        return found.pop() if len(found) == 1 else None
+    def giver(self, keys: Keys) -> Path | None:
+        """The extended file that alone gives the values at ``keys``; None if several do."""
+        while keys and keys not in self.givers:
+            keys = keys[:-1]
+        files = {file for given_keys, file in self.givers.items() if given_keys[: len(keys)] == keys}
+        return files.pop() if len(files) == 1 else None
 
 
 def _beside(path: Path, names: Any) -> Any:
-    """References that stand in ``path``, their files relative to it, with the files as paths."""
+    """References in the file ``path``, with files as paths from here instead of from there."""
     if isinstance(names, list):
         return [_beside(path, name) for name in names]
     if not isinstance(names, str):
@@ -331,17 +331,17 @@ def _beside(path: Path, names: Any) -> Any:
 
 
 def _partial(table: Any) -> Any:
-    """A table of parts of recipes, in which a text is what such a part extends."""
+    """A table of parts of recipes, with ``{"extends": text}`` in place of each text."""
     if not isinstance(table, Mapping):
         return table
     return {name: {"extends": value} if isinstance(value, str) else value for name, value in table.items()}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file.
+    """The table in a TOML file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the file is not TOML.
     """
     if (size := path.stat().st_size) > BYTES:
         raise ValueError(f"{path} is not a recipe, sweep or study: it has {size:,} bytes, of at most {BYTES:,}")
@@ -355,7 +355,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _is_deep(text: str) -> bool:
-    """Whether brackets or dotted keys go deeper than any recipe; what reads TOML takes seconds for each thousand levels."""
+    """Whether brackets or dotted keys go deeper than any recipe: tomllib takes seconds for each thousand levels."""
     depth = 0
     for line in _TEXT.sub("", text).splitlines():
         for bracket in re.findall(r"[\[\]{}]", line):
@@ -368,25 +368,25 @@ def _is_deep(text: str) -> bool:
 
 
 def read_section(cls: type[S], path: Path) -> S:
-    """The section that a TOML file is, with what it extends.
+    """The section in a TOML file, with the files that it extends.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no TOML, extends itself, or is not what the section asks for; all of it in one message.
+        ValueError: the file is not TOML, extends itself, or does not fit the section; all problems in one message.
     """
     reader = _Reader(cls)
     return valid(cls, reader.read(path, cls.__name__.lower()), f"{path}", reader.giver)
 
 
-def joined(files: str | Sequence[str], by: Path) -> tuple[dict[str, Any], Code]:
-    """What recipes say together, merged in order, for the file that names them and may have to add to them; and its code.
+def join(files: str | Sequence[str], by: Path) -> tuple[dict[str, Any], Code]:
+    """The table of several recipes merged in order, for the file ``by`` that names them and may complete them; and its code.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: one of them is no TOML, extends itself, or has unknown keys or values of the wrong type.
+        ValueError: one of the files is not TOML, extends itself, or has unknown keys or values of the wrong type.
     """
     reader = _Reader()
-    raw = reader.extended({"extends": files if isinstance(files, str) else [*files]}, Path(), (by,))
+    raw = reader.extend_table({"extends": files if isinstance(files, str) else [*files]}, Path(), (by,))
     try:
         Recipe.model_validate(raw)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Recipes: what is trained on what, and how, in a TOML file that fully determines a run but for its seed.
+"""Recipes: which network is trained on which images, and how. A recipe and a seed determine a run.
 
 .. code-block:: toml
 
@@ -15,7 +15,7 @@
     strength = 0.1
     penalty = { name = "disentangled" }
 
-Keys are checked strictly. Where data and runs lie, devices and processes are no part of it: they belong to the command line.
+Keys are checked strictly. Folders, devices and processes are not part of a recipe: they belong to the command line.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from orthokit.lab.recipes.sections import DataSection, NetworkSection, Section, 
 from orthokit.regularizer import Regularizer, sqrt_filters
 from orthokit.spec import config_of, penalty_of, schedule_of, where_of
 
-__all__ = ["Recipe", "RegularizerSection", "TrainSection", "check_all", "differences", "flattened"]
+__all__ = ["Recipe", "RegularizerSection", "TrainSection", "check_all", "differences", "flatten"]
 
 SCALES = {"sqrt_filters": sqrt_filters}
 
@@ -51,13 +51,13 @@ class TrainSection(Section):
     lr: float = Field(0.1, gt=0, le=1e30)
     """Largest learning rate."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Of SGD."""
+    """Momentum of SGD."""
     nesterov: bool = True
-    """Nesterov's form of it."""
+    """Whether the momentum is Nesterov's."""
     weight_decay: float = Field(5e-4, ge=0, le=1e30)
-    """On every parameter; see ``decay`` of ``[regularizer]``."""
+    """Weight decay of every parameter; see ``decay`` of ``[regularizer]``."""
     schedule: Literal["cosine", "step"] = "cosine"
-    """Of the learning rate: half a cosine to 0, or a factor ``gamma`` at each of ``milestones``."""
+    """Schedule of the learning rate: half a cosine to 0, or a factor ``gamma`` at each of ``milestones``."""
     milestones: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(default_factory=list)]
     """Parts of the training after which ``schedule = "step"`` drops: 0.5 is half of the epochs."""
     gamma: float = Field(0.2, gt=0, le=1)
@@ -65,9 +65,9 @@ class TrainSection(Section):
     warmup: float = Field(0.0, ge=0)
     """Epochs over which the learning rate rises from 0."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Of the cross-entropy in training; what is evaluated is not smoothed."""
+    """Label smoothing of the cross-entropy in training; evaluations use none."""
     ema: float = Field(0.0, ge=0, lt=1)
-    """Decay of an exponential moving average of the weights, which is then what is evaluated and saved; 0 for none."""
+    """Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 for none."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """``auto`` is bf16-mixed where the hardware multiplies bfloat16 fast, else 32-true. The penalty is in float32 either way."""
     channels_last: bool = True
@@ -98,7 +98,7 @@ class RegularizerSection(Section):
     penalty: str | dict[str, Any]
     """A name such as ``"so"``, or a table with options such as ``{ name = "srip", steps = 3 }``."""
     where: str = "convs"
-    """Which layers, for example ``"convs & ~stem"``."""
+    """The layers, for example ``"convs & ~stem"``."""
     scale: Literal["sqrt_filters"] | None = None
     """Multiplies an unsquared penalty of each layer."""
     decay: bool = True
@@ -137,21 +137,21 @@ class Recipe(Section):
 
     @property
     def code(self) -> Code | None:
-        """Of a recipe that the user named: the permission to import its ``module:function``. None if it came with data."""
+        """The permission to import the ``module:function`` of a recipe that the user named; None if the recipe came with data."""
         return self._code
 
     @property
-    def own(self) -> list[str]:
-        """What it calls ``module:function``."""
+    def own_functions(self) -> list[str]:
+        """The names ``module:function`` in the recipe."""
         return [name for name in (self.network.kind, self.data.kind) if name is not None and is_own(name)]
 
     @property
     def local(self) -> bool:
-        """Whether it names modules or images that may lie beside its file."""
-        return bool(self.own) or self.data.path is not None
+        """Whether the recipe names modules or images that may lie beside its file."""
+        return bool(self.own_functions) or self.data.path is not None
 
-    def named(self, code: Code | None) -> "Recipe":
-        """The same recipe, as one that the user named."""
+    def with_code(self, code: Code | None) -> "Recipe":
+        """The same recipe with the permission ``code``, as one that the user named."""
         copy = self.model_copy()
         copy._code = code
         return copy
@@ -174,7 +174,7 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_toml(self) -> str:
-        """As a TOML file that extends no other."""
+        """The recipe as a TOML file that extends no other."""
         return tomli_w.dumps(self.to_dict())
 
     def build(self, data: ImageSet) -> nn.Module:
@@ -187,10 +187,10 @@ class Recipe(Section):
         return model
 
     def check(self, data: ImageSet, *, training: bool = True) -> None:
-        """Build the network, call one of the user's own on two images, and throw it away: whether all fits, before any training.
+        """Raise unless network and images fit: build the network, call one of the user's own on two images, throw it away.
 
         Raises:
-            ValueError: it does not; the message says how.
+            ValueError: they do not fit; the message says how.
         """
         with torch.random.fork_rng(devices=()):
             model = self.build(data)
@@ -209,7 +209,7 @@ class Recipe(Section):
         """The recipe of a nested dictionary, which is data: it has no :attr:`code`.
 
         Raises:
-            ValueError: unknown keys, missing ones, values of the wrong type or out of range; all of them in one message.
+            ValueError: unknown or missing keys, values of the wrong type or out of range; all problems in one message.
         """
         return valid(cls, raw, source)
 
@@ -230,16 +230,16 @@ def check_all(recipes: Iterable[Recipe], root: Path, *, download: bool = False) 
             recipe.check(data)
 
 
-def flattened(raw: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys and their values as JSON, to show in what two recipes differ."""
-    found: dict[str, str] = {}
+def flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys and their values as JSON, to show how two recipes differ."""
+    values: dict[str, str] = {}
     for key, value in raw.items():
-        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": json.dumps(value)}
-    return found
+        values |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": json.dumps(value)}
+    return values
 
 
 def differences(one: Recipe, other: Recipe) -> str:
-    """``train.epochs: 20 -> 10, ...``"""
-    a, b = flattened(one.to_dict()), flattened(other.to_dict())
+    """The keys in which two recipes differ: ``train.epochs: 20 -> 10, ...``"""
+    a, b = flatten(one.to_dict()), flatten(other.to_dict())
     keys = [key for key in a | b if a.get(key) != b.get(key)]
     return ", ".join(f"{key}: {a.get(key, 'absent')} -> {b.get(key, 'absent')}" for key in keys)

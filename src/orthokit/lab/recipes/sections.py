@@ -1,4 +1,4 @@
-"""The tables ``[data]`` and ``[network]`` of a recipe: what is trained on what."""
+"""The tables ``[data]`` and ``[network]`` of a recipe: which network is trained on which images."""
 
 import itertools
 import re
@@ -13,18 +13,18 @@ from orthokit.checks import did_you_mean, printable
 from orthokit.lab.data import images as image_sets
 from orthokit.lab.data.augment import Augment
 from orthokit.lab.data.images import SETS, ImageSet
-from orthokit.lab.data.own import FOLDER, of_folder, of_function, place
+from orthokit.lab.data.own import FOLDER, folder_of, of_folder, of_function
 from orthokit.lab.networks import registry as models
 from orthokit.lab.own import Code, function, is_own
 
 __all__ = ["DEEPEST", "DataSection", "Keys", "NetworkSection", "S", "Section", "check_plain", "problems_of", "valid"]
 
 Keys = tuple[str, ...]
-"""From the top of a file to a value in it."""
+"""The keys that lead from the top of a file to a value in it."""
 DEEPEST, MOST, LONGEST, LARGEST = 32, 5_000, 10_000, 1e30
-"""What a document may hold: tables inside each other, values, characters of a text, and the size of a number."""
+"""Limits of a document: tables inside each other, values, characters of a text, and the size of a number."""
 SHOWN = 10
-"""Problems that one message tells."""
+"""Most problems that one message tells."""
 _UNION = re.compile(r"(float|int|str|bool|dict|list|Interval)(\[.*)?")
 """Members of a union, which pydantic names among the keys that lead to an error."""
 
@@ -54,9 +54,9 @@ class DataSection(Section):
     options: dict[str, Any] | None = None
     """Arguments of ``kind``."""
     path: str | None = None
-    """Of ``name = "folder"``: where ``train/CLASS/*.png`` or ``.jpg`` is, relative to the recipe's file or to ``--root``."""
+    """With ``name = "folder"``: the folder of ``train/CLASS/*.png``, relative to the recipe's file or to ``--root``."""
     train: int | None = Field(None, ge=1)
-    """Training images used, of every class alike; all that the validation part leaves by default."""
+    """Number of training images, of every class alike; by default all that the validation part leaves."""
     validation: int = Field(5000, ge=0)
     """Training images held out, of every class alike, the same for every seed; 0 for none, where all are to be trained on."""
     size: int | None = Field(None, ge=1, le=2048)
@@ -72,22 +72,22 @@ class DataSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _called(cls, raw: Any) -> Any:
+    def _name_by_kind(cls, raw: Any) -> Any:
         kind = raw.get("kind") if isinstance(raw, dict) else None
         return {"name": kind} | raw if isinstance(kind, str) else raw
 
     @field_validator("kind")
     @classmethod
-    def _own(cls, kind: str | None) -> str | None:
+    def _check_kind(cls, kind: str | None) -> str | None:
         if kind is not None and not is_own(kind):
             raise ValueError(f"a data set of your own is module:function, as in my_package.mine:images; got {kind!r}")
         return kind
 
     @field_validator("name")
     @classmethod
-    def _known(cls, name: str, info: Any) -> str:
-        if info.data.get("kind") is None and name not in (known := (*SETS, FOLDER)):
-            raise ValueError(f"no data set {name!r}{did_you_mean(name, known)}")
+    def _check_name(cls, name: str, info: Any) -> str:
+        if info.data.get("kind") is None and name not in (names := (*SETS, FOLDER)):
+            raise ValueError(f"no data set {name!r}{did_you_mean(name, names)}")
         return name
 
     @model_validator(mode="after")
@@ -105,9 +105,9 @@ class DataSection(Section):
             return image_sets.load(self.name, root=root, download=download, size=self.size, **options)
         if self.kind is not None:
             source = of_function(self.kind, function(self.kind, code, "data set"), root, self.options or {})
-            return image_sets.arranged(self.name, source, size=self.size, **options)
+            return image_sets.arrange(self.name, source, size=self.size, **options)
         assert self.path is not None
-        return image_sets.arranged(self.name, of_folder(place(self.path, root, code), self.size), **options)
+        return image_sets.arrange(self.name, of_folder(folder_of(self.path, root, code), self.size), **options)
 
     @property
     def augment(self) -> Augment:
@@ -125,26 +125,26 @@ class NetworkSection(Section):
     kind: str
     """The network; every other key but ``arguments`` is an option of it."""
     arguments: dict[str, str] | None = None
-    """What a function of your own calls its arguments ``channels`` and ``classes``, if not so; what is left out is not passed."""
+    """Names that a function of your own has for ``channels`` and ``classes``; one that is left out is not passed."""
 
     @field_validator("arguments")
     @classmethod
-    def _of_images(cls, arguments: dict[str, str] | None) -> dict[str, str] | None:
+    def _check_arguments(cls, arguments: dict[str, str] | None) -> dict[str, str] | None:
         if unknown := [key for key in arguments or {} if key not in models.ARGUMENTS]:
             raise ValueError(f'arguments rename channels and classes, as in {{ classes = "num_classes" }}; got {unknown[0]!r}')
         return arguments
 
     def build(self, channels: int, classes: int, code: Code | None = None) -> nn.Module:
         """The network, freshly initialised from the global generator; ``code`` is the recipe's."""
-        own = function(self.kind, code) if is_own(self.kind) else None
+        make = function(self.kind, code) if is_own(self.kind) else None
         try:
-            return models.build(self.kind, own, self.arguments, channels=channels, classes=classes, **(self.model_extra or {}))
+            return models.build(self.kind, make, self.arguments, channels=channels, classes=classes, **(self.model_extra or {}))
         except TypeError as error:
             raise ValueError(f"network: {error}") from error
 
 
 def valid(cls: type[S], raw: Mapping[str, Any], source: str, giver: Callable[[Keys], Path | None] = lambda _: None) -> S:
-    """The section that data of a source are; ``giver`` tells which other file gave what is wrong."""
+    """The section that ``raw``, from ``source``, describes; ``giver`` tells which other file gave a wrong value."""
     check_plain(raw, source)
     try:
         return cls.model_validate(raw)
@@ -166,7 +166,7 @@ def check_plain(raw: Mapping[str, Any], source: str) -> None:
 
 
 def _inside(key: str, value: Any, source: str) -> list[tuple[str, Any]]:
-    """What a table or list holds, by dotted keys; nothing inside a value that is fine."""
+    """The items of a table or list, by dotted keys; none of a valid value."""
     if isinstance(value, Mapping):
         return [(f"{key}.{name}".removeprefix(".")[:LONGEST], item) for name, item in itertools.islice(value.items(), MOST + 1)]
     if isinstance(value, list):
@@ -176,7 +176,7 @@ def _inside(key: str, value: Any, source: str) -> list[tuple[str, Any]]:
     elif isinstance(value, bool):
         problem = ""
     elif isinstance(value, int | float):
-        fine = abs(value) <= LARGEST  # which NaN is not, nor an integer too large for a float
+        fine = abs(value) <= LARGEST  # False for NaN, and for an integer too large for a float
         problem = "" if fine else f"should be a finite number, at most {LARGEST:g}; got {printable(repr(value), 60)}"
     else:
         problem = f"a text, number, boolean, list or table is wanted; got {type(value).__name__}"
@@ -186,19 +186,19 @@ def _inside(key: str, value: Any, source: str) -> list[tuple[str, Any]]:
 
 
 def problems_of(cls: type[BaseModel], problems: Sequence[Any], giver: Callable[[Keys], Path | None]) -> str:
-    told = []
+    sentences = []
     for problem in problems[: 10 * SHOWN]:
-        place = tuple(part for part in map(str, problem["loc"]) if not _UNION.fullmatch(part))
-        file = None if problem["type"] == "missing" else giver(place)
-        told.append((f"in {file}, " if file else "") + _problem(cls, problem, place))
-    different = list(dict.fromkeys(told))
+        keys = tuple(part for part in map(str, problem["loc"]) if not _UNION.fullmatch(part))
+        file = None if problem["type"] == "missing" else giver(keys)
+        sentences.append((f"in {file}, " if file else "") + _problem(cls, problem, keys))
+    different = list(dict.fromkeys(sentences))
     more = f"; and {len(different) - SHOWN:,} more" if len(different) > SHOWN else ""
     return "; ".join(different[:SHOWN]) + more
 
 
-def _problem(cls: type[BaseModel], problem: Any, place: Keys) -> str:
-    *sections, last = place or ("",)
-    key = ".".join(place)
+def _problem(cls: type[BaseModel], problem: Any, keys: Keys) -> str:
+    *sections, last = keys or ("",)
+    key = ".".join(keys)
     match problem["type"]:
         case "extra_forbidden":
             for section in sections:
@@ -208,8 +208,8 @@ def _problem(cls: type[BaseModel], problem: Any, place: Keys) -> str:
             return f"{key} is missing"
         case "value_error":
             return f"{key}: {problem['ctx']['error']}".removeprefix(": ")
-    wanted = problem["msg"].removeprefix("Input ").partition(" or instance of")[0]
-    return f"{key}: {wanted[0].lower()}{wanted[1:]}; got {printable(repr(problem['input']), 100)}"
+    expectation = problem["msg"].removeprefix("Input ").partition(" or instance of")[0]
+    return f"{key}: {expectation[0].lower()}{expectation[1:]}; got {printable(repr(problem['input']), 100)}"
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:

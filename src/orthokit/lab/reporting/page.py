@@ -13,7 +13,7 @@ from markupsafe import Markup
 from orthokit import __version__
 from orthokit.lab.comparison.comparability import Panel, plain, under
 from orthokit.lab.comparison.comparison import Comparison
-from orthokit.lab.recipes.recipe import flattened
+from orthokit.lab.recipes.recipe import flatten
 from orthokit.lab.reporting import words
 from orthokit.lab.reporting.drawing import Drawing
 from orthokit.lab.reporting.figures import arm_colours, few, figures
@@ -138,7 +138,7 @@ def _environment(panels: Sequence[Panel]) -> dict[str, list[str]]:
     """Of all runs, the values of each key."""
     every: dict[str, dict[str, None]] = {}
     for result in (result for panel in panels for result in panel.results):
-        for key, value in flattened(result.summary.get("environment") or {}).items():
+        for key, value in flatten(result.summary.get("environment") or {}).items():
             every.setdefault(key.removeprefix("versions."), {})[plain(value)] = None
     return {key: list(values) for key, values in every.items()}
 

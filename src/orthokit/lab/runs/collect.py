@@ -13,21 +13,21 @@ from orthokit.lab.runs.summary import DamagedError
 __all__ = ["TUNING", "below", "read"]
 
 TUNING = "tuning"
-"""In the folder where a study trains: the runs by which strengths are chosen, ``tuning/<name>/<seed>``."""
+"""The folder, where a study trains, of the runs by which strengths are chosen: ``tuning/<name>/<seed>``."""
 
 
 def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
-    """The finished runs in and below folders, or in ledgers, and what to say of those that are not finished, or damaged.
+    """The finished runs in and below folders, or in ledgers, and remarks on runs that are not finished, or damaged.
 
-    Runs by which a study chose strengths are no part of what it compares; they count where their own folder is named.
+    Runs by which a study chose strengths are not compared; they count where their own folder is named.
 
     Raises:
-        FileNotFoundError: nothing is there, or no finished run.
-        ValueError: not a run, or none of the runs can be read.
+        FileNotFoundError: a path leads nowhere, or there is no finished run.
+        ValueError: a path is not a run, or none of the runs can be read.
     """
     results: dict[Path, Result] = {}
-    unfinished: dict[Path, str] = {}
-    damaged: dict[Path, str] = {}
+    states: dict[Path, str] = {}
+    damage: dict[Path, str] = {}
     for path in paths:
         _check(path)
         top = path.parent if path.name == SUMMARY else path
@@ -35,26 +35,26 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
             try:
                 results.setdefault(_real(file), read_one(file))
             except DamagedError as error:
-                damaged[_real(file)] = str(error)
+                damage[_real(file)] = str(error)
         for file in filter(is_ledger, below(top, "*.jsonl")):
             runs, reasons = entries(file)
             results |= {_real(run.source): run for run in runs}
-            damaged |= {Path(f"{_real(file)}:{number}"): why for number, why in enumerate(reasons)}
+            damage |= {Path(f"{_real(file)}:{number}"): why for number, why in enumerate(reasons)}
         for file in below(top, "recipe.toml"):
             if not (file.parent / SUMMARY).is_file():
-                unfinished[_real(file.parent)] = "failed" if (file.parent / "failed.txt").is_file() else "not finished"
-    if damaged and not results:
-        more = f"; so {'is' if len(damaged) == 2 else 'are'} {len(damaged) - 1} more" if len(damaged) > 1 else ""
-        raise DamagedError(next(iter(damaged.values())) + more)
+                states[_real(file.parent)] = "failed" if (file.parent / "failed.txt").is_file() else "not finished"
+    if damage and not results:
+        more = f"; so {'is' if len(damage) == 2 else 'are'} {len(damage) - 1} more" if len(damage) > 1 else ""
+        raise DamagedError(next(iter(damage.values())) + more)
     if not results:
         raise FileNotFoundError(f"no finished run (summary.json) in {', '.join(map(str, paths))}")
-    remarks = [f"left out, as what remains of its arm may be a lucky choice: {why}" for why in damaged.values()]
+    remarks = [f"left out, as what remains of its arm may be a lucky choice: {why}" for why in damage.values()]
     for kind in ("failed", "not finished"):
-        if names := [f"{folder.parent.name}/{folder.name}" for folder, why in unfinished.items() if why == kind]:
+        if names := [f"{folder.parent.name}/{folder.name}" for folder, why in states.items() if why == kind]:
             bias = "; what remains of its arm may be a lucky choice" if kind == "failed" else ""
             remarks.append(f"{kind}, hence left out: {', '.join(names)}{bias}")
     for path in filter(Path.is_dir, paths):
-        for _ in _walked(path, lambda error: remarks.append(f"cannot be read, hence left out with all runs in it: {error}")):
+        for _ in _walk(path, lambda error: remarks.append(f"cannot be read, hence left out with all runs in it: {error}")):
             pass
     return list(results.values()), remarks
 
@@ -73,19 +73,19 @@ def _real(path: Path) -> Path:
 
 
 def below(top: Path, pattern: str) -> list[Path]:
-    """A file, or those that match in and below a folder, through links too, without the runs that chose strengths."""
+    """The files in and below a folder that match, through links too, without the runs that chose strengths; or ``top`` itself."""
     if top.is_file():
         return [top] if top.match(pattern) else []
-    files = [Path(folder, name) for folder, inside in _walked(top) for name in fnmatch.filter(inside, pattern)]
+    files = [Path(folder, name) for folder, inside in _walk(top) for name in fnmatch.filter(inside, pattern)]
     return [file for file in sorted(files) if file.relative_to(top).parts[-4:-3] != (TUNING,)]
 
 
-def _walked(top: Path, unread: Callable[[OSError], object] = lambda _: None) -> Iterator[tuple[str, list[str]]]:
-    """Each folder in and below ``top`` once, and the names in it; ``unread`` is told of those that cannot be listed."""
-    seen = set[str]()
-    for folder, folders, files in os.walk(top, onerror=unread, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # links may lead in a circle
+def _walk(top: Path, on_error: Callable[[OSError], object] = lambda _: None) -> Iterator[tuple[str, list[str]]]:
+    """Each folder in and below ``top`` once, and the names in it; ``on_error`` is called for those that cannot be listed."""
+    visits = set[str]()
+    for folder, folders, files in os.walk(top, onerror=on_error, followlinks=True):
+        if (real := os.path.realpath(folder)) in visits:  # links may lead in a circle
             folders.clear()
         else:
-            seen.add(real)
+            visits.add(real)
             yield folder, [*folders, *files]

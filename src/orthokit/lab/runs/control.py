@@ -1,4 +1,4 @@
-"""Who may stop a run: Ctrl-C, a termination signal, the death of the process that started it."""
+"""Requests that stop a run: Ctrl-C, a termination signal, the death of the process that started the run."""
 
 import os
 import signal
@@ -16,20 +16,20 @@ LOOK_EVERY = 1.0
 
 
 class Stop:
-    """Turns Ctrl-C or a termination signal into a request; a second one is an order.
+    """A context that turns Ctrl-C or a termination signal into a request; a second one raises ``KeyboardInterrupt``.
 
     A run started by the launcher (:mod:`orthokit.lab.runs.launch`) also stops when the launcher dies.
     """
 
     def __init__(self) -> None:
         self.parent = os.environ.get(SERVES)
-        self._asked = False
+        self._is_requested = False
         self._before: dict[int, Any] = {}
 
     @property
-    def asked(self) -> bool:
+    def is_requested(self) -> bool:
         """Whether to save and stop."""
-        return self._asked or (self.parent is not None and self.parent != str(os.getppid()))
+        return self._is_requested or (self.parent is not None and self.parent != str(os.getppid()))
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
@@ -41,13 +41,13 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self._is_requested:
             raise KeyboardInterrupt
-        self._asked = True
+        self._is_requested = True
 
 
 def follow(parent: int) -> None:
-    """Make this process, a worker that ``parent`` started, end when ``parent`` has ended in whatever way.
+    """Make this process, a worker that ``parent`` started, end when ``parent`` ends, in whatever way.
 
     A Ctrl-C of the terminal reaches every process of a command; a worker leaves it to ``parent``, which ends the worker.
     """

@@ -1,7 +1,7 @@
 """Many runs: joblib tasks, each the command ``orthokit train`` in a process of its own.
 
-A process of its own has its own threads and device, and may die (of memory, say) without taking the others along. What a run has
-to tell is in its folder, so a task on another machine is followed the same way, as long as it shares the folder.
+Such a process has its own threads and device, and may die (of memory, say) without taking the others along. Progress and results
+are read from the run's folder, so a task on another machine is followed the same way, as long as it shares the folder.
 """
 
 import contextlib
@@ -27,26 +27,27 @@ from rich.markup import escape
 
 from orthokit.checks import install
 from orthokit.lab.atomic import IDLE, part_of, remove_parts, write
+from orthokit.lab.recipes.recipe import check_all
 from orthokit.lab.runs.control import follow
 from orthokit.lab.runs.logs import Kind
 from orthokit.lab.runs.progress import Display
 from orthokit.lab.runs.run import LATER, SERVES, Run
 from orthokit.lab.runs.summary import DamagedError
 
-__all__ = ["QUEUED", "Pool", "run_all", "workers"]
+__all__ = ["QUEUED", "Pool", "run_all", "train_all", "workers"]
 
 Backend = Literal["local", "ray"]
 INTERRUPTED = 130
 QUEUED = "queued.toml"
-"""The recipe for the process that does the run. Each command writes a part of its own, as two commands may do the same runs."""
+"""The recipe for the process that does the run. Each command writes a file of its own, as two commands may do the same runs."""
 LOOK_EVERY = 0.5
-Ended = tuple[int, str]
-"""Exit status of a run, and why it failed if it did."""
+Exit = tuple[int, str]
+"""Exit status of a run, and the reason if it failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Where many runs compute.
+    """The machine or cluster on which many runs compute.
 
     Args:
         jobs: runs at a time; by default one a core on the CPU, ``per_device`` on each GPU. With ``backend="ray"`` the cluster's
@@ -55,9 +56,9 @@ class Pool:
         backend: this machine, or a Ray cluster through Ray's joblib backend.
         address: of the Ray cluster, such as ``"auto"`` or ``"ray://host:10001"``; by default one is started on this machine.
         root: where the images are.
-        device: as of ``orthokit.lab.training.hardware.Hardware``.
-        threads: of each run on the CPU.
-        log: as of :class:`orthokit.lab.runs.logs.Log`.
+        device: see ``orthokit.lab.training.hardware.Hardware``.
+        threads: threads of each run on the CPU.
+        log: see :class:`orthokit.lab.runs.logs.Log`.
     """
 
     jobs: int | None = None
@@ -71,7 +72,7 @@ class Pool:
 
     @property
     def devices(self) -> list[str]:
-        """The GPUs of this machine that are to be used, each as often as it takes runs; none for the CPU."""
+        """The GPUs of this machine to use, each as often as it takes runs; none for the CPU."""
         if self.device not in ("auto", "cuda") or not torch.cuda.is_available():
             return []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -110,7 +111,7 @@ class _Local:
     processes: set["subprocess.Popen[bytes]"] = field(default_factory=set)
     stopping: bool = False
 
-    def __call__(self, run: Run, pool: Pool) -> Ended:
+    def __call__(self, run: Run, pool: Pool) -> Exit:
         if self.stopping:
             return INTERRUPTED, ""
         device = self.devices.get() if self.devices else None
@@ -121,29 +122,29 @@ class _Local:
                 self.devices.put(device)
 
     def stop(self) -> None:
-        """Pass it on."""
+        """Pass an interruption on to every process."""
         self.stopping = True
         for process in list(self.processes):
             process.terminate()  # SIGINT is ignored by what a script starts in the background
 
 
-def _execute(run: Run, pool: Pool, device: str | None = None, local: _Local | None = None) -> Ended:
-    """Do a run in a process of its own, its output at the end of ``log.txt``, and why it failed, if it did, in ``failed.txt``.
+def _execute(run: Run, pool: Pool, device: str | None = None, local: _Local | None = None) -> Exit:
+    """Do a run in a process of its own, with its output at the end of ``log.txt``, and a reason in ``failed.txt`` if it fails.
 
     The status is ``LATER`` where another command has the run.
     """
     folder = run.folder.absolute()
-    recipe, log, failed = part_of(folder / QUEUED), folder / "log.txt", folder / "failed.txt"
+    recipe, log, failure = part_of(folder / QUEUED), folder / "log.txt", folder / "failed.txt"
     environment = os.environ | {"OMP_NUM_THREADS": str(pool.threads), SERVES: str(os.getpid())}
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
     try:
-        if run.taken():
+        if run.is_held():
             return LATER, ""
         if run.summary() is not None:  # by another command, meanwhile
             return 0, ""
         folder.mkdir(parents=True, exist_ok=True)
-        failed.unlink(missing_ok=True)
+        failure.unlink(missing_ok=True)
         remove_parts(folder / QUEUED, idle=IDLE)
         recipe.write_text(run.recipe.to_toml(), "utf-8")
         with log.open("ab") as output:
@@ -154,9 +155,9 @@ def _execute(run: Run, pool: Pool, device: str | None = None, local: _Local | No
         if status in (0, LATER):
             return status, ""
         if local is not None and local.stopping:
-            return INTERRUPTED, ""  # while still starting it may have died of it in any way
+            return INTERRUPTED, ""  # a process that was still starting may end in any way
         why = _why(status, log.read_bytes()[start:].decode("utf-8", "replace"))
-        write(failed, why)
+        write(failure, why)
         return status, why
     except (OSError, ValueError) as error:  # such as a full disk, or a folder of another recipe by now
         return 2, str(error)
@@ -166,7 +167,7 @@ def _execute(run: Run, pool: Pool, device: str | None = None, local: _Local | No
 
 
 def _wait(process: "subprocess.Popen[bytes]", local: _Local | None) -> int:
-    """The exit status of a process, which ``local`` may stop before."""
+    """The exit status of a process, once it ends or ``local`` stops it."""
     if local is not None:
         local.processes.add(process)
         if local.stopping:
@@ -179,14 +180,14 @@ def _wait(process: "subprocess.Popen[bytes]", local: _Local | None) -> int:
 
 
 def _why(status: int, output: str) -> str:
-    """Why a process failed: the signal that killed it, or the last line that it wrote."""
+    """The reason why a process failed: the signal that killed it, or the last line that it wrote."""
     if status < 0:
         return f"killed by signal {-status}{' (out of memory?)' if status == -signal.SIGKILL else ''}"
     return next(reversed(output.strip().splitlines()), f"exit status {status}")
 
 
-def _execute_here(work: Callable[[Run], object], run: Run, pool: Pool) -> Ended:
-    """Do a run in this process; as :func:`_execute`."""
+def _execute_here(work: Callable[[Run], object], run: Run, pool: Pool) -> Exit:
+    """Do a run in this process; see :func:`_execute`."""
     torch.set_num_threads(pool.threads)
     try:
         work(run)
@@ -208,44 +209,77 @@ def run_all(runs: Sequence[Run], pool: Pool, display: Display, work: Callable[[R
         work: does a run in whichever process calls it; it can be pickled. Where it is given, runs are so short that a process
             does many of them. By default each has a process of its own.
 
-    A run that another command trains is left to that command, and taken up where the other one lets go of it unfinished.
+    A run that another command trains is left to that command, and taken up if that one leaves it unfinished.
 
     Raises:
         KeyboardInterrupt: interrupted, after every running one has saved a checkpoint.
         ModuleNotFoundError: ``backend="ray"`` without Ray.
         ValueError: a folder holds a run of another recipe.
     """
-    left = []
+    remaining = []
     for run in runs:
         if (summary := run.summary()) is not None:
-            display.done(run, summary, before=True)
+            display.finish(run, summary, before=True)
         else:
-            left.append(run)
-    if not left:
+            remaining.append(run)
+    if not remaining:
         return [0] * len(runs)
-    ended: dict[Path, Ended] = {}
-    execute = _shared(pool, len(left), work) if work else _remote(pool) if pool.backend == "ray" else _local(pool, len(left))
-    with _followed(left, display), execute as (task, jobs):
-        later, busy = left, set[Path]()
+    exits: dict[Path, Exit] = {}
+    most = len(remaining)
+    execute = _in_workers(pool, most, work) if work else _remote(pool) if pool.backend == "ray" else _local(pool, most)
+    with _following(remaining, display), execute as (task, jobs):
+        later, busy = remaining, set[Path]()
         while later:
             for run in later:
-                if run.folder not in busy and run.taken():
+                if run.folder not in busy and run.is_held():
                     display.say(f"{escape(run.name)} is being trained by another command; waiting for it")
                     busy.add(run.folder)
-            while all(run.taken() for run in later) and not getattr(task, "stopping", False):
+            while all(run.is_held() for run in later) and not getattr(task, "stopping", False):
                 time.sleep(LOOK_EVERY)
-            found = joblib.Parallel(n_jobs=jobs)(joblib.delayed(task)(run, pool) for run in later)
-            ended |= {run.folder: each for run, each in zip(later, found, strict=True)}
-            later = [run for run in later if ended[run.folder][0] == LATER]
+            results = joblib.Parallel(n_jobs=jobs)(joblib.delayed(task)(run, pool) for run in later)
+            exits |= {run.folder: each for run, each in zip(later, results, strict=True)}
+            later = [run for run in later if exits[run.folder][0] == LATER]
     if getattr(task, "stopping", False):
         raise KeyboardInterrupt
-    for run in left:
-        status, why = ended[run.folder]
-        finished = run.summary() is not None
-        if status and not finished and not (run.folder / "failed.txt").is_file():
+    for run in remaining:
+        status, why = exits[run.folder]
+        is_finished = run.summary() is not None
+        if status and not is_finished and not (run.folder / "failed.txt").is_file():
             display.fail(run, why)
-        ended[run.folder] = 0 if finished else status or 1, why
-    return [ended[run.folder][0] if run.folder in ended else 0 for run in runs]
+        exits[run.folder] = 0 if is_finished else status or 1, why
+    return [exits[run.folder][0] if run.folder in exits else 0 for run in runs]
+
+
+def train_all(
+    runs: Sequence[Run],
+    pool: Pool,
+    display: Display,
+    *,
+    download: bool = False,
+    start: Callable[[Sequence[Run]], object] = lambda runs: None,
+) -> int:
+    """Do what is left of ``runs``, each in a process of its own; how many failed, those with damaged files among them.
+
+    Args:
+        runs: in the order in which they begin.
+        pool: where they compute.
+        display: shows them.
+        download: whether to fetch images that are not there.
+        start: called with the runs that are not damaged, once their images are there and their recipes fit.
+
+    Raises:
+        FileNotFoundError: there are no images.
+        ValueError: a recipe's network does not fit its images, or a folder holds a run of another recipe.
+    """
+    damage = {run.folder: why for run in runs if (why := run.damage()) is not None}
+    sound = [run for run in runs if run.folder not in damage]
+    check_all([run.recipe for run in sound if run.summary() is None], pool.root, download=download)
+    start(sound)
+    with display:
+        for run in runs:
+            if run.folder in damage:
+                display.fail(run, damage[run.folder])
+        return len(damage) + sum(status != 0 for status in run_all(sound, pool, display))
 
 
 @contextlib.contextmanager
@@ -267,10 +301,10 @@ def _local(pool: Pool, most: int) -> Iterator[tuple[Any, int]]:
 
 @contextlib.contextmanager
 def workers(threads: int) -> Iterator[None]:
-    """Tasks of joblib go to processes of this machine that do many tasks each, and that end when this process ends.
+    """Send joblib's tasks to processes of this machine that do many tasks each, and that end when this process ends.
 
     Args:
-        threads: of each.
+        threads: threads of each process.
 
     Raises:
         OSError: one of the processes was killed.
@@ -283,7 +317,7 @@ def workers(threads: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _shared(pool: Pool, most: int, work: Callable[[Run], object]) -> Iterator[tuple[Any, int]]:
+def _in_workers(pool: Pool, most: int, work: Callable[[Run], object]) -> Iterator[tuple[Any, int]]:
     with workers(pool.threads):
         yield functools.partial(_execute_here, work), min(pool.side_by_side, most)
 
@@ -310,7 +344,7 @@ def _remote(pool: Pool) -> Iterator[tuple[Any, int]]:
 
 
 def _rows(run: Run) -> list[dict[str, Any]]:
-    """Epochs to show; none of a damaged file, which the run itself writes anew."""
+    """Epochs to show; none from a damaged file, which the run itself writes anew."""
     try:
         return run.metrics()
     except DamagedError:
@@ -318,31 +352,31 @@ def _rows(run: Run) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _followed(runs: Sequence[Run], display: Display) -> Iterator[None]:
+def _following(runs: Sequence[Run], display: Display) -> Iterator[None]:
     """Show what appears in the folders of ``runs``."""
-    seen, ended, done = {id(run): len(_rows(run)) for run in runs}, set[int](), threading.Event()
+    counts, final, end = {id(run): len(_rows(run)) for run in runs}, set[int](), threading.Event()
 
     def look() -> None:
         for run in runs:
-            if id(run) in ended:
+            if id(run) in final:
                 continue
             rows = _rows(run)
-            for row in rows[seen[id(run)] :]:
+            for row in rows[counts[id(run)] :]:
                 display.row(run, row)
-            seen[id(run)] = max(len(rows), seen[id(run)])
-            failed = run.folder / "failed.txt"
+            counts[id(run)] = max(len(rows), counts[id(run)])
+            failure = run.folder / "failed.txt"
             if (why := run.damage()) is not None:
                 display.fail(run, why)
             elif (summary := run.summary()) is not None:
-                display.done(run, summary)
-            elif failed.is_file():
-                display.fail(run, failed.read_text("utf-8"))
+                display.finish(run, summary)
+            elif failure.is_file():
+                display.fail(run, failure.read_text("utf-8"))
             else:
                 continue
-            ended.add(id(run))
+            final.add(id(run))
 
     def follow() -> None:
-        while not done.wait(LOOK_EVERY):
+        while not end.wait(LOOK_EVERY):
             with contextlib.suppress(OSError, ValueError):  # of a folder that somebody is changing; the last look tells
                 look()
 
@@ -353,6 +387,6 @@ def _followed(runs: Sequence[Run], display: Display) -> Iterator[None]:
     try:
         yield
     finally:
-        done.set()
+        end.set()
         follower.join()
         look()

@@ -1,4 +1,4 @@
-"""The ledger: what is kept of finished runs, by recipe and seed, in text files that are small enough to commit.
+"""The ledger: a record of each finished run, by recipe and seed, in text files that are small enough to commit.
 
 ``<folder>/<digest>.jsonl`` holds the runs of one recipe, a line a seed. Its first line holds the recipe and what runs of one
 recipe have in common; the line of a seed holds only what differs from that. Files are replaced whole, under a lock, so that
@@ -21,18 +21,18 @@ from orthokit.lab.atomic import write
 from orthokit.lab.recipes.recipe import Recipe, differences
 from orthokit.lab.runs.results import Result, result_of
 from orthokit.lab.runs.run import SUMMARY
-from orthokit.lab.runs.summary import DamagedError, Record, Seed, Summary, checked, parsed, read_text
+from orthokit.lab.runs.summary import DamagedError, Record, Seed, Summary, parse_json, read_text, validate
 
 __all__ = ["Divergent", "Head", "Ledger", "entries", "is_ledger"]
 
 VERSION = 1
 LOCK = ".lock"
 SHARED = ("recipe", "ranks", "parameters", "flops", "images", "fingerprint", "environment", "layers")
-"""What the runs of a recipe have in common, if they are of one machine and one commit."""
+"""Keys that the runs of a recipe have in common, if they are of one machine and one commit."""
 OWN = ("name", "study")
-"""What belongs to the folder of a run, not to its recipe and seed."""
+"""Keys that belong to the folder of a run, not to its recipe and seed."""
 LOCAL = ("platform",)
-"""What an environment says of the machine's name."""
+"""Keys of an environment that name the machine."""
 
 
 class Head(Record):
@@ -51,12 +51,12 @@ class Divergent(Record):
 
 @dataclass(frozen=True)
 class _File:
-    """The lines of a file: of each seed what a summary says, or why training diverged; and what could not be read."""
+    """The lines of a file: for each seed a summary, or why training diverged; and the lines that could not be read."""
 
     head: Mapping[str, Any]
     runs: Mapping[int, Mapping[str, Any]]
     damage: Mapping[str, str] = field(default_factory=dict)
-    """By the line as it stands."""
+    """Reasons, by the line as it stands."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Ledger:
     folder: Path
 
     def file(self, recipe: Recipe) -> Path:
-        """Where the runs of a recipe are."""
+        """The file with the runs of a recipe."""
         return self.folder / f"{recipe.digest}.jsonl"
 
     def get(self, recipe: Recipe, seed: int) -> Result | None:
@@ -92,11 +92,11 @@ class Ledger:
         return result
 
     def divergence(self, recipe: Recipe, seed: int) -> str | None:
-        """Why training this recipe with this seed could not go on, if that is so."""
+        """The reason why training this recipe with this seed could not go on; None if it could."""
         return _read(self.file(recipe)).runs.get(seed, {}).get("diverged")
 
     def of(self, recipes: Iterable[Recipe], seeds: Sequence[int]) -> list[Result]:
-        """The runs that there are of these recipes and seeds."""
+        """The runs of these recipes and seeds, as far as there are any."""
         runs = (self.get(recipe, seed) for recipe in recipes for seed in seeds)
         return [run for run in runs if run is not None]
 
@@ -105,19 +105,19 @@ class Ledger:
         return [run for path in sorted(self.folder.glob("*.jsonl")) for run in entries(path)[0]]
 
     def damage(self, recipes: Iterable[Recipe]) -> list[str]:
-        """What could not be read of the runs of these recipes, a sentence a line."""
+        """A sentence for each line of these recipes' files that could not be read."""
         return [why for path in dict.fromkeys(map(self.file, recipes)) for why in _read(path).damage.values()]
 
     def put(self, summary: Mapping[str, Any]) -> None:
-        """Keep what a run came to: ``summary.json`` with its ``evaluation`` and ``history``.
+        """Keep the result of a run: ``summary.json`` with its ``evaluation`` and ``history``.
 
         Evaluations of the same training with other settings stay beside the new ones. Another training of the same recipe and
-        seed takes the place of the one that is there, unless that one was evaluated further.
+        seed replaces the one that is there, unless that one was evaluated further.
 
         Raises:
             ValueError: the summary is not what a run writes.
         """
-        checked(Summary, dict(summary), "the summary")
+        validate(Summary, dict(summary), "the summary")
         recipe, seed = Recipe.of(summary["recipe"]), summary["seed"]
         run = {key: value for key, value in summary.items() if key not in OWN}
         run["recipe"] = recipe.to_dict()
@@ -125,7 +125,7 @@ class Ledger:
         self._write(recipe, seed, run)
 
     def put_divergence(self, recipe: Recipe, seed: int, why: str) -> None:
-        """Keep that training could not go on."""
+        """Keep the reason why training could not go on."""
         self._write(recipe, seed, {"seed": seed, "diverged": why})
 
     def _write(self, recipe: Recipe, seed: int, run: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / LOCK):
             file = _read(path)
-            runs = {**file.runs, seed: _joined(file.runs.get(seed), run)}
+            runs = {**file.runs, seed: _join(file.runs.get(seed), run)}
             if runs[seed] == file.runs.get(seed):
                 return
             head = file.head or {"version": VERSION} | {key: run[key] for key in SHARED if key in run} | {
@@ -144,7 +144,7 @@ class Ledger:
 
 
 def _less(run: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, Any]:
-    """What the line of a run says: what differs from the head. None is what the head has and the run has not."""
+    """The line of a run: only what differs from the head. None stands for what the head has and the run lacks."""
     if "diverged" in run:
         return dict(run)
     missing = {key: None for key in SHARED if key in head and key not in run}
@@ -152,7 +152,7 @@ def _less(run: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def entries(path: Path) -> tuple[list[Result], list[str]]:
-    """The runs of a file, and what is wrong with lines that cannot be read."""
+    """The runs of a file, and a sentence for each line that cannot be read."""
     file = _read(path)
     runs = [_result(run, path) for _, run in sorted(file.runs.items()) if "diverged" not in run]
     return runs, list(file.damage.values())
@@ -164,7 +164,7 @@ def _result(run: Mapping[str, Any], path: Path) -> Result:
 
 
 def is_ledger(path: Path) -> bool:
-    """Whether a file of JSON lines is one of a ledger, by its first line."""
+    """Whether a file of JSON lines is a ledger's, by its first line."""
     try:
         with path.open(encoding="utf-8") as file:
             head = json.loads(file.readline(2**20))
@@ -173,11 +173,11 @@ def is_ledger(path: Path) -> bool:
     return isinstance(head, dict) and {"version", "recipe"} <= set(head)
 
 
-def _joined(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """What to keep of two records of one recipe and seed."""
+def _join(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """One record made of two of the same recipe and seed."""
     if old is None or "diverged" in old:
         return new
-    if "diverged" in new:  # somewhere else it did not
+    if "diverged" in new:  # on another machine it did not
         return dict(old)
     before, after = old.get("evaluation") or {}, new.get("evaluation") or {}
     if any(old[key] != new[key] for key in ("test", "validation")):  # another training
@@ -189,8 +189,8 @@ def _joined(old: Mapping[str, Any] | None, new: dict[str, Any]) -> dict[str, Any
     for part, value in after.items():
         if part in otherwise:
             otherwise[part] = [each for each in otherwise[part] if each["settings"] != value["settings"]]
-    joined = new | {"evaluation": {**before, **after}}
-    return joined | ({"otherwise": filled} if (filled := {part: each for part, each in otherwise.items() if each}) else {})
+    record = new | {"evaluation": {**before, **after}}
+    return record | ({"otherwise": rest} if (rest := {part: each for part, each in otherwise.items() if each}) else {})
 
 
 def _lines(path: Path) -> list[str]:
@@ -202,11 +202,11 @@ def _read(path: Path) -> _File:
         state = path.stat()
     except FileNotFoundError:
         return _File({}, {})
-    return _parsed(path, (state.st_ino, state.st_mtime_ns, state.st_size))
+    return _parse(path, (state.st_ino, state.st_mtime_ns, state.st_size))
 
 
 @functools.lru_cache(maxsize=4096)
-def _parsed(path: Path, state: tuple[int, ...]) -> _File:
+def _parse(path: Path, state: tuple[int, ...]) -> _File:
     """The file as it was in this ``state``."""
     heads: list[dict[str, Any]] = []
     runs: dict[int, Mapping[str, Any]] = {}
@@ -214,12 +214,12 @@ def _parsed(path: Path, state: tuple[int, ...]) -> _File:
     for number, line in enumerate(_lines(path), 1):
         source = f"{path}, line {number}"
         try:
-            value = parsed(line, source)
+            value = parse_json(line, source)
             if not heads or (isinstance(value, dict) and "version" in value):
-                heads.append(checked(Head, value, source, path))
+                heads.append(validate(Head, value, source, path))
                 continue
             seed, run = _run(heads, value, source, path)
-            runs[seed] = _joined(runs.get(seed), dict(run))
+            runs[seed] = _join(runs.get(seed), dict(run))
         except DamagedError as error:
             if not heads:
                 raise
@@ -230,12 +230,12 @@ def _parsed(path: Path, state: tuple[int, ...]) -> _File:
 
 
 def _run(heads: Sequence[dict[str, Any]], value: Any, source: str, path: Path) -> tuple[int, Mapping[str, Any]]:
-    """The seed and the record of a line, below the last of ``heads``: more than one are left by a merge."""
+    """The seed and the record of a line, below the last of ``heads``; a merge in git may leave several."""
     if isinstance(value, dict) and "diverged" in value:
-        return checked(Divergent, value, source, path)["seed"], value
+        return validate(Divergent, value, source, path)["seed"], value
     if isinstance(value, dict):
         value = {key: item for key, item in heads[-1].items() if key != "version" and value.get(key, item) is not None} | {
             key: item for key, item in value.items() if not (item is None and key in SHARED)
         }
-    run = checked(Summary, value, source, path)
+    run = validate(Summary, value, source, path)
     return run["seed"], run

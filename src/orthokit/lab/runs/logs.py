@@ -23,12 +23,12 @@ Kind = Literal["tensorboard", "wandb", "csv"]
 Add = Callable[[Sequence[dict[str, float]]], object]
 """Writes further rows to a log."""
 WANDB_ID = "wandb.id"
-"""In a run's folder: under which id W&B has it."""
+"""The file in a run's folder with its id at W&B."""
 NEEDS: dict[Kind, str] = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def check_installed(kind: Kind | None) -> None:
-    """Raise ``ModuleNotFoundError``, which says how to get it, where what a kind of log needs is missing."""
+    """Raise ``ModuleNotFoundError``, with what to install, where the library of a kind of log is missing."""
     try:
         if kind in NEEDS:
             importlib.import_module(NEEDS[kind])
@@ -37,14 +37,14 @@ def check_installed(kind: Kind | None) -> None:
 
 
 class Log(Watch):
-    """Keeps the log of a run up with its ``metrics.jsonl``, and tells another :class:`Watch` all it is told.
+    """A :class:`Watch` that keeps the log of a run up with its ``metrics.jsonl``, and passes everything on to another one.
 
     A process begins the log with the lines that are there. So a run that was interrupted, anywhere, and goes on has each epoch in
     its log once.
 
     Args:
         kind: the log; None for none.
-        watch: is told the same.
+        watch: hears the same.
 
     Raises:
         ModuleNotFoundError: TensorBoard or W&B is not installed.
@@ -73,7 +73,7 @@ class Log(Watch):
         self.watch.say(text)
 
     def row(self, run: Run, row: dict[str, Any]) -> None:
-        """Pass it on, and log it."""
+        """Pass the epoch on, and log it."""
         self.watch.row(run, row)
         self.update(run)
 
@@ -179,7 +179,7 @@ def _wandb(run: Run, say: Say) -> Iterator[Add]:
 
 
 def _signed_in() -> bool:
-    """Whether W&B has been told its mode or a key; it would ask for one otherwise."""
+    """Whether W&B has a mode or a key; it would ask for a key otherwise."""
     if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]

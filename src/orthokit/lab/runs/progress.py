@@ -1,4 +1,4 @@
-"""What a person sees of runs: bars on a terminal, a line an epoch elsewhere."""
+"""Progress of runs: bars on a terminal, a line an epoch elsewhere."""
 
 from types import TracebackType
 from typing import Any
@@ -10,27 +10,27 @@ from rich.table import Column
 
 from orthokit.lab.runs.run import Run
 
-__all__ = ["Display", "Watch", "bars", "result", "shown"]
+__all__ = ["Display", "Watch", "bars", "describe_epoch", "describe_run"]
 
 
 class Watch:
-    """What is told of a run as it goes; this one listens to nothing."""
+    """A listener to the progress of runs; this one ignores everything."""
 
     def step(self, run: Run, epochs: float, loss: float, speed: float) -> None:
-        """``epochs`` are done, with this loss at this speed (images per second)."""
+        """Hear that ``epochs`` are done, with this loss at this speed (images per second)."""
 
     def row(self, run: Run, row: dict[str, Any]) -> None:
-        """An epoch is done: its line of ``metrics.jsonl``."""
+        """Hear that an epoch is done: its line of ``metrics.jsonl``."""
 
     def say(self, text: str) -> None:
-        """Something a person should know."""
+        """Hear something that a person should know."""
 
 
 def bars(console: Console, count: str, *more: ProgressColumn) -> Progress:
     """Bars on a terminal, nothing elsewhere: a description, a bar, how much is done, and how long the rest takes.
 
     Args:
-        console: where.
+        console: where the bars appear.
         count: how to say how much is done, such as ``"{task.completed:.0f}/{task.total:.0f}"``.
         more: columns behind these.
     """
@@ -44,8 +44,8 @@ class Display(Watch):
 
     Args:
         console: where.
-        test: whether to show what is of the test set.
-        of: so many short runs get one bar together, and no lines but for failures; by default each has its own.
+        test: whether to show results on the test set.
+        of: number of short runs that share one bar, without lines but for failures; by default each run has its own bar.
     """
 
     def __init__(self, console: Console, *, test: bool = True, of: int | None = None) -> None:
@@ -54,7 +54,7 @@ class Display(Watch):
         self.bars = bars(console, "{task.completed:.1f}/{task.total:.0f}", last)
         self.tasks: dict[str, TaskID] = {}
         self.shares: dict[str, float] = {}
-        """Of runs that share a bar: how much is done of each."""
+        """The part that is done of each run that shares a bar."""
 
     def __enter__(self) -> "Display":
         self.bars.start()
@@ -64,7 +64,7 @@ class Display(Watch):
         self.bars.stop()
 
     def say(self, text: str) -> None:
-        """A line, above the bars."""
+        """Print a line above the bars."""
         try:
             self.bars.console.print(text, highlight=False, soft_wrap=True)
         except BrokenPipeError:
@@ -76,27 +76,27 @@ class Display(Watch):
 
     def row(self, run: Run, row: dict[str, Any]) -> None:
         """Move the run's bar, or print a line."""
-        held = row["validation"]
-        accuracy = f"train {row['train']['accuracy']:.1%}" if held is None else f"validation {held['accuracy']:.1%}"
+        validation = row["validation"]
+        accuracy = f"train {row['train']['accuracy']:.1%}" if validation is None else f"validation {validation['accuracy']:.1%}"
         self._move(run, row["epoch"], f"loss {row['train']['loss']:.2f}  {accuracy}")
         if not self.console.is_terminal and self.of is None:
-            self.say(escape(f"{run.name}  epoch {row['epoch']}/{run.recipe.train.epochs}  {shown(row)}"))
+            self.say(escape(f"{run.name}  epoch {row['epoch']}/{run.recipe.train.epochs}  {describe_epoch(row)}"))
 
-    def done(self, run: Run, summary: dict[str, Any], *, before: bool = False) -> None:
-        """The run has finished, perhaps before this command."""
+    def finish(self, run: Run, summary: dict[str, Any], *, before: bool = False) -> None:
+        """Show that a run has finished, perhaps before this command."""
         if self.of is not None:
             self._move(run, run.recipe.train.epochs, "")
             return
-        self._close(run, result(run, summary, test=self.test) + ("  [dim]finished before[/]" if before else ""))
+        self._close(run, describe_run(run, summary, test=self.test) + ("  [dim]finished before[/]" if before else ""))
 
     def _close(self, run: Run, text: str) -> None:
-        """The run's bar gives way to a line."""
+        """Replace the run's bar by a line."""
         if (task := self.tasks.pop(run.name, None)) is not None:
             self.bars.remove_task(task)
         self.say(text)
 
     def fail(self, run: Run, why: str) -> None:
-        """The run has failed."""
+        """Show that a run has failed."""
         self._close(run, f"[bold red]{escape(run.name)}[/]  failed: {escape(why)}")
 
     def _move(self, run: Run, epochs: float, text: str) -> None:
@@ -111,7 +111,7 @@ class Display(Watch):
         self.bars.update(self.tasks[run.name], completed=epochs, last=text)
 
 
-def shown(row: dict[str, Any]) -> str:
+def describe_epoch(row: dict[str, Any]) -> str:
     """A line of ``metrics.jsonl`` in words."""
     parts = [f"loss {row['train']['loss']:.3f}", f"train {row['train']['accuracy']:.1%}"]
     if row["validation"] is not None:
@@ -122,10 +122,10 @@ def shown(row: dict[str, Any]) -> str:
     return "  ".join([*parts, f"{row['images_per_second']:,.0f} images/s"])
 
 
-def result(run: Run, summary: dict[str, Any], *, test: bool = True) -> str:
+def describe_run(run: Run, summary: dict[str, Any], *, test: bool = True) -> str:
     """A summary in a line."""
     parts = {"validation": summary["validation"], "test": summary["test"] if test else None}
-    found = ", ".join(f"{name} {part['accuracy']:.2%}" for name, part in parts.items() if part is not None)
+    accuracies = ", ".join(f"{name} {part['accuracy']:.2%}" for name, part in parts.items() if part is not None)
     minutes = f"{summary['seconds'] / 60:.1f} min at {summary['images_per_second']:,.0f} images/s"
     share = f", penalty {summary['penalty_share']:.1%} of a step" if summary["recipe"].get("regularizer") else ""
-    return f"[bold]{escape(run.name)}[/]  {found}  ({minutes}{share})"
+    return f"[bold]{escape(run.name)}[/]  {accuracies}  ({minutes}{share})"

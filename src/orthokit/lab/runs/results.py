@@ -1,4 +1,4 @@
-"""What finished runs left: their results, read from folders."""
+"""Results of finished runs, read from folders."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -10,14 +10,14 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from orthokit.lab.recipes.recipe import Recipe, flattened
+from orthokit.lab.recipes.recipe import Recipe, flatten
 from orthokit.lab.runs.summary import DamagedError, Epoch, Evaluation, Summary, read_lines
 from orthokit.lab.runs.summary import read as read_record
 
-__all__ = ["RECORD", "Result", "Row", "digest", "digest_of", "numbers_at", "read_one", "read_summary", "result_of", "thinned"]
+__all__ = ["RECORD", "Result", "Row", "digest", "digest_of", "history_of", "numbers_at", "read_one", "read_summary", "result_of"]
 
 RECORD = "evaluation.json"
-"""In a run's folder: what ``orthokit evaluate`` has measured."""
+"""The file in a run's folder with what ``orthokit evaluate`` has measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,19 +33,19 @@ class Result:
     @cached_property
     def flat(self) -> dict[str, str]:
         """The recipe as dotted keys and JSON."""
-        return flattened(self.recipe.to_dict())
+        return flatten(self.recipe.to_dict())
 
     @property
     def seed(self) -> int:
-        """Of the run."""
+        """The seed of the run."""
         return int(self.summary["seed"])
 
     def numbers(self, path: str) -> list[float]:
-        """What a metric's path leads to: one number, all of a curve's, or none."""
+        """The numbers that a metric's path leads to: one, all of a curve's, or none."""
         return numbers_at(self.summary | {"evaluation": self.parts}, path)
 
     def small(self) -> dict[str, Any]:
-        """All of it as one dictionary of a few kilobytes, as ``summary.json`` of which :func:`read` makes the same again."""
+        """The result as one dictionary of a few kilobytes: a ``summary.json`` that :func:`read_one` reads as the same result."""
         return self.summary | {"evaluation": self.parts, "history": list(self.history)}
 
 
@@ -62,15 +62,15 @@ class Row(Result):
         return cls(source, {"seed": seed}, None, {}, (), values)
 
     def numbers(self, path: str) -> list[float]:
-        """What stands in the column of this name."""
+        """The number in the column of this name, if there is one."""
         return [self.values[path]] if path in self.values else []
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """A ``summary.json``.
+    """The content of a ``summary.json``.
 
     Raises:
-        ValueError: it is damaged or not what a run writes.
+        ValueError: the file is damaged or not what a run writes.
     """
     summary = read_record(Summary, path)
     return summary | {key: summary.get(key) or {} for key in ("study", "environment")}
@@ -85,9 +85,9 @@ def read_one(path: Path) -> Result:
     summary = read_summary(path)
     parts, history = summary.pop("evaluation", None), summary.pop("history", None)
     if parts is None:
-        parts = _present(path.with_name(RECORD), path.with_name("last.safetensors"))
+        parts = _parts_of(path.with_name(RECORD), path.with_name("last.safetensors"))
     if history is None:
-        history = thinned(path.with_name("metrics.jsonl"))
+        history = history_of(path.with_name("metrics.jsonl"))
     return result_of(summary | {"evaluation": parts, "history": history}, path)
 
 
@@ -95,7 +95,7 @@ def result_of(summary: dict[str, Any], source: Path) -> Result:
     """The result that a summary with its evaluation and history holds.
 
     Raises:
-        DamagedError: its recipe is none.
+        DamagedError: its recipe is not one.
     """
     parts, history = summary.pop("evaluation", None) or {}, summary.pop("history", None) or ()
     try:
@@ -106,14 +106,14 @@ def result_of(summary: dict[str, Any], source: Path) -> Result:
     return Result(source, summary, recipe, parts, tuple(history))
 
 
-def _present(file: Path, weights: Path) -> dict[str, Any]:
+def _parts_of(file: Path, weights: Path) -> dict[str, Any]:
     """The parts in ``evaluation.json``, if they are of these weights."""
     try:
-        found = read_record(Evaluation, file)
+        record = read_record(Evaluation, file)
     except FileNotFoundError:
         return {}
-    parts: dict[str, Any] = found["parts"]
-    return {} if weights.is_file() and found["weights"] != digest(weights) else parts
+    parts: dict[str, Any] = record["parts"]
+    return {} if weights.is_file() and record["weights"] != digest(weights) else parts
 
 
 def digest_of(weights: Mapping[str, Tensor]) -> str:
@@ -127,7 +127,7 @@ def digest(weights: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def thinned(path: Path, rows: int = 25) -> list[dict[str, Any]]:
+def history_of(path: Path, rows: int = 25) -> list[dict[str, Any]]:
     """Near-orthogonality and validation accuracy of at most ``rows`` epochs of ``metrics.jsonl``, the last included."""
     try:
         lines = read_lines(Epoch, path)
@@ -138,11 +138,11 @@ def thinned(path: Path, rows: int = 25) -> list[dict[str, Any]]:
 
 
 def _thin(row: dict[str, Any]) -> dict[str, Any]:
-    found = {part: row["orthogonality"].get(part, {}).get("mean_cos") for part in ("under", "over")}
+    cosines = {part: row["orthogonality"].get(part, {}).get("mean_cos") for part in ("under", "over")}
     return {
         "epoch": row["epoch"],
         "validation": row["validation"] and round(row["validation"]["accuracy"], 4),
-        **{part: float(f"{value:.3g}") for part, value in found.items() if value is not None},
+        **{part: float(f"{value:.3g}") for part, value in cosines.items() if value is not None},
     }
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run, ``<out>/<name>/<seed>/``, and what is in it.
+"""The folder of a run, ``<out>/<name>/<seed>/``, and its files.
 
 ============================ =========================================================================================
 ``recipe.toml``              the resolved recipe
@@ -29,23 +29,23 @@ from pydantic import Field
 from orthokit.lab.atomic import remove_parts, to_json, write
 from orthokit.lab.recipes.compose import read_toml
 from orthokit.lab.recipes.recipe import Recipe, differences
-from orthokit.lab.runs.summary import Begun, DamagedError, Divergence, Epoch, Seed, Summary, read, read_lines
+from orthokit.lab.runs.summary import DamagedError, Divergence, Epoch, Resumable, Seed, Summary, read, read_lines
 
 __all__ = ["LATER", "SERVES", "SUMMARY", "HeldError", "Run", "Seeds"]
 
 Seeds = Annotated[list[Seed], Field(min_length=1)]
-"""In files of sweeps and studies."""
+"""Seeds in files of sweeps and studies."""
 SUMMARY, DIVERGED = "summary.json", "diverged.json"
-"""In a run's folder: what it came to, or that it could not go on."""
+"""The files in a run's folder with its result, or with the reason why it could not go on."""
 FILES = (
     *("recipe.toml", "environment.json", "metrics.jsonl", "last.ckpt", "last.safetensors", "best.safetensors"),
     *(SUMMARY, DIVERGED),
 )
-"""In a run's folder: what only the process that trains the run writes."""
+"""The files in a run's folder that only the process which trains the run writes."""
 WAIT = 60.0
-"""Seconds to wait for another process that holds the run: one that was told to stop saves a checkpoint first."""
+"""Seconds to wait for another process that holds the run: one that is asked to stop saves a checkpoint first."""
 SERVES = "ORTHOKIT_SERVES"
-"""In the environment: the process for whose sake this one runs."""
+"""The environment variable with the process for whose sake this one runs."""
 LATER = 75
 """Exit status for the process in ``SERVES``: another process has the run."""
 
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """All that is needed to go on."""
+        """The file with all that is needed to go on."""
         return self.folder / "last.ckpt"
 
     def summary(self) -> dict[str, Any] | None:
@@ -84,15 +84,15 @@ class Run:
             ValueError: the folder holds a run of another recipe, or a damaged file.
         """
         if (path := self.folder / SUMMARY).is_file():
-            found = read(Summary, path)
-            self._check(_recipe(found["recipe"], path), path)
-            return found
+            summary = read(Summary, path)
+            self._check(_recipe(summary["recipe"], path), path)
+            return summary
         if self.checkpoint.is_file() and (path := self.folder / "recipe.toml").is_file():
             self._check(_recipe(read_toml(path), path), path)
         return None
 
     def damage(self) -> str | None:
-        """What is wrong with the files of the run, where they cannot be read."""
+        """The reason why the files of the run cannot be read; None if they can."""
         try:
             self.summary()
         except DamagedError as error:
@@ -108,10 +108,10 @@ class Run:
 
     @property
     def divergence(self) -> Path:
-        """``diverged.json``, where training could not go on."""
+        """The file ``diverged.json``, there if training could not go on."""
         return self.folder / DIVERGED
 
-    def diverged(self) -> bool:
+    def has_diverged(self) -> bool:
         """Whether training this recipe could not go on.
 
         Raises:
@@ -122,21 +122,21 @@ class Run:
         return _recipe(read(Divergence, path)["recipe"], path) == self.recipe
 
     def diverge(self, why: str) -> None:
-        """Put it on record."""
+        """Record that training could not go on, and why."""
         write(self.divergence, to_json({"seed": self.seed, "why": why, "recipe": self.recipe.to_dict()}))
 
     def environment(self) -> dict[str, Any] | None:
-        """Where and with which precision and threads the run began that there is a checkpoint of, or None."""
+        """The environment recorded when this run started. None if it has no checkpoint."""
         path = self.folder / "environment.json"
         if not (self.checkpoint.is_file() and path.is_file()):
             return None
-        return read(Begun, path)
+        return read(Resumable, path)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; none where there is none yet.
 
         Raises:
-            DamagedError: it is not what a run writes.
+            DamagedError: the file is not what a run writes.
         """
         try:
             return read_lines(Epoch, self.folder / "metrics.jsonl")
@@ -144,13 +144,13 @@ class Run:
             return []
 
     @contextlib.contextmanager
-    def held(self, say: Callable[[str], object] = lambda _: None) -> Iterator[None]:
-        """Keep every other process out of the folder, which is made if need be; ``say`` is told if one has to be waited for.
+    def hold(self, say: Callable[[str], object] = lambda _: None) -> Iterator[None]:
+        """Keep every other process out of the folder, made if need be; ``say`` hears of another process to wait for.
 
-        What a killed process left half written is removed.
+        Files that a killed process left half written are removed.
 
         Raises:
-            HeldError: another process holds it and does not let go.
+            HeldError: another process holds the folder and does not let go.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self._lock()
@@ -169,7 +169,7 @@ class Run:
         finally:
             lock.release()
 
-    def taken(self) -> bool:
+    def is_held(self) -> bool:
         """Whether another process holds the folder at this moment."""
         if not self.folder.is_dir():
             return False

@@ -1,4 +1,4 @@
-"""The files that a run leaves, typed: what is read from a run's folder is checked against these schemas first.
+"""Schemas of the files that a run leaves, against which everything read from a run's folder is checked first.
 
 A run's folder may be somebody else's, or damaged. Whatever lies there, reading it ends in plain data of these types, or in a
 :class:`DamagedError` of one line that names the file and the key. Keys that a schema does not name may hold any bounded data.
@@ -19,7 +19,6 @@ __all__ = [
     "SEEDS",
     "Accuracy",
     "Attacks",
-    "Begun",
     "Corruptions",
     "DamagedError",
     "Divergence",
@@ -27,31 +26,32 @@ __all__ = [
     "Epoch",
     "Evaluation",
     "Features",
+    "HistoryRow",
     "Noise",
     "Part",
     "Parts",
     "Place",
     "Record",
+    "Resumable",
     "Scores",
     "Seed",
     "Spectrum",
     "Summary",
-    "Thinned",
-    "checked",
-    "parsed",
+    "parse_json",
     "read",
     "read_lines",
     "read_text",
+    "validate",
 ]
 
 LARGEST = 2**26
-"""Bytes of a document; a summary with its history has 20,000."""
+"""Most bytes of a document; a summary with its history has 20,000."""
 DEEPEST = 32
-"""Tables and lists inside each other."""
+"""Most tables and lists inside each other."""
 DIGITS = 19
-"""Of an integer."""
+"""Most digits of an integer."""
 HUGE = 1e30
-"""What is larger, infinite or NaN is no measurement."""
+"""Larger numbers, infinite ones and NaN are not measurements."""
 
 
 class DamagedError(ValueError):
@@ -59,7 +59,7 @@ class DamagedError(ValueError):
 
 
 Number = int | float
-"""What is NaN, infinite or larger than :data:`HUGE` among them, which readers leave out."""
+"""A number; readers leave out those that are NaN, infinite or larger than :data:`HUGE`."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 SEEDS = 2**32
@@ -77,14 +77,14 @@ class Record(BaseModel):
 
 
 class Scores(Record):
-    """What a network scores on some images."""
+    """The scores of a network on some images."""
 
     accuracy: Share
     loss: Number | None = None
 
 
 class Environment(Record):
-    """``environment.json``: where a run computed."""
+    """``environment.json``: the machine and versions with which a run computed."""
 
     versions: dict[str, str | None] | None = None
     processor: str | None = None
@@ -96,7 +96,7 @@ class Environment(Record):
     threads: Count | None = None
 
 
-class Begun(Environment):
+class Resumable(Environment):
     """``environment.json`` of a run that can go on: the numerics to go on with are there."""
 
     precision: str
@@ -104,13 +104,13 @@ class Begun(Environment):
 
 
 class Place(Record):
-    """Which part of a study a run is."""
+    """The arm and panel of a study to which a run belongs."""
 
     arm: str | None = None
     panel: str | None = None
 
 
-class Thinned(Record):
+class HistoryRow(Record):
     """A line of a summary's history."""
 
     epoch: Count
@@ -167,7 +167,7 @@ class Corruptions(Part):
 
 
 class Spectrum(Record):
-    """How many directions the features of a layer use."""
+    """The number of directions that the features of a layer use."""
 
     features: Number | None = None
     effective_rank: Number | None = None
@@ -231,7 +231,7 @@ class Summary(Record):
     environment: Environment | None = None
     study: Place | None = None
     evaluation: Parts | None = None
-    history: list[Thinned] | None = None
+    history: list[HistoryRow] | None = None
 
 
 def read(schema: type[Record], path: Path) -> dict[str, Any]:
@@ -241,37 +241,37 @@ def read(schema: type[Record], path: Path) -> dict[str, Any]:
         DamagedError: the file does not hold what ``schema`` asks for.
         FileNotFoundError: there is none.
     """
-    return checked(schema, parsed(read_text(path), path), path)
+    return validate(schema, parse_json(read_text(path), path), path)
 
 
 def read_lines(schema: type[Record], path: Path) -> list[dict[str, Any]]:
-    """The same, of a file with an object on each line."""
+    """The plain data on each line of a file with a JSON object a line; see :func:`read`."""
     lines = read_text(path).splitlines()
-    return [checked(schema, parsed(line, path), f"{path}, line {k}", path) for k, line in enumerate(lines, 1)]
+    return [validate(schema, parse_json(line, path), f"{path}, line {k}", path) for k, line in enumerate(lines, 1)]
 
 
-def checked(schema: type[Record], found: Any, source: object, path: Path | None = None) -> dict[str, Any]:
-    """``found``, which a document of ``source`` holds, if it is what ``schema`` asks for."""
+def validate(schema: type[Record], value: Any, source: object, path: Path | None = None) -> dict[str, Any]:
+    """``value``, from a document of ``source``, if it fits ``schema``; else raise ``DamagedError``."""
     remove = f"remove {'it' if path is None else path.name} to run again"
-    if not isinstance(found, dict):
-        raise DamagedError(f"{source} is not what a run writes (a table is wanted; got {printable(repr(found), 60)}); {remove}")
+    if not isinstance(value, dict):
+        raise DamagedError(f"{source} is not what a run writes (a table is wanted; got {printable(repr(value), 60)}); {remove}")
     try:
-        schema.model_validate(found)
+        schema.model_validate(value)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(map(str, problem["loc"]))
-        got = "" if problem["type"] == "missing" else f"; got {printable(repr(problem['input']), 60)}"
+        suffix = "" if problem["type"] == "missing" else f"; got {printable(repr(problem['input']), 60)}"
         raise DamagedError(
-            f"{source} is not what a run writes ({printable(key, 100)}: {problem['msg']}{got}); {remove}"
+            f"{source} is not what a run writes ({printable(key, 100)}: {problem['msg']}{suffix}); {remove}"
         ) from None
-    return found
+    return value
 
 
-def parsed(text: str, source: object) -> Any:
-    """JSON without what no run writes: keys that occur twice, large integers, lone surrogates, and much inside each other.
+def parse_json(text: str, source: object) -> Any:
+    """The value of a JSON text that a run may have written.
 
     Raises:
-        DamagedError: it is none.
+        DamagedError: the text is not JSON, or has keys that occur twice, large integers, lone surrogates or deep nesting.
     """
     try:
         value = json.loads(text, object_pairs_hook=_table, parse_int=_integer)
@@ -288,7 +288,7 @@ def parsed(text: str, source: object) -> Any:
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
         raise ValueError(f"the key {printable(twice, 60)} occurs twice")
     return table
 
@@ -329,11 +329,11 @@ def read_text(path: Path, most: int = LARGEST) -> str:
         FileNotFoundError: nothing is.
     """
     try:
-        told = path.stat()
-        if not stat.S_ISREG(told.st_mode):
-            raise DamagedError(f"{path} is damaged ({_kind(told.st_mode)}, not a file); remove it to run again")
-        if told.st_size > most:
-            raise DamagedError(f"{path} is damaged ({told.st_size:,} bytes, of at most {most:,}); remove it to run again")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedError(f"{path} is damaged ({_kind(status.st_mode)}, not a file); remove it to run again")
+        if status.st_size > most:
+            raise DamagedError(f"{path} is damaged ({status.st_size:,} bytes, of at most {most:,}); remove it to run again")
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DamagedError(f"{path} is damaged (it is not UTF-8: {error}); remove it to run again") from None

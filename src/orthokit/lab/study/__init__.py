@@ -1,4 +1,4 @@
-"""Studies: one file says what is trained, evaluated and compared; what it found is kept in a folder small enough to commit.
+"""Studies: one file says what is trained, evaluated and compared; results are kept in a folder small enough to commit.
 
 .. code-block:: toml
 
@@ -35,9 +35,9 @@ question to the same runs. The primary question is written down before the runs:
 
 File names are relative to the file that gives them.
 
-All that is kept of a run is a line of the ledger, ``<results>/ledger`` (:mod:`orthokit.lab.runs.ledger`). A study is a query:
-each run is kept by its recipe and seed, whichever study trained it. If it holds the evaluation that is asked for, nothing is left
-to do for it, even if its weights are gone. So it is with the runs by which strengths are chosen, and with those that diverged.
+Each run is kept as one line of the ledger, ``<results>/ledger`` (:mod:`orthokit.lab.runs.ledger`), by its recipe and seed,
+whichever study trained the run. If the line holds the requested evaluation, the run is done, even if its weights are gone. The
+same holds for runs by which strengths are chosen, and for runs that diverged.
 """
 
 from orthokit.lab.study.plan import LEDGER, Plan, Task, plan

@@ -1,4 +1,4 @@
-"""What a study's file may say."""
+"""Schemas of a study's file."""
 
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ STRENGTH = "regularizer.strength"
 
 
 class Evaluation(Section):
-    """``[evaluate]``: what is measured of every trained network."""
+    """``[evaluate]``: the measurements of every trained network."""
 
     parts: Annotated[list[str], Field(default_factory=lambda: list(PARTS))]
     """Keys of ``orthokit.lab.evaluation.evaluate.PARTS``."""
@@ -31,19 +31,19 @@ class Evaluation(Section):
 
     @field_validator("parts")
     @classmethod
-    def _known(cls, parts: list[str]) -> list[str]:
+    def _check_parts(cls, parts: list[str]) -> list[str]:
         check_parts(parts)
         return parts
 
 
 class Study(Section):
-    """What a study's file says."""
+    """The file of a study."""
 
     FILES = ("recipe",)
     PARTIAL = ("arms", "networks")
     title: str
     question: str = ""
-    """What the study is to answer, in one sentence; printed above the answer."""
+    """The question that the study is to answer, in one sentence; printed above the answer."""
     recipe: str | Annotated[list[str], Field(min_length=1)]
     """Parts of recipes, or files; several are merged in order."""
     seeds: Seeds
@@ -58,7 +58,7 @@ class Study(Section):
     factor: Annotated[list[str], Field(default_factory=lambda: list(FACTOR))]
     """Keys or sections of the recipe in which arms may differ."""
     metric: str = METRICS[0].key
-    """What verdicts go by."""
+    """The metric that verdicts go by."""
     contrasts: Annotated[list[str], Field(default_factory=list)]
     """The primary question: ``"<arm> - <arm>"``, differences averaged over the panels and adjusted over these alone."""
     blocks: Blocks | None = None

@@ -1,4 +1,4 @@
-"""How long the parts of a training step take."""
+"""A clock for the parts of a training step."""
 
 import contextlib
 import time

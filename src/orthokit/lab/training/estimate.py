@@ -1,4 +1,4 @@
-"""What training will take, told before it begins: a few steps are timed, and weights are counted."""
+"""An estimate, before training begins, of how long it takes: a few steps are timed, and weights are counted."""
 
 import time
 from collections.abc import Iterable
@@ -15,9 +15,9 @@ from orthokit.lab.training.hardware import fast_bfloat16
 __all__ = ["Estimate", "estimate"]
 
 MOST = 64
-"""Images of a timed step, at most; longer batches take that much longer."""
+"""Most images of a timed step; larger batches take that much longer."""
 BESIDE = 1.2
-"""Training over its steps: images are augmented, accuracy is measured after each epoch."""
+"""Time of training over that of its steps: images are augmented, accuracy is measured after each epoch."""
 START = 5.0
 """Seconds until a run's own process begins to train; a single run has none."""
 WEIGHTS = 4 / 2**20
@@ -50,27 +50,27 @@ def estimate(
         recipes: one for each run; a network with one kind of images is timed once, with the first recipe's penalty.
         root: folder of the images.
         device: where it will train; steps are timed on the CPU only.
-        threads: of each process.
-        processes: which the runs share; by default each of several runs has its own.
+        threads: threads of each process.
+        processes: processes that the runs share; by default each of several runs has its own.
 
     Returns:
-        None where something does not fit: the runs themselves say what.
+        The estimate, or None where something does not fit: the runs themselves say what.
     """
     here = device == "cpu" or (device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available())
-    before, timed = torch.get_num_threads(), dict[str, tuple[float, float, int]]()
+    before, timings = torch.get_num_threads(), dict[str, tuple[float, float, int]]()
     recipes = sorted(recipes, key=lambda recipe: recipe.regularizer is None)
-    started = processes if processes is not None else len(recipes) * (len(recipes) > 1)
-    seconds, mebibytes = START * started, 0.0
+    starts = processes if processes is not None else len(recipes) * (len(recipes) > 1)
+    seconds, mebibytes = START * starts, 0.0
     try:
         torch.set_num_threads(threads or before)
         for recipe in recipes:
             section = recipe.train
             key = repr((recipe.network, recipe.data, section.batch, section.precision))
-            if key not in timed:
-                timed[key] = _time(recipe, recipe.images(root), here=here)
-            step, size, steps = timed[key]
+            if key not in timings:
+                timings[key] = _time(recipe, recipe.images(root), here=here)
+            step, size, steps = timings[key]
             seconds += BESIDE * section.epochs * steps * step
-            mebibytes += size * (2 if recipe.data.validation else 1)  # of the last epoch, and of the best one
+            mebibytes += size * (2 if recipe.data.validation else 1)  # weights of the last epoch, and of the best one
     except Exception:  # a network of the user's own may raise anything; its run reports that, and leaves the others alone
         return None
     finally:
@@ -90,19 +90,19 @@ def _time(recipe: Recipe, data: ImageSet, *, here: bool) -> tuple[float, float, 
         ortho = None if recipe.regularizer is None else recipe.regularizer.build(model)
         count = min(batch, MOST)
         images, labels = data.normalise(data.train.pixels[:count]), data.train.labels[:count]
-        lowered = section.precision == "bf16-mixed" or (section.precision == "auto" and fast_bfloat16("cpu"))
-        took = []
+        low_precision = section.precision == "bf16-mixed" or (section.precision == "auto" and fast_bfloat16("cpu"))
+        durations = []
         for _ in range(3):  # the first is slow: memory is taken, kernels are chosen
             start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
                 loss = F.cross_entropy(model(images), labels)
             loss.backward()
             if ortho is not None:
                 ortho.add_grad_()
-            took.append(time.perf_counter() - start)
-            if sum(took) > 2:
+            durations.append(time.perf_counter() - start)
+            if sum(durations) > 2:
                 break
-    return min(took) * batch / count, size, max(1, len(data.train) // batch)
+    return min(durations) * batch / count, size, max(1, len(data.train) // batch)
 
 
 def _duration(seconds: float) -> str:

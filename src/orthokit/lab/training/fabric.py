@@ -1,4 +1,4 @@
-"""Lightning Fabric, without what it imports only to read a version number."""
+"""Lightning Fabric, without a library that Fabric imports only to read its version."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Where a run computes: Lightning Fabric set up, and what it is that computes."""
+"""The hardware of a run: Lightning Fabric set up, and a record of the machine."""
 
 import functools
 import logging
@@ -21,13 +21,13 @@ __all__ = ["Hardware", "environment", "fast_bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """Where a run computes.
+    """The devices and processes on which a run computes.
 
     Args:
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``.
-        devices: processes on this machine, one a device; under ``torchrun`` it decides.
-        strategy: how they share the work, a name of Fabric's; ``"auto"`` is DistributedDataParallel for more than one.
-        threads: of each process on the CPU; PyTorch's choice by default.
+        devices: processes on this machine, one a device; ``torchrun`` decides where it is used.
+        strategy: how the processes share the work, a name of Fabric's; ``"auto"`` is DistributedDataParallel for more than one.
+        threads: threads of each process on the CPU; PyTorch's choice by default.
 
     Raises:
         ValueError: the device is not there, or Fabric knows no such strategy.
@@ -60,8 +60,8 @@ class Hardware:
                 precision=precision,
             )
         except (RuntimeError, ImportError) as error:
-            given = "" if self.strategy == "auto" else f" with --strategy {self.strategy}"
-            raise ValueError(f"--device {self.device}{given} cannot be used here: {error}") from None
+            suffix = "" if self.strategy == "auto" else f" with --strategy {self.strategy}"
+            raise ValueError(f"--device {self.device}{suffix} cannot be used here: {error}") from None
         fabric.launch()
         return fabric
 
@@ -78,8 +78,8 @@ def fast_bfloat16(device: str) -> bool:
 
 def _supports(instructions: str) -> bool:
     # Private to torch 2.6 ... 2.13, hence the detour: where the name is gone, float32 is always right.
-    supported = getattr(torch.cpu, f"_is_{instructions}_supported", None)
-    return supported is not None and supported()
+    test = getattr(torch.cpu, f"_is_{instructions}_supported", None)
+    return test is not None and test()
 
 
 def environment(fabric: Fabric) -> dict[str, Any]:
@@ -101,30 +101,30 @@ def environment(fabric: Fabric) -> dict[str, Any]:
 
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
-"""By which kernels of PyTorch and oneDNN are chosen, and with them how sums are rounded."""
+"""Instruction sets by which PyTorch and oneDNN choose kernels, and with them how sums are rounded."""
 
 
 def _processor() -> str:
-    # Names that virtual machines give hide it.
+    # Names that virtual machines give a processor hide AMX.
     return _cpuinfo().get("model name", platform.processor() or platform.machine()) + ", AMX" * _supports("amx_tile")
 
 
 def _cpu() -> dict[str, Any]:
-    """What a processor's name may hide: vendor, family and model, and the vector instructions it has."""
-    found = _cpuinfo()
-    flags = found.get("flags", found.get("Features", "")).split()
+    """Vendor, family, model and vector instructions of the processor, which its name may hide."""
+    fields = _cpuinfo()
+    flags = fields.get("flags", fields.get("Features", "")).split()
     keys = {
         "vendor": ("vendor_id", "CPU implementer"),
         "family": ("cpu family", "CPU architecture"),
         "model": ("model", "CPU part"),
     }
-    told = {key: next((found[name] for name in names if name in found), None) for key, names in keys.items()}
-    return {"machine": platform.machine(), **told, "instructions": [each for each in INSTRUCTIONS if each in flags]}
+    identity = {key: next((fields[name] for name in names if name in fields), None) for key, names in keys.items()}
+    return {"machine": platform.machine(), **identity, "instructions": [each for each in INSTRUCTIONS if each in flags]}
 
 
 @functools.cache
 def _cpuinfo() -> dict[str, str]:
-    """What Linux says of the first processor; nothing elsewhere."""
+    """The fields of ``/proc/cpuinfo`` for the first processor; none without Linux."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import orthokit as ok
-from orthokit.checkpoint import ordered
+from orthokit.checkpoint import order_metadata
 from orthokit.lab.atomic import read_checkpoint, to_json, write, write_checkpoint
 from orthokit.lab.data.augment import Batches, key_of
 from orthokit.lab.data.images import Images, ImageSet
@@ -35,15 +35,15 @@ from orthokit.lab.training.fabric import Fabric, seed_everything
 from orthokit.lab.training.hardware import Hardware, environment
 from orthokit.schedules import Schedule
 
-__all__ = ["DivergenceError", "Interrupted", "Training", "learning_rate", "shapes", "train"]
+__all__ = ["DivergenceError", "Interruption", "Training", "learning_rate", "shapes", "train"]
 
 SAVE_EVERY = 600.0
 """Seconds between checkpoints within an epoch; every epoch ends with one."""
 SHOW_EVERY = 0.2
-"""Seconds between two looks at a step's loss for whoever watches."""
-SAMPLED = 50
-"""On an accelerator, where looking at the clock means waiting, one step in so many is timed and looked at."""
-SHOWN = ("mean_cos", "max_cos", "copies", "mean_length_error", "residual", "tightness")
+"""Seconds between two steps whose loss is shown."""
+SAMPLE_EVERY = 50
+"""Steps from one that is timed and shown to the next, on an accelerator, where reading the clock means waiting."""
+COLUMNS = ("mean_cos", "max_cos", "copies", "mean_length_error", "residual", "tightness")
 
 
 class DivergenceError(FloatingPointError):
@@ -53,8 +53,8 @@ class DivergenceError(FloatingPointError):
     """Exit status of the command line."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Told to stop, and stopped after saving a checkpoint."""
+class Interruption(KeyboardInterrupt):
+    """A request to stop, obeyed after saving a checkpoint."""
 
 
 def train(
@@ -72,16 +72,16 @@ def train(
         root: where the images are.
         download: whether to fetch them if they are not.
         hardware: where to compute.
-        watch: told of every epoch, and of steps in between.
+        watch: hears of every epoch, and of steps in between.
 
     Raises:
         DivergenceError: the loss or a weight is no longer finite.
-        Interrupted: told to stop (Ctrl-C or a termination signal); a checkpoint is saved.
+        Interruption: a request to stop (Ctrl-C or a termination signal); a checkpoint is saved.
         ValueError: the folder holds a run of another recipe; data, network and recipe do not fit.
         OSError: the folder cannot be written, or the disk is full; the last checkpoint is kept.
     """
-    if (finished := run.summary()) is not None:
-        return finished
+    if (summary := run.summary()) is not None:
+        return summary
     precision, hardware = run.recipe.train.precision, hardware or Hardware()
     watch = watch or Watch()
     before = run.environment()
@@ -89,10 +89,10 @@ def train(
         precision, hardware = before["precision"], replace(hardware, threads=before["threads"])
     fabric = hardware.fabric(precision)
     first: bool = fabric.is_global_zero
-    with run.held(watch.say) if first else contextlib.nullcontext():
+    with run.hold(watch.say) if first else contextlib.nullcontext():
         fabric.barrier()
-        if (finished := run.summary()) is not None:  # by the process that held the folder
-            return finished
+        if (summary := run.summary()) is not None:  # written by the process that held the folder
+            return summary
         if run.environment() != before:
             raise HeldError(f"another process has begun {run.name} meanwhile; the same command goes on from there")
         with fabric.rank_zero_first():
@@ -144,10 +144,10 @@ class Training:
         self.model = run.recipe.build(data)
         if section.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        wanted = run.recipe.regularizer
-        self.ortho = wanted.build(self.model) if wanted else None
+        regularizer = run.recipe.regularizer
+        self.ortho = regularizer.build(self.model) if regularizer else None
         groups: Any = self.model.parameters()
-        if self.ortho is not None and wanted is not None and not wanted.decay:
+        if self.ortho is not None and regularizer is not None and not regularizer.decay:
             groups = self.ortho.param_groups(self.model, weight_decay=section.weight_decay)
         optimizer = torch.optim.SGD(
             groups,
@@ -158,12 +158,12 @@ class Training:
             foreach=True,
         )
         self.network, self.optimizer = fabric.setup(torch.compile(self.model) if section.compile else self.model, optimizer)
-        self.averaged = (
+        self.average = (
             AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(section.ema), use_buffers=True) if section.ema else None
         )
-        pairs = [] if self.averaged is None else list(zip(self.averaged.module.modules(), self.model.modules(), strict=True))
-        self.copied = [pair for pair in pairs if not isinstance(pair[0], nn.modules.batchnorm._NormBase)]
-        self.copied = [(mine, other) for mine, other in self.copied if next(mine.buffers(recurse=False), None) is not None]
+        pairs = [] if self.average is None else list(zip(self.average.module.modules(), self.model.modules(), strict=True))
+        self.buffer_pairs = [pair for pair in pairs if not isinstance(pair[0], nn.modules.batchnorm._NormBase)]
+        self.buffer_pairs = [pair for pair in self.buffer_pairs if next(pair[0].buffers(recurse=False), None) is not None]
         self.lr = learning_rate(section, self.steps)
 
         self.clock = Clock(self.device)
@@ -172,10 +172,10 @@ class Training:
         self.elapsed = 0.0  # seconds of training in this epoch, over all interruptions
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
-        self._saved = time.monotonic()
+        self._last_save = time.monotonic()
 
     def _zeros(self) -> Tensor:
-        """Sums over the images of an epoch: loss, right ones, how many, penalty."""
+        """Zeros for sums over the images of an epoch: loss, correct ones, number, penalty."""
         return torch.zeros(4, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
 
     # ------------------------------------------------------------------------------------------------------------------------
@@ -183,45 +183,45 @@ class Training:
     def fit(self) -> dict[str, Any]:
         """Train to the end; return the summary, which is on disk then."""
         self.restore()
-        # An epoch is done when its row is there. A checkpoint may be from between its last step and that.
+        # An epoch is done when its row is there. A checkpoint may be from between the epoch's last step and its row.
         for epoch in range(len(self.history), self.section.epochs):
             self.train_epoch(epoch)
             row = self.end_epoch(epoch)
             if self.fabric.is_global_zero:
                 self.watch.row(self.run, row)
             if self.stopping(always=True) and epoch + 1 < self.section.epochs:
-                raise Interrupted(f"{self.run.name} stopped after epoch {epoch + 1}; the same command goes on from there")
+                raise Interruption(f"{self.run.name} stopped after epoch {epoch + 1}; the same command goes on from there")
         return self.finish()
 
     def train_epoch(self, epoch: int) -> None:
-        """The steps of an epoch that are still to be done."""
+        """Do the steps of an epoch that are left."""
         self.model.train()
         if self.ortho is not None:
             self.ortho.load_state_dict({"steps": epoch, "calls": {"": self.step}})
-        order, start, shown = self.batches.order(epoch), time.perf_counter() - self.elapsed, time.monotonic()
-        for place in range(self.step - epoch * self.steps, self.steps):
-            self.clock.on = self.device.type == "cpu" or place % SAMPLED == 0
-            loss = self.train_step(epoch, place, order)
+        order, start, last_look = self.batches.order(epoch), time.perf_counter() - self.elapsed, time.monotonic()
+        for index in range(self.step - epoch * self.steps, self.steps):
+            self.clock.on = self.device.type == "cpu" or index % SAMPLE_EVERY == 0
+            loss = self.train_step(epoch, index, order)
             self.step += 1
             self.elapsed = time.perf_counter() - start
             if self.clock.on:
                 self._check(loss)
-                if time.monotonic() - shown > SHOW_EVERY and self.fabric.is_global_zero:
-                    shown = time.monotonic()
-                    speed = (place + 1) * self.section.batch / self.elapsed
+                if time.monotonic() - last_look > SHOW_EVERY and self.fabric.is_global_zero:
+                    last_look = time.monotonic()
+                    speed = (index + 1) * self.section.batch / self.elapsed
                     self.watch.step(self.run, self.step / self.steps, float(loss), speed)
-            if place + 1 < self.steps and self.stopping():
+            if index + 1 < self.steps and self.stopping():
                 self.save()
-                raise Interrupted(f"{self.run.name} stopped in epoch {epoch + 1}; the same command goes on from there")
-            if time.monotonic() - self._saved > SAVE_EVERY and self.fabric.world_size == 1:
+                raise Interruption(f"{self.run.name} stopped in epoch {epoch + 1}; the same command goes on from there")
+            if time.monotonic() - self._last_save > SAVE_EVERY and self.fabric.world_size == 1:
                 self.save()
         self.clock.on = True
 
-    def train_step(self, epoch: int, place: int, order: Tensor) -> Tensor:
-        """One step; the loss without the penalty."""
+    def train_step(self, epoch: int, index: int, order: Tensor) -> Tensor:
+        """Do one step; return the loss without the penalty."""
         torch.manual_seed(key_of(self.run.seed, self.step, self.fabric.global_rank) % 2**63)  # for dropout
         with self.clock("data"):
-            images, labels = self.batches.get(epoch, place, order)
+            images, labels = self.batches.get(epoch, index, order)
             images = self._laid_out(images)
         with self.clock("network"):
             for group in self.optimizer.param_groups:
@@ -234,8 +234,8 @@ class Training:
             penalty = self._penalty()
         with self.clock("network"):
             self.optimizer.step()
-            if self.averaged is not None:
-                self.averaged.update_parameters(self.model)
+            if self.average is not None:
+                self.average.update_parameters(self.model)
                 self._copy_buffers()
         with self.clock("record"), torch.no_grad():
             n = len(labels)
@@ -245,31 +245,31 @@ class Training:
 
     @torch.no_grad()
     def _copy_buffers(self) -> None:
-        """Buffers are copied, not averaged, but for the statistics of batches.
+        """Copy buffers into the averaged network, all but the statistics of batches, which are averaged.
 
         The mean of vectors that are to have length 1, as those of spectral normalisation, has another length.
         """
-        for averaged, current in self.copied:
-            for mine, other in zip(averaged.buffers(recurse=False), current.buffers(recurse=False), strict=True):
-                mine.copy_(other)
+        for target_module, source_module in self.buffer_pairs:
+            for target, source in zip(target_module.buffers(recurse=False), source_module.buffers(recurse=False), strict=True):
+                target.copy_(source)
 
     def _laid_out(self, images: Tensor) -> Tensor:
         """``images`` in the memory layout of the recipe."""
         return images.contiguous(memory_format=torch.channels_last) if self.section.channels_last else images
 
     def _penalty(self) -> Tensor:
-        """Add the penalty's gradient; its value, 0 where there is none."""
+        """Add the penalty's gradient; return its value, 0 without a penalty."""
         if self.ortho is None:
             return torch.zeros((), device=self.device)
         try:
             return self.ortho.add_grad_()
         except FloatingPointError as error:
-            raise self._diverged(str(error)) from None
+            raise self._divergence(str(error)) from None
 
     def end_epoch(self, epoch: int) -> dict[str, Any]:
-        """Validate, record the epoch, save; its line of ``metrics.jsonl``."""
-        if self.fabric.world_size > 1:  # each rank has normalised its own part of the batches
-            for buffer in (*self.model.buffers(), *self.evaluated.buffers()):
+        """Validate, record the epoch, save; return its line of ``metrics.jsonl``."""
+        if self.fabric.world_size > 1:  # each process has normalised its own part of the batches
+            for buffer in (*self.model.buffers(), *self.final_model.buffers()):
                 if buffer.is_floating_point():
                     buffer.copy_(self.fabric.all_reduce(buffer, reduce_op="mean"))
         sums: Tensor = self.fabric.all_reduce(self.sums, reduce_op="sum")
@@ -278,7 +278,7 @@ class Training:
         with self.clock("evaluate"):
             validation = None if self.data.validation is None else self.evaluate(self.data.validation)
         with self.clock("record"):
-            measured = orthogonality(self.evaluated, spectrum=False)
+            totals = orthogonality(self.final_model, spectrum=False)
         row: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": self.step,
@@ -287,7 +287,7 @@ class Training:
             "validation": validation,
             "penalty": penalty / images,
             "strength": self.ortho.strength if self.ortho else 0.0,
-            "orthogonality": {part: {key: total[key] for key in SHOWN if key in total} for part, total in measured.items()},
+            "orthogonality": {part: {key: total[key] for key in COLUMNS if key in total} for part, total in totals.items()},
             "images_per_second": images / self.elapsed,
             "seconds": self._seconds(),
         }
@@ -303,11 +303,11 @@ class Training:
 
     def _seconds(self) -> dict[str, float]:
         """Seconds of the epoch by part; those of steps scaled up from the sampled ones."""
-        found = {"data": 0.0, "network": 0.0, "penalty": 0.0} | self.clock.seconds
+        seconds = {"data": 0.0, "network": 0.0, "penalty": 0.0} | self.clock.seconds
         if self.device.type != "cpu":
             for part in ("data", "network", "penalty"):
-                found[part] *= self.steps / math.ceil(self.steps / SAMPLED)
-        return {part: round(seconds, 4) for part, seconds in found.items()} | {"training": round(self.elapsed, 4)}
+                seconds[part] *= self.steps / math.ceil(self.steps / SAMPLE_EVERY)
+        return {part: round(value, 4) for part, value in seconds.items()} | {"training": round(self.elapsed, 4)}
 
     def finish(self) -> dict[str, Any]:
         """Test the trained network, once; write weights and summary."""
@@ -320,7 +320,7 @@ class Training:
             "validation": row["validation"],
             "best": self.best,
             "train": row["train"],
-            "orthogonality": orthogonality(self.evaluated),
+            "orthogonality": orthogonality(self.final_model),
             "ranks": self.ortho.ranks if self.ortho else {},
             "layers": shapes(self.ortho) if self.ortho else {},
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -342,19 +342,19 @@ class Training:
     # ------------------------------------------------------------------------------------------------------------------------
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The network that counts: the averaged one where there is one."""
-        averaged: nn.Module | None = None if self.averaged is None else self.averaged.module
-        return self.model if averaged is None else averaged
+    def final_model(self) -> nn.Module:
+        """The network that is evaluated and saved: the averaged one where there is one."""
+        average: nn.Module | None = None if self.average is None else self.average.module
+        return self.model if average is None else average
 
     @torch.no_grad()
     def evaluate(self, images: Images, batch: int = 500) -> dict[str, float]:
-        """Mean loss and accuracy of the network that counts, the images shared among the ranks."""
-        model = self.evaluated
+        """Mean loss and accuracy of :attr:`final_model`, the images shared among the processes."""
+        model = self.final_model
         model.eval()
         sums = self._zeros()
-        rank, ranks = self.fabric.global_rank, self.fabric.world_size
-        for pixels, labels in zip(images.pixels[rank::ranks].split(batch), images.labels[rank::ranks].split(batch), strict=True):
+        own = slice(self.fabric.global_rank, None, self.fabric.world_size)  # this process's images
+        for pixels, labels in zip(images.pixels[own].split(batch), images.labels[own].split(batch), strict=True):
             inputs = self._laid_out(self.data.normalise(pixels))
             with self.fabric.autocast():
                 logits = model(inputs)
@@ -367,25 +367,25 @@ class Training:
         return {"loss": float(total[0] / total[2]), "accuracy": float(total[1] / total[2])}
 
     def stopping(self, always: bool = False) -> bool:
-        """Whether any rank was told to stop; several ranks ask each other now and then, or ``always``."""
+        """Whether any process is requested to stop; several processes ask each other every tenth step, or ``always``."""
         if self.fabric.world_size == 1:
-            return self.stop.asked
+            return self.stop.is_requested
         if not always and self.step % 10:
             return False
-        asked = self.fabric.all_reduce(torch.tensor(float(self.stop.asked), device=self.device), reduce_op="sum")
-        return bool(asked > 0)
+        requests = self.fabric.all_reduce(torch.tensor(float(self.stop.is_requested), device=self.device), reduce_op="sum")
+        return bool(requests > 0)
 
-    def _check(self, value: Tensor, what: str = "the loss") -> None:
+    def _check(self, value: Tensor, quantity: str = "the loss") -> None:
         if not value.isfinite():
-            raise self._diverged(f"{what} is {value.item():g}")
+            raise self._divergence(f"{quantity} is {value.item():g}")
 
-    def _diverged(self, what: str) -> DivergenceError:
-        epoch, place = divmod(self.step, self.steps)
-        where = f"in epoch {epoch + 1}, step {place + 1}"
+    def _divergence(self, quantity: str) -> DivergenceError:
+        epoch, index = divmod(self.step, self.steps)
+        position = f"in epoch {epoch + 1}, step {index + 1}"
         if self.fabric.is_global_zero:
-            self.run.diverge(f"{what} {where}")
-        kept = f"{self.run.checkpoint} is from before" if self.run.checkpoint.is_file() else "no checkpoint was saved before"
-        return DivergenceError(f"{self.run.name} diverged {where}: {what}; {kept}. Lower train.lr, or add train.warmup")
+            self.run.diverge(f"{quantity} {position}")
+        remark = f"{self.run.checkpoint} is from before" if self.run.checkpoint.is_file() else "no checkpoint was saved before"
+        return DivergenceError(f"{self.run.name} diverged {position}: {quantity}; {remark}. Lower train.lr, or add train.warmup")
 
     # ------------------------------------------------------------------------------------------------------------------------
 
@@ -406,11 +406,11 @@ class Training:
 
     def _parts(self) -> dict[str, Any]:
         """The objects whose state a checkpoint holds."""
-        averaged = {} if self.averaged is None else {"averaged": self.averaged}
-        return {"model": self.model, "optimizer": self.optimizer, **averaged}
+        average = {} if self.average is None else {"averaged": self.average}
+        return {"model": self.model, "optimizer": self.optimizer, **average}
 
     def _of(self) -> dict[str, Any]:
-        """What a checkpoint belongs to. If any of this differed, the run would end with other weights."""
+        """The run that a checkpoint belongs to. If any of this differed, the run would end with other weights."""
         return {
             "seed": self.run.seed,
             "precision": self.fabric._precision.precision,
@@ -440,7 +440,7 @@ class Training:
         """Take over the state in a checkpoint.
 
         Raises:
-            ValueError: it is not one of this run.
+            ValueError: the state is not one of this run.
         """
         try:
             self._check_of(state.get("of", self._of()))
@@ -460,16 +460,16 @@ class Training:
             raise ValueError(f"it is at step {self.step} of {self.steps} to an epoch, but has the epochs {epochs}")
 
     def _check_of(self, of: dict[str, Any]) -> None:
-        own = self._of()
+        current = self._of()
         if (recipe := Recipe.of(of["recipe"])) != self.run.recipe:
             raise ValueError(f"it is of another recipe ({differences(recipe, self.run.recipe)})")
         for key in ("seed", "precision", "threads"):
-            if of[key] != own[key]:
-                raise ValueError(f"it is of a run with {key} {of[key]}, and this one has {own[key]}")
+            if of[key] != current[key]:
+                raise ValueError(f"it is of a run with {key} {of[key]}, and this one has {current[key]}")
 
     def save(self) -> None:
-        """A checkpoint of the present step, on disk at once and whole."""
-        parameters = [value.detach() for value in self.evaluated.state_dict().values() if value.is_floating_point()]
+        """Write a checkpoint of the present step, at once and whole."""
+        parameters = [value.detach() for value in self.final_model.state_dict().values() if value.is_floating_point()]
         self._check(torch.stack([value.sum(dtype=torch.float32) for value in parameters]).sum(), "a weight")
         with self.clock("record"):
             state = self._state()
@@ -479,21 +479,21 @@ class Training:
                 self._write_metrics()
                 write_checkpoint(self.run.checkpoint, state)
             self.fabric.barrier()
-            self._saved = time.monotonic()
+            self._last_save = time.monotonic()
 
     def _write_metrics(self) -> None:
         write(self.run.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
 
     def save_weights(self, name: str) -> dict[str, Tensor]:
-        """Write ``<name>.safetensors``: the weights of the network that counts, and what they are. Returns these weights."""
-        weights = {key: value.detach().cpu().contiguous() for key, value in self.evaluated.state_dict().items()}
+        """Write ``<name>.safetensors``: the weights of :attr:`final_model`, with their run and recipe; return the weights."""
+        weights = {key: value.detach().cpu().contiguous() for key, value in self.final_model.state_dict().items()}
         if self.fabric.is_global_zero:
             metadata = {
                 "run": self.run.name,
                 "epoch": str(self.step // self.steps),
                 "classes": str(self.data.classes),
                 "recipe": json.dumps(self.run.recipe.to_dict()),
-                **ordered(weights),
+                **order_metadata(weights),
             }
             write(self.run.folder / f"{name}.safetensors", save(weights, metadata))
         return weights
