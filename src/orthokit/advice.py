@@ -13,7 +13,7 @@ from orthokit.layers import Layer
 from orthokit.penalties.base import is_squared
 from orthokit.schedules import Schedule, cosine, linear, warmup
 
-__all__ = ["check_shape", "named", "warn_of_long_filters"]
+__all__ = ["check_shape", "name_layers", "warn_of_long_filters"]
 
 LONG = 4.0
 """The usual initialisations make shorter filters (up to 3.5, in 1x1 convolutions with six times fewer outputs than inputs).
@@ -77,7 +77,7 @@ def check_shape(layer: Layer, rank: object, before: torch.Size | None, now: torc
         )
 
 
-def named(layers: Sequence[Layer], error: FloatingPointError) -> FloatingPointError:
+def name_layers(layers: Sequence[Layer], error: FloatingPointError) -> FloatingPointError:
     """``error`` with the names of the layers that hold NaN or infinite weights, or of all ``layers`` where none does."""
     names = [layer.name for layer in layers if not layer.kernel.weight.isfinite().all()]
     return FloatingPointError(f"layer {', '.join(names or [layer.name for layer in layers])}: {error}")

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orthokit.advice import check_shape, named
+from orthokit.advice import check_shape, name_layers
 from orthokit.audit import check_places, edges_to
 from orthokit.checks import warn_once
 from orthokit.gram import GramRule, Side, is_by_rows, is_differentiated, is_finite, outside_autocast, upcast
@@ -287,7 +287,7 @@ class Engine:
             if not is_finite(values):
                 raise FloatingPointError(f"{self.penalty!r} is not finite")
         except FloatingPointError as error:
-            raise named(stack.layers, error) from None
+            raise name_layers(stack.layers, error) from None
         values = values.flatten(1)
         factor = self._factor(values.shape[-1], lambda: kernel)
         return values.sum(-1) if factor == 1 else values.sum(-1) * factor

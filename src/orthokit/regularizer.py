@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from orthokit.advice import named, warn_of_long_filters
+from orthokit.advice import name_layers, warn_of_long_filters
 from orthokit.audit import warn_of_selection
 from orthokit.checks import check_count, check_flag, check_number, warn_once
 from orthokit.engine import Engine
@@ -222,7 +222,7 @@ class Regularizer:
             try:
                 targets = self.penalty.nearest(stack.kernel())
             except FloatingPointError as error:
-                raise named(stack.layers, error) from None
+                raise name_layers(stack.layers, error) from None
             for layer, target in zip(stack.layers, targets, strict=True):
                 with torch.enable_grad():
                     own = layer.kernel

@@ -357,7 +357,7 @@ def test_safetensors_in_natural_order_and_ours_in_the_models(tmp_path):
     state = model.state_dict()
     order = [row["layer"] for row in ok.report(state).rows]
     save_file(state, tmp_path / "theirs.safetensors")
-    save_file(state, tmp_path / "ours.safetensors", checkpoint.ordered(state))
+    save_file(state, tmp_path / "ours.safetensors", checkpoint.order_metadata(state))
     assert [row["layer"] for row in ok.report(tmp_path / "theirs.safetensors").rows] == sorted(order, key=checkpoint.natural)
     assert [row["layer"] for row in ok.report(tmp_path / "ours.safetensors").rows] == order
     assert list(checkpoint.read(tmp_path / "ours.safetensors")[0]) == list(state)

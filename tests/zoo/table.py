@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import orthokit as ok
-from orthokit.architecture import opened
+from orthokit.architecture import open_network
 from orthokit.audit import unread_parameters
 from orthokit.in_use import is_overridden
 from orthokit.kernel import plain_view
@@ -44,7 +44,7 @@ def row(network: Network) -> str:
     unread = unread_parameters(model, layers)
     read = unread.total - unread.numbers
     computed = sum(is_overridden(layer.module) and plain_view(layer.module, layer.weight) is None for layer in layers)
-    alone, _ = opened(copy.copy(model.state_dict()))
+    alone, _ = open_network(copy.copy(model.state_dict()))
     wanted, found = ({(layer.name, layer.size) for layer in chosen} for chosen in (layers, ok.select(alone, ok.layers)))
     agreement = "same" if wanted == found else f"{len(wanted - found)} differ, {len(found - wanted)} more, noted"
     kinds = ", ".join(f"{count} {kind}" for kind, count in unread.kinds.items()) or "–"
