@@ -69,4 +69,8 @@ def test_compare_names_what_can_be_compared(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "orthokit: name folders of runs, such as runs, or a CSV file\n"
     Path("results/ledger").mkdir(parents=True)
     assert main(["compare"]) == 2
-    assert "such as runs, or a CSV file; a study compares its own runs: orthokit study FILE --no-train" in capsys.readouterr().err
+    told = "; a study compares its own runs: orthokit study FILE --no-train\n"
+    assert capsys.readouterr().err.endswith(f"such as runs, or a CSV file{told}")
+    Path("results/near").mkdir()
+    assert main(["compare", "results/near"]) == 2
+    assert capsys.readouterr().err.endswith(f"no finished run (summary.json) in results/near{told}")

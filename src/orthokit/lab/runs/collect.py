@@ -47,7 +47,9 @@ def read(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
         more = f"; so {'is' if len(damage) == 2 else 'are'} {len(damage) - 1} more" if len(damage) > 1 else ""
         raise DamagedError(next(iter(damage.values())) + more)
     if not results:
-        raise FileNotFoundError(f"no finished run (summary.json) in {', '.join(map(str, paths))}")
+        shown = any((path.parent / "ledger").is_dir() for path in paths)  # by a study, whose runs are in the ledger
+        study = "; a study compares its own runs: orthokit study FILE --no-train" if shown else ""
+        raise FileNotFoundError(f"no finished run (summary.json) in {', '.join(map(str, paths))}{study}")
     remarks = [f"left out, as what remains of its arm may be a lucky choice: {why}" for why in damage.values()]
     for kind in ("failed", "not finished"):
         if names := [f"{folder.parent.name}/{folder.name}" for folder, why in states.items() if why == kind]:
