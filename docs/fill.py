@@ -8,6 +8,7 @@ A mark such as ``<!--=cost: SO-->1.3 to 14%<!--/-->`` says where its text comes 
     value: near; strict; ResNet-20; under_cos        mean of an arm; the panel may be left out where there is one
     tried: near; ocnn; 0.1                           validation accuracy at a strength
     use: SO                                          when to use a penalty
+    tutorials: SO                                    the tutorials that begin with it, or use it
     cards                                            the overview table of the cards
     penalties                                        the table of the README
     modules                                          the penalties' part of the reference
@@ -30,6 +31,7 @@ from orthokit.lab.comparison.metrics import metric_of
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "src/orthokit/cards"
+TUTORIALS = ROOT / "docs/tutorials"
 COSTS = {"Disentangled": "strict"}
 """Names of penalties in benchmarks/cost.json, where they are others."""
 MARK = re.compile(r"<!--=(?P<source>.*?)-->.*?<!--/-->", re.DOTALL)
@@ -92,6 +94,16 @@ def use(penalty: str) -> str:
     return str(getattr(ok, penalty).use)
 
 
+def tutorials(penalty: str) -> str:
+    """Links to the tutorials: the first, those whose code makes this penalty, and how to compare it."""
+    links = []
+    for path in sorted(TUTORIALS.glob("*.py")):
+        text = path.read_text("utf-8")
+        if path.name[:2] in ("1_", "4_") or f"ok.{penalty}(" in text:
+            links.append(f"[{text.splitlines()[1]}](../../../docs/tutorials/{path.name})")
+    return "; ".join(links)
+
+
 def penalties() -> str:
     """A line for each penalty: its card, when to use it, and where it is from."""
     lines = ["", "| penalty | use it when | from |", "|---|---|---|"]
@@ -148,6 +160,7 @@ VERBS = {
     "penalties": penalties,
     "modules": modules,
     "use": use,
+    "tutorials": tutorials,
 }
 
 

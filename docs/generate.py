@@ -18,6 +18,7 @@ from orthokit.lab.reporting import markup, page, tables
 DOCS = Path(__file__).parent
 ITEM = re.compile(r"[│ ] (?P<name>(?:-|[A-Z{\[])\S*(?: \S+)*?)(?: {2,}(?P<text>.*))?")
 """A line of a help text that begins an option or a positional argument."""
+TUTORIAL = re.compile(r"\.\./\.\./\.\./docs/tutorials/(\w+)\.py")
 MARKUP, MASKED = re.compile(r"[<>*_`|~\[\]\\]"), r"\\\g<0>"
 
 COMMANDS_PAGE = """\
@@ -110,6 +111,7 @@ def cards() -> None:
     for card in fill.CARDS.glob("*.md"):
         if card.stem == "recommended":  # a part of other pages
             continue
-        text = fill.fill(card.read_text("utf-8")).replace("../../../docs/", "../").replace("../../../results/", "../evidence/")
+        text = TUTORIAL.sub(r"../learn/\1.rst", fill.fill(card.read_text("utf-8")))
+        text = text.replace("../../../docs/", "../").replace("../../../results/", "../evidence/")
         pages = "\n```{toctree}\n:glob:\n:hidden:\n\n*\n```\n" if card.stem == "index" else ""
         (DOCS / "penalties" / card.name).write_text(text + pages, encoding="utf-8")

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import orthokit as ok
 from orthokit.lab.networks.resnet import ResNet
 
+STEPS = 200
 pixels, classes = load_digits(return_X_y=True)
 x, y = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1, torch.tensor(classes)
 train, test = (x[:1500], y[:1500]), (x[1500:], y[1500:])
@@ -29,7 +30,7 @@ def network():
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(32 * 2 * 2, 10))
 
 
-def batches(steps=200):
+def batches(steps=STEPS):
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         batch = torch.randint(len(train[0]), (50,), generator=generator)
@@ -78,12 +79,12 @@ for name, trained in {"untrained": network(), "without": plain, "with": model}.i
 # The :term:`residual` is 0 where filters are orthonormal. These are the :term:`Gram matrices <Gram matrix>` of the last
 # convolution, ``|K Kᵀ|``: its diagonal holds squared lengths, the rest is overlap.
 
-figure, axes = plt.subplots(1, 2, figsize=(7, 3.4), layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(4.8, 2.9), layout="constrained")
 for axis, (name, trained) in zip(axes, {"without": plain, "with": model}.items(), strict=True):
     matrix = ok.kernel_of(trained[4]).matrix[0].detach()
     image = axis.imshow((matrix @ matrix.T).abs(), vmin=0, vmax=1, cmap="Blues")
-    axis.set(title=f"{name} the penalty", xlabel="filter", ylabel="filter")
-figure.colorbar(image, ax=axes, label="|K Kᵀ|")
+    axis.set(title=f"{name} penalty", xlabel="filter", yticks=[])
+figure.colorbar(image, ax=axes, label="|K Kᵀ|", shrink=0.7)
 plt.show()
 
 # %%
@@ -142,7 +143,7 @@ show("its average", averaged.module)
 model = network()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 ok.attach(ok.Regularizer(model, ok.Disentangled(), strength=0.1), optimizer)
-for index, (images, labels) in enumerate(batches(400), 1):
+for index, (images, labels) in enumerate(batches(2 * STEPS), 1):
     (F.cross_entropy(model(images), labels) / 2).backward()
     if index % 2 == 0:
         optimizer.step()

@@ -17,7 +17,7 @@ from orthokit.spec import penalty_of
 
 ROOT = Path(__file__).parents[2]
 PARTS = ["Use it", "Strength and schedule", "Use it when", "Do not use it when", "Cost", "Interactions", "Value", "Prefers"]
-PARTS += ["What the paper claims", "Reproduced here", "Not reproduced"]
+PARTS += ["Tutorials", "What the paper claims", "Reproduced here", "Not reproduced"]
 
 
 @pytest.fixture(scope="module")
