@@ -52,6 +52,7 @@ sphinx_gallery_conf = {
     "reset_modules": ("gallery.style",),
     "image_scrapers": ("matplotlib", "gallery.last_value"),
     "image_srcset": ["2x"],
+    "within_subsection_order": "FileNameSortKey",
     "capture_repr": (),
     "download_all_examples": False,
     "show_signature": False,

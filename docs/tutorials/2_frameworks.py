@@ -92,7 +92,7 @@ logs = {"without penalty": fit("without penalty", 0.0), "with penalty": fit("wit
 
 # %%
 # The log has the penalty of each layer, their total times the strength, and for all :term:`wide layers <wide layer>` together
-# the mean |cosine| between two :term:`filters <filter>`, which is 0 where filters are orthogonal.
+# the mean \|cosine\| between two :term:`filters <filter>`, which is 0 where filters are orthogonal.
 
 for key, value in logs["with penalty"][-1].items():
     if value:

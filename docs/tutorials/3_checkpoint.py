@@ -8,9 +8,10 @@ which strength to begin.
 Three checkpoints show what you may meet: a plain one, one that was widened and pruned, and one trained with a penalty.
 """
 
-import os
+import contextlib
 import shlex
 import tempfile
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -22,6 +23,7 @@ import orthokit as ok
 from orthokit.cli import main
 
 STEPS = 300
+folder = Path(tempfile.mkdtemp())
 pixels, classes = load_digits(return_X_y=True)
 x, y = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1, torch.tensor(classes)
 train, test = (x[:1500], y[:1500]), (x[1500:], y[1500:])
@@ -47,12 +49,12 @@ def trained(model, strength=0.0):
 def command(line):
     """What a shell would print."""
     print("$ orthokit", line)
-    return main(shlex.split(line))
+    with contextlib.chdir(folder):
+        return main(shlex.split(line))
 
 
-os.chdir(tempfile.mkdtemp())
-torch.save(trained(network()).state_dict(), "plain.pt")
-torch.save(trained(network(), strength=0.1).state_dict(), "strict.pt")
+torch.save(trained(network()).state_dict(), folder / "plain.pt")
+torch.save(trained(network(), strength=0.1).state_dict(), folder / "strict.pt")
 
 # Layer "2" twice as wide as it was trained, by copies, which changes no output; then eight filters of layer "4" are pruned.
 state = trained(network(width=16)).state_dict()
@@ -60,7 +62,7 @@ for name in ("2.weight", "2.bias"):
     state[name] = torch.cat([state[name], state[name]])
 state["4.weight"] = torch.cat([state["4.weight"], state["4.weight"]], 1) / 2
 state["4.weight"][:8] = state["4.bias"][:8] = 0
-torch.save(state, "widened.pt")
+torch.save(state, folder / "widened.pt")
 
 # %%
 # The plain one
@@ -76,7 +78,7 @@ command("report plain.pt")
 #
 # In Python a report is an object. Its picture has a bar for each layer; the dotted line is what random filters have.
 
-plain = ok.report("plain.pt")
+plain = ok.report(folder / "plain.pt")
 print(plain.summary)
 plain.plot()
 
@@ -101,7 +103,7 @@ for row in plain.rows:
 # The same command finds :term:`copies`: pairs of filters that compute the same thing. It lists the worst layer first.
 
 command("report widened.pt --sort word --no-spectrum")
-widened = ok.report("widened.pt")
+widened = ok.report(folder / "widened.pt")
 widened.plot("2")
 
 # %%
@@ -110,7 +112,7 @@ widened.plot("2")
 
 model = network()
 model[2], model[4] = nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 3)
-model.load_state_dict(torch.load("widened.pt"))
+model.load_state_dict(torch.load(folder / "widened.pt"))
 smaller, _, following, merged = ok.merge_copies(model[2], model[4])
 before = model(test[0])
 model[2], model[4] = smaller, following
@@ -135,7 +137,7 @@ for row in widened.rows:
 
 figure, axis = plt.subplots(figsize=(4.8, 2.8), layout="constrained")
 for offset, (name, colour) in enumerate({"plain.pt": "#8a8a8a", "strict.pt": "#2166ac"}.items()):
-    rows = ok.report(name, where=ok.convs).rows
+    rows = ok.report(folder / name, where=ok.convs).rows
     axis.barh([i + 0.38 * offset for i in range(len(rows))], [row["x_random"] for row in rows], 0.36, color=colour, label=name)
 axis.set_yticks([i + 0.19 for i in range(len(rows))], [f"layer {row['layer']}" for row in rows])
 axis.invert_yaxis()

@@ -9,7 +9,6 @@ You write two small files, a module and a study. The lab (extra ``lab``) trains 
 from the same initial weights, and refuses to compare what differs besides the penalty.
 """
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from orthokit.lab.comparison.inference import pooled_sd, seeds_needed
 from orthokit.lab.training.loop import train
 
 EPOCHS = 10
-os.chdir(tempfile.mkdtemp())
+folder = Path(tempfile.mkdtemp())
 
 # %%
 # Your network and your images
@@ -28,7 +27,7 @@ os.chdir(tempfile.mkdtemp())
 # One function makes the network. It is called with ``channels`` and ``classes``, and returns logits. One function gives the
 # images: ``uint8`` pixels and labels to train on, then those to test on. Here they are the digits that come with scikit-learn.
 
-Path("mine.py").write_text("""
+(folder / "mine.py").write_text("""
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -36,7 +35,7 @@ from torch import nn
 
 def build(channels, classes, width=16):
     layers = nn.Conv2d(channels, width, 3), nn.ReLU(), nn.Conv2d(width, 2 * width, 3), nn.ReLU()
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8 * width, classes))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * width, classes))  # 8x8 images end at 4x4
 
 
 def images():
@@ -51,7 +50,7 @@ def images():
 # A :term:`panel` is your network on your images; an :term:`arm` is one way to train it. Arms differ in ``[regularizer]`` alone,
 # and the first one is the :term:`baseline`. Begin with three :term:`seeds <seed>`.
 
-Path("mine.toml").write_text(f"""
+(folder / "mine.toml").write_text(f"""
 [data]
 kind = "mine:images"
 validation = 60       # to choose a strength on; test images are looked at once, at the end
@@ -67,7 +66,7 @@ epochs = {EPOCHS}
 batch = 24
 lr = 0.05
 """)
-Path("study.toml").write_text("""
+(folder / "study.toml").write_text("""
 title = "A penalty on my network"
 recipe = "mine.toml"
 seeds = [0, 1, 2]
@@ -96,7 +95,13 @@ def here(runs, test):
     return 0
 
 
-outcome = study.run(Path("study.toml"), train=here, on_event=lambda event: print(event.text))
+outcome = study.run(
+    folder / "study.toml",
+    out=folder / "runs",
+    results=folder / "results",
+    train=here,
+    on_event=lambda event: print(event.text),
+)
 
 # %%
 # The answer
@@ -144,4 +149,4 @@ for gain in (2.0, 1.0, 0.5):
 # For more on one page: ``orthokit study study.toml --html`` writes figures and all metrics; ``orthokit power`` plans without
 # runs.
 
-print("kept:", *sorted(path.name for path in Path("results").iterdir()))
+print("kept:", *sorted(path.name for path in (folder / "results/ledger").iterdir()))

@@ -43,8 +43,11 @@ def test_all_are_here():
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # a reader sees a framework's own warnings too
 def test_runs(path, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    here, temporary = tmp_path / "here", tmp_path / "temporary"
+    for folder in (here, temporary):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "level", logging.WARNING)
     matplotlib.use("agg")
@@ -56,6 +59,8 @@ def test_runs(path, tmp_path, monkeypatch, capsys):
     finally:
         pyplot.close("all")
     assert len(capsys.readouterr().out.splitlines()) > 3
+    assert Path.cwd() == here, "the site's build goes back after each block"
+    assert list(here.iterdir()) == []
     assert pictures
     for figure in pictures:
         assert figure.get_size_inches()[0] <= 5, "wider pictures cannot be read on a phone"
@@ -64,7 +69,7 @@ def test_runs(path, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_ends_in_a_decision(path):
     text = prose(path.read_text("utf-8"))
-    assert "you know" in " ".join(text.split("\n\n")[1].split()) or "you can" in " ".join(text.split("\n\n")[1].split())
+    assert "At the end you" in " ".join(text.split("\n\n")[1].split())
     *_, decision = re.findall(r"^(.+)\n-+$", text, re.MULTILINE)
     assert decision == "Decide"
 
