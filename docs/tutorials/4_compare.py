@@ -150,3 +150,18 @@ for gain in (2.0, 1.0, 0.5):
 # runs.
 
 print("kept:", *sorted(path.name for path in (folder / "results/ledger").iterdir()))
+
+# %%
+# Decide
+# ------
+# ================================================  =================================================================
+# the verdict                                       do
+# ================================================  =================================================================
+# better                                            use the penalty, on networks and images like these
+# worse                                             leave it out, or choose a strength (``[tune]``) and compare anew
+# not resolved, and a few more seeds would do       run them: more ``seeds`` in the study, the same command
+# not resolved, and it would take hundreds          decide by other things: cost, or how orthogonal filters should be
+# ================================================  =================================================================
+#
+# Never choose an arm or a strength by these test accuracies: the study has ``[tune]`` for it, with seeds of its own. What a study
+# may say: :doc:`../studies`; how verdicts are made: :doc:`../compare`; all names: :doc:`../reference/study`.
