@@ -16,13 +16,13 @@ import matplotlib
 import torch
 import tyro
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
 import orthokit as ok
-from orthokit.plots import INK
+from orthokit.palette import MIDDLE
+from orthokit.plots import see_through
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -31,7 +31,6 @@ from base import digits, network  # noqa: E402
 
 WIDE, TALL = "2", "0"
 LAYERS = {WIDE: "wide: 32 filters of 144", TALL: "tall: 16 filters of 9"}
-SCALE = LinearSegmentedColormap.from_list("see-through", [(0.16, 0.47, 0.95, 0.0), (0.16, 0.47, 0.95, 1.0)])
 Arm = tuple[object, float]
 """A penalty and its strength."""
 STRICT: Arm = (ok.Disentangled(), 0.1)
@@ -76,11 +75,11 @@ def heat(axis: Axes, model: nn.Module, layer: str, title: str) -> None:
     """The map of one layer, and its mean cosine below."""
     report = ok.report(model, where=ok.matching(layer))
     matrix = report.kernel(layer).matrix[0].detach()
-    axis.imshow((matrix @ matrix.T).abs().numpy(), vmin=0, vmax=1, cmap=SCALE, interpolation="nearest")
-    axis.set_title(title, color=INK, fontsize=18, fontweight="bold", pad=10)
-    axis.set_xlabel(f"mean |cos| {report.rows[0]['mean_cos']:.2g}", color=INK, fontsize=17, labelpad=8)
+    axis.imshow((matrix @ matrix.T).abs().numpy(), vmin=0, vmax=1, cmap=see_through(), interpolation="nearest")
+    axis.set_title(title, color=MIDDLE, fontsize=18, fontweight="bold", pad=10)
+    axis.set_xlabel(f"mean |cos| {report.rows[0]['mean_cos']:.2g}", color=MIDDLE, fontsize=17, labelpad=8)
     axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_color(INK)
+    axis.spines[:].set_color(MIDDLE)
 
 
 def first(path: Path, epochs: int) -> None:

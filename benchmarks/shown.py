@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from plain import ARMS
 from rich import box
 from rich.table import Table
 
-from orthokit.lab.reporting.figures import STYLE
-from orthokit.plots import COLOURS
+from orthokit import palette
+from orthokit.palette import BASELINE, GROUND, LINE, SOFT
+from orthokit.plots import WIDTH, named_above, own_style, svg
 
 WAYS = {"add_grad_": "add_grad_()", "loss": "loss, backward", "plain": "plain loop"}
 EVERY = 8
@@ -94,43 +94,41 @@ def picture(results: Mapping[str, Any], path: Path) -> None:
         for name in found["penalties"]
         for way in WAYS
     }
-    columns = max(len(networks) for networks in results["networks"].values())
-    rows = len(results["networks"])
-    look = {"plain": ("plain loop in autograd", COLOURS[0], "white"), "add_grad_": ("orthokit", COLOURS[2], COLOURS[2])}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(1.4 + 1.9 * max(columns, 2), 0.6 + (0.5 + 0.19 * len(names)) * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axis in axes.flat:
-            axis.set_visible(False)
-        kinds = list(results["networks"])
-        for place, (kind, title, _) in enumerate(panels):
-            axis = axes[kinds.index(kind), list(results["networks"][kind]).index(title)]
-            axis.set_visible(True)
+    look = {"plain": ("plain loop in autograd", BASELINE, GROUND), "add_grad_": ("orthokit", palette.ARMS[1], palette.ARMS[1])}
+    with own_style():
+        rows = -(-len(panels) // 2)
+        figure = Figure(figsize=(WIDTH, 1.1 + (0.7 + 0.25 * len(names)) * rows), layout="constrained")
+        axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).ravel()
+        for axis in axes[len(panels) :]:
+            axis.remove()
+        for place, (axis, (kind, title, _)) in enumerate(zip(axes, panels, strict=False)):
             axis.set_title(f"{title}{', GPU' * (kind != 'cpu')}")
-            axis.axvline(1, color="#444444", linewidth=0.9)
+            axis.axvline(1, color=SOFT, linewidth=1.4)
+            axis.grid(axis="x")
             for y, name in enumerate(names):
                 if (place, name, "plain") not in ratios:
                     continue
                 ends = [ratios[place, name, way]["median"] for way in look]
-                axis.plot(ends, [y, y], color="#cfcfcf", linewidth=1.5, zorder=1)
+                axis.plot(ends, [y, y], color=LINE, linewidth=2, zorder=1)
                 for way, (_, colour, face) in look.items():
                     found = ratios[place, name, way]
-                    axis.plot([found["low"], found["high"]], [y, y], color=colour, linewidth=1.2, zorder=2)
-                    axis.plot([found["median"]], [y], marker="o", color=colour, markerfacecolor=face, markersize=5, zorder=3)
-            axis.grid(visible=False, axis="y")
+                    axis.plot([found["low"], found["high"]], [y, y], color=colour, linewidth=1.6, zorder=2)
+                    axis.plot([found["median"]], [y], marker="o", color=colour, markerfacecolor=face, zorder=3)
             axis.tick_params(axis="y", length=0)
+            axis.tick_params(axis="x", labelbottom=True)
             axis.spines["left"].set_visible(False)
         every = [ratio["median"] for key, ratio in ratios.items() if key[2] in look]
-        axes[0, 0].set(xscale="log", ylim=(len(names) - 0.5, -0.5), xlim=(0.8 * min(1, *every), 1.25 * max(every)))
-        axes[0, 0].set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
+        axes[0].set(xscale="log", ylim=(len(names) - 0.5, -0.5), xlim=(0.8 * min(1, *every), 1.25 * max(every)))
+        axes[0].set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
         span = max(every) / min(1, *every)
-        axes[0, 0].xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if span < 30 else (1, 3) if span < 300 else (1,)))
-        axes[0, 0].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes[0, 0].xaxis.set_minor_formatter(NullFormatter())
-        figure.supxlabel("time over all convolutions, forward and backward, as a multiple of the floor", fontsize=9)
-        dots = [axes[0, 0].plot([], [], "o", color=c, markerfacecolor=face, label=label)[0] for label, c, face in look.values()]
-        figure.legend(handles=dots[::-1], loc="outside upper right", ncols=2, frameon=False, fontsize=9, borderpad=0.1)
+        axes[0].xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if span < 30 else (1, 3) if span < 100 else (1,)))
+        axes[0].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes[0].xaxis.set_minor_formatter(NullFormatter())
+        title = "Time over all convolutions, as a multiple of the floor"
+        dots = [axes[0].plot([], [], "o", color=c, markerfacecolor=face, label=label)[0] for label, c, face in look.values()]
+        named_above(figure, title, handles=dots[::-1], ncols=2)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None, "Creator": None} if path.suffix == ".svg" else None, dpi=130)
+        if path.suffix == ".svg":
+            path.write_text(svg(figure, f"{title}: forward and backward, medians with quartiles"), "utf-8")
+        else:
+            figure.savefig(path, dpi=130)

@@ -404,6 +404,7 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
     report = ok.report(model)
     text = report.to_html(tmp_path / "report.html", top=2)
     assert (tmp_path / "report.html").read_text("utf-8") == text
+    assert report.to_html(top=2) == text
     assert "<script" not in text
     assert not re.search(r'(?:src|href)="(?!data:)', text)
     assert "prefers-color-scheme: dark" in text

@@ -61,8 +61,9 @@ def _result(
         "network": {"kind": "resnet", "depth": depth},
         "train": {"epochs": 20, "warmup": 1.0},
     }
-    if (penalty := PENALTIES[place % len(PENALTIES)]) is not None:
-        raw["regularizer"] = {"strength": 0.1 * (1 + place // len(PENALTIES)), "penalty": penalty}
+    turn, kind = divmod(max(0, place - 1), len(PENALTIES) - 1)
+    if place and (penalty := PENALTIES[1 + kind]) is not None:
+        raw["regularizer"] = {"strength": 0.1 * (1 + turn), "penalty": penalty}
     summary = {
         "name": f"ResNet-{depth}-{place}",
         "study": {"arm": arm, "panel": f"ResNet-{depth}"},

@@ -1,6 +1,7 @@
 """The page and the figures of a comparison: well-formed, complete without network, the same each time, and whole in a browser."""
 
 import base64
+import html
 import html.parser
 import itertools
 import math
@@ -13,8 +14,10 @@ from dataclasses import replace
 import pytest
 
 from made_up import made_up
+from orthokit import palette
 from orthokit.lab.comparison.comparison import compare
 from orthokit.lab.reporting import words
+from orthokit.lab.reporting.drawing import arm_colours, groups
 from orthokit.lab.reporting.figures import figures
 from orthokit.lab.reporting.page import page
 from orthokit.plots import COLOURS
@@ -62,8 +65,8 @@ def drawn(comparison):
 
 
 @pytest.fixture(scope="module")
-def text(comparison):
-    return page(comparison, command="orthokit compare runs/study")
+def text(comparison, drawn):
+    return page(comparison, command="orthokit compare runs/study", drawn=drawn)
 
 
 def test_figures_are_there(drawn):
@@ -78,12 +81,14 @@ def test_figures_are_there(drawn):
 def test_figures_are_xml_with_words(drawn):
     for drawing in drawn.values():
         ElementTree.fromstring(drawing.svg)
-        assert drawing.size[0] == 403
-        assert 200 < drawing.size[1] < 700
+        assert drawing.size[0] == 760
+        assert 150 < drawing.size[1] < 800
         assert drawing.alt.startswith(drawing.caption)
         assert len(drawing.alt) > len(drawing.caption) + 10
         assert "<text" in drawing.svg
         assert "<dc:date>" not in drawing.svg
+        assert f"<title>{html.escape(drawing.caption, quote=False)}</title>" in drawing.svg
+        assert "prefers-color-scheme: dark" in drawing.svg
 
 
 def test_numbers_on_axes_are_whole(drawn):
@@ -92,6 +97,54 @@ def test_numbers_on_axes_are_whole(drawn):
     labels = [word.text for word in words]
     assert {"0.1", "0.01", "0.001"} <= set(labels)
     assert "0.00" not in labels
+
+
+@pytest.fixture(scope="module")
+def of_many():
+    """A comparison of 15 arms in one panel, whose lines end close to each other."""
+    return compare(made_up({"none": 0.0} | {f"arm {k}": k / 100 for k in range(14)}, (8,), seeds=2, parts=False))
+
+
+def test_names_of_lines_stand_apart(of_many):
+    texts = ElementTree.fromstring(figures(of_many)["orthogonality-training"].svg).iter("{http://www.w3.org/2000/svg}text")
+    places = [(text.text, float(text.get("x")), float(text.get("y"))) for text in texts if text.text in of_many.arms]
+    names = [name for name, _, _ in places]
+    assert set(names) == set(of_many.arms)
+    assert names.count("none") == 2 * names.count("arm 0") == 4  # wide and tall layers, in two groups of arms
+    assert len({x for _, x, _ in places}) == 1
+    heights = sorted(y for _, _, y in places)
+    assert all(after - before > 13 for before, after in itertools.pairwise(heights))
+
+
+def test_arms_that_share_an_axis_differ_in_colour(of_many):
+    colours, parts = arm_colours(of_many), groups(of_many, of_many.arms)
+    assert [len(part) for part in parts] == [8, 8]
+    assert all(len({colours[arm] for arm in part}) == 8 for part in parts)
+    assert [arm for arm in of_many.arms if colours[arm] == palette.BASELINE] == ["none"]
+    few = compare(made_up({"none": 0.0, "one": 1.0}, (8,), parts=False))
+    assert groups(few, ["none"]) == [["none"]]
+    assert groups(few, ["one"]) == [["one"]]
+
+
+def contrast(one, two):
+    """The ratio of WCAG."""
+
+    def luminance(colour):
+        parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(two)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_read_on_both_grounds():
+    light, dark = palette.GROUND, palette.DARK[palette.GROUND]
+    for colour in (*palette.COLOURS, *palette.WORDS.values()):
+        assert min(contrast(colour, light), contrast(colour, dark)) > 3
+    for ink in (palette.INK, palette.SOFT, *map(palette.pen, palette.COLOURS)):
+        assert min(contrast(ink, light), contrast(palette.DARK[ink], dark)) > 4.5
+    assert all(contrast(chip, "#ffffff") > 4.5 for chip in palette.WORDS.values())
 
 
 def test_figures_leave_the_settings_of_matplotlib_alone(comparison):
@@ -231,10 +284,10 @@ def test_many_arms_and_panels():
     results = [replace(result, parts={"noise": result.parts["noise"]}) for result in results]
     outline = Outline(page(compare(results)))
     captions = [attributes["alt"] for attributes in outline.all("img")]
-    assert sum(caption.startswith("Differences") for caption in captions) == 6
+    assert sum(caption.startswith("Differences") for caption in captions) == 1
     assert sum(caption.startswith("Accuracy under noise") for caption in captions) == 3
     assert sum(caption.startswith("Noise by depth") for caption in captions) == 1
-    assert all(200 < int(attributes["height"]) < 600 for attributes in outline.all("img"))
+    assert all(150 < int(attributes["height"]) < 1300 for attributes in outline.all("img"))
     assert "drawn of 3 of 6 panels" in outline.text
     assert "None" not in outline.text
     assert "of 6 panels" not in page(compare([replace(result, parts={}) for result in results]))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.console import Console
 
 from orthokit.lab.comparison.inference import Sample, differences, holm
@@ -150,7 +150,7 @@ def _words(accuracy: Mapping[str, Sample], cosines: Mapping[str, Sequence[float]
     ]
 
 
-@own_style()
+@own_style(11)
 def _draw(accuracy: Mapping[str, Sample], cosines: Mapping[str, Sequence[float]], path: Path) -> None:
     """Accuracies above cosines, a dot a seed; readable on a screen of 400 pixels."""
     figure = new_figure(4.4, 4.8)
@@ -166,16 +166,17 @@ def _draw(accuracy: Mapping[str, Sample], cosines: Mapping[str, Sequence[float]]
     for axis, (title, label, values) in zip(axes, kinds, strict=True):
         for row, arm in enumerate(values):
             colour = COLOURS[row % len(COLOURS)]
-            axis.plot(values[arm], [row] * len(values[arm]), "o", color=colour, markersize=8, alpha=0.6, markeredgewidth=0)
-        axis.set_yticks(range(len(values)), list(values), fontsize=12)
+            axis.plot(values[arm], [row] * len(values[arm]), "o", color=colour, markersize=9, alpha=0.7, markeredgewidth=0)
+        axis.set_yticks(range(len(values)), list(values))
         axis.set_ylim(len(values) - 0.5, -0.5)
-        axis.set_title(title, fontsize=14, loc="left")
-        axis.set_xlabel(label, fontsize=11)
-        axis.grid(axis="y", color="#dddddd")
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(left=False, labelsize=11)
+        axis.set_title(title, fontweight="bold")
+        axis.set_xlabel(label)
+        axis.grid(axis="y")
+        axis.spines["left"].set_visible(False)
+        axis.tick_params(left=False)
     axes[1].set_xscale("log")
     axes[1].set_xlim(right=1)
     axes[1].xaxis.set_major_locator(LogLocator(numticks=5))
+    axes[1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}".replace("e-0", "e-")))
     axes[1].xaxis.set_minor_locator(NullLocator())
-    figure.savefig(path, dpi=180)
+    figure.savefig(path, dpi=180, metadata={"Software": None})

@@ -122,7 +122,8 @@ class Report(Table):
             raise ValueError(f"layer {layer!r} has NaN or infinite weights: there is nothing to draw")
         figure = plots.overview(self.rows) if layer is None else plots.detail(self.kernel(layer))
         if path is not None:
-            figure.savefig(path, dpi=130)
+            with plots.own_style():
+                figure.savefig(path, dpi=130)
         return figure
 
     def to_html(self, path: str | PathLike[str] | None = None, *, top: int | None = 12) -> str:

@@ -1,12 +1,12 @@
 """A report as a page: one file, no script, nothing from outside; narrow and wide, light and dark."""
 
 import base64
-import io
 from collections.abc import Mapping
 from html import escape as escape_html
 from typing import TYPE_CHECKING, Any
 
 from orthokit.checks import printable
+from orthokit.palette import WORDS
 from orthokit.report.words import ranked
 from orthokit.tables import Column, Row, Table
 
@@ -28,27 +28,22 @@ body { margin: 0 auto; max-width: 1320px; padding: 16px; color: var(--ink); back
 h1, h2 { overflow-wrap: anywhere } h1 { font-size: 1.4rem; margin: .2em 0 } h2 { font-size: 1.1rem; margin: 1.6em 0 .4em }
 p.summary { font-size: 1.15rem; margin: .4em 0 }
 pre { background: var(--raised); padding: 10px; overflow-x: auto; border-radius: 6px }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px }
+.wide { overflow-x: auto; margin: 10px 0; border: 1px solid var(--line); border-radius: 6px }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: 4px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-th { color: var(--soft); font-weight: 600 } tbody:last-child tr:last-child td { border-bottom: 0 }
+th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom }
+tbody:last-child tr:last-child td { border-bottom: 0 }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--ground);
-  min-width: min(12rem, 34vw); overflow-wrap: anywhere; white-space: normal }
-tr.total td { font-weight: 600 } td.word { text-align: left }
+  min-width: min(14rem, 34vw); overflow-wrap: anywhere; white-space: normal }
+tr.total td { font-weight: 600 } .word { text-align: left }
 .chip { display: inline-block; padding: 0 8px; border-radius: 10px; color: #fff; font-size: .8rem; white-space: nowrap }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 12px }
-figure { margin: 0; max-width: 860px }
+figure { margin: 0; max-width: 760px }
 figcaption { color: var(--soft); font-size: .85rem } img { width: 100%; height: auto; display: block }
 .note { color: var(--soft); font-size: .88rem; overflow-wrap: anywhere }
+@media (max-width: 640px) { body { padding: 12px } th, td { padding: 4px 6px } }
 """
-CHIPS = {
-    "copies": "#b2182b",
-    "correlated": "#b5560f",
-    "like random": "#6f6f6f",
-    "near-orthogonal": "#2b6ca3",
-    "orthogonal": "#167a3f",
-}
-"""Colours behind white words."""
+WORD = ' class="word"'
 
 
 def page(reports: "Mapping[str, Report]", *, top: int | None = 12, table: Table | None = None) -> str:
@@ -104,7 +99,7 @@ def fragment(report: "Report", *, summary: bool = True) -> str:
 def _table(columns: tuple[Column, ...], rows: Any, totals: Mapping[str, Row]) -> str:
     every = [*rows, *totals.values()]
     shown = [column for column in columns if column.shown and any(row.get(column.key) is not None for row in every)]
-    head = "".join(f"<th>{escape(column.header)}</th>" for column in shown)
+    head = "".join(f"<th{WORD * _is_word(column)}>{escape(column.header)}</th>" for column in shown)
     body = "".join(f"<tr>{''.join(_cell(column, row) for column in shown)}</tr>" for row in rows)
     foot = "".join(
         f'<tr class="total"><td>{escape(str(row.get("label", name)))}</td>'
@@ -117,10 +112,14 @@ def _table(columns: tuple[Column, ...], rows: Any, totals: Mapping[str, Row]) ->
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody><tbody>{foot}</tbody></table></div>'
 
 
+def _is_word(column: Column) -> bool:
+    return column.key.endswith("word")
+
+
 def _cell(column: Column, row: Row) -> str:
     value = row.get(column.key)
-    if column.key.endswith("word") and value in CHIPS:
-        return f'<td class="word"><span class="chip" style="background:{CHIPS[value]}">{escape(value)}</span></td>'
+    if _is_word(column) and value in WORDS:
+        return f'<td{WORD}><span class="chip" style="background:{WORDS[value]}">{escape(value)}</span></td>'
     return f"<td>{escape(column.show(value))}</td>"
 
 
@@ -133,22 +132,23 @@ def _layer(report: "Report", row: Row) -> str:
     from orthokit import plots
 
     word = row["word"]
-    chip = f' <span class="chip" style="background:{CHIPS[word]}">{word}</span>' if word else ""
+    chip = f' <span class="chip" style="background:{WORDS[word]}">{word}</span>' if word else ""
     pictures = []
-    for title, draw_in in plots.details(report.kernel(row["layer"])).items():
-        figure = plots.new_figure(4.2, 3.2)
-        draw_in(figure.subplots())
-        pictures.append(_picture(figure, f"{title} of {row['layer']}", title))
+    with plots.own_style(plots.SMALL):
+        for title, draw_in in plots.details(report.kernel(row["layer"])).items():
+            figure = plots.new_figure(4.2, 3.2)
+            draw_in(figure.subplots())
+            pictures.append(_picture(figure, f"{title} of {row['layer']}", title))
     more = f", group 1 of {row['groups']} in the heat map" if row["groups"] > 1 else ""
     shape = f'<p class="note">{row["o"]} filters of {row["n"]} weights ({row["shape"]}){more}</p>'
     return f'<h2>{escape(row["layer"])}{chip}</h2>{shape}<div class="pictures">{"".join(pictures)}</div>'
 
 
 def _picture(figure: "Figure", alt: str, caption: str = "") -> str:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+    from orthokit import plots
+
     told = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    data = base64.b64encode(drawn.getvalue()).decode()
+    data = base64.b64encode(plots.svg(figure, alt).encode()).decode()
     return f'<figure>{told}<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}"></figure>'
 
 

@@ -1,75 +1,53 @@
-"""What the figures of a comparison are made of: looks of arms, axes, rows, labels, and the finished SVG."""
+"""What the figures of a comparison are made of: colours and names of arms, rows, lines with their names, and the finished SVG."""
 
-import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 from orthokit.lab.comparison.comparability import Panel
 from orthokit.lab.comparison.comparison import Cell, Comparison
 from orthokit.lab.comparison.inference import Contrast, Difference
+from orthokit.lab.reporting.words import labels
 from orthokit.lab.runs.results import Result
-from orthokit.plots import COLOURS
+from orthokit.palette import ARMS, BASELINE, GROUND, SOFT, pen
+from orthokit.plots import WIDTH, svg
 
 __all__ = [
-    "LINES",
-    "STYLE",
-    "WIDTH",
+    "Curves",
     "Drawing",
+    "Mark",
+    "arm_colours",
     "bands",
-    "bare",
     "capital",
+    "charts",
     "curves_of",
     "dodge",
-    "effect_row",
+    "end_label",
     "finished",
+    "grid",
+    "groups",
+    "heading",
     "log_axis",
-    "looks",
-    "mean_mark",
-    "name_ticks",
+    "mark_of",
+    "names",
     "of_panel",
-    "panel_title",
-    "seed_marks",
-    "sheet",
+    "rows",
     "short",
     "shortened",
     "spread_words",
     "wrapped",
 ]
 
-WIDTH = 4.2
-"""Inches, of every figure."""
-MARKERS = "osD^vPX"
-LINES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (3, 1.2)))
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "orthokit",
-    "text.parse_math": False,
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": "#666666",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e8e8e8",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#666666",
-    "xtick.labelcolor": "#222222",
-    "ytick.color": "#666666",
-    "ytick.labelcolor": "#222222",
-    "lines.linewidth": 1.3,
-    "lines.markersize": 4.5,
-}
+COLUMNS = 3
+"""Axes side by side, at most."""
+END = "end"
+"""The label of a text that names a line at its right end."""
 
 Curves = dict[str, tuple[list[Any], NDArray[np.float64]]]
 """Arm -> where there are values, and the values, a row for each seed."""
@@ -90,110 +68,220 @@ class Drawing(NamedTuple):
         return round(sides["width"] * 96 / 72), round(sides["height"] * 96 / 72)
 
 
-def looks(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of each arm, the baseline first."""
-    cycles = {"color": COLOURS, "marker": MARKERS, "linestyle": LINES}
-    return {arm: {key: cycle[place % len(cycle)] for key, cycle in cycles.items()} for place, arm in enumerate(arms)}
+class Mark(NamedTuple):
+    """A row of :func:`rows`: a mean, hollow where nothing is resolved, its interval, and the seeds."""
+
+    colour: str
+    mean: float
+    interval: tuple[float, float] | None = None
+    seeds: Sequence[float] = ()
+    filled: bool = True
 
 
-def sheet(comparison: Comparison, arms: Sequence[str], height: float = 2.75) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """A figure with a legend of ``arms`` below, and how arms look."""
-    look, names = looks(comparison.arms), shortened(arms)
-    columns = max(1, min(len(arms), 60 // (max(map(len, names.values())) + 6)))
-    rows = -(-len(arms) // columns)
-    figure = Figure(figsize=(WIDTH, height + 0.17 * rows), layout="constrained")
-    figure.legend(
-        [Line2D([], [], **look[arm]) for arm in arms],
-        [names[arm] for arm in arms],
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=8,
-        handlelength=2.4,
-        labelspacing=0.35,
-        columnspacing=1.2,
-        borderpad=0.1,
-    )
-    return figure, look
+# Arms
+
+
+def groups(comparison: Comparison, arms: Iterable[str]) -> list[list[str]]:
+    """Arms in groups of equal size that have a colour each, the baseline in all of them; its own alone if there is no other."""
+    chosen, (baseline, *others) = set(arms), comparison.arms
+    size = _size(others)
+    parts = [[arm for arm in others[k : k + size] if arm in chosen] for k in range(0, len(others), size)]
+    first = [baseline] * (baseline in chosen)
+    return [[*first, *part] for part in parts if part] or [first]
+
+
+def arm_colours(comparison: Comparison) -> dict[str, str]:
+    """The colour of each arm in all figures: grey for the baseline; others share one only if they never share an axis."""
+    baseline, *others = comparison.arms
+    size = _size(others)
+    return {baseline: BASELINE} | {arm: ARMS[place % size] for place, arm in enumerate(others)}
+
+
+def _size(others: Sequence[str]) -> int:
+    return -(-len(others) // -(-len(others) // len(ARMS))) if others else 1
+
+
+def names(comparison: Comparison, most: int = 60) -> dict[str, str]:
+    """The label of each arm, no longer than ``most`` and none twice."""
+    known = labels(comparison)
+    fitting = shortened([known[arm] for arm in comparison.arms], most)
+    return dict(zip(comparison.arms, fitting, strict=True))
+
+
+# Figures of rows
+
+
+def rows(
+    facets: Mapping[str, Mapping[str, Mark]],
+    *,
+    title: str,
+    zero: bool = False,
+    log: Sequence[str] = (),
+    shared: bool = True,
+) -> Any:
+    """A figure of axes side by side, in each of them a row for each name.
+
+    Args:
+        facets: title of an axis -> name of a row -> what stands there. Every axis has all names.
+        title: above all.
+        zero: whether there is a line at zero.
+        log: axes that are logarithmic.
+        shared: whether the axes have one scale.
+    """
+    order = list(dict.fromkeys(name for facet in facets.values() for name in facet))
+    ticks = [wrapped(name, 20, 3) for name in order]
+    lines = sum(tick.count("\n") + 1 for tick in ticks)
+    heights = np.array([tick.count("\n") + 1 + 0.3 for tick in ticks])
+    places = dict(zip(order, np.cumsum(heights) - heights / 2, strict=True))
+    figure, axes = grid(len(facets), 0.24 * lines + 0.08 * len(order) + 0.6, sharex=shared)
+    for axis, (name, facet) in zip(axes, facets.items(), strict=True):
+        if zero:
+            axis.axvline(0, color=SOFT, linewidth=1.4)
+        for row, mark in facet.items():
+            _row(axis, places[row], mark)
+        if name in log:
+            log_axis(axis.xaxis, [np.array([mark.mean, *mark.seeds]) for mark in facet.values()], 4)
+            axis.xaxis.set_minor_locator(NullLocator())
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(6 - min(len(axes), COLUMNS)))
+        axis.set_title(wrapped(name, 64 // min(len(facets), COLUMNS), 2))
+        axis.set_yticks([*places.values()], ticks)
+        axis.set_ylim(heights.sum(), 0)
+        axis.grid(axis="x")
+        axis.tick_params(axis="y", length=0)
+        axis.tick_params(axis="x", labelbottom=True)
+        axis.spines["left"].set_visible(False)
+    heading(figure, title)
+    return figure
+
+
+def _row(axis: Any, y: float, mark: Mark) -> None:
+    if len(mark.seeds) > 1:
+        axis.plot(mark.seeds, [y] * len(mark.seeds), "o", color=mark.colour, markersize=4.5, alpha=0.35, markeredgewidth=0)
+    if mark.interval is not None:
+        axis.plot(mark.interval, [y] * 2, color=mark.colour)
+    look = {"markerfacecolor": mark.colour if mark.filled else GROUND, "markeredgewidth": 1.8}
+    axis.plot([mark.mean], [y], "o", color=mark.colour, markersize=9, **look)
+
+
+def mark_of(colour: str, effect: Difference | Contrast | Cell) -> Mark:
+    """The row of an effect, or of a cell's mean."""
+    if isinstance(effect, Cell):
+        return Mark(colour, effect.sample.mean, effect.sample.interval, effect.sample.values)
+    return Mark(colour, effect.mean, effect.interval, filled=effect.resolved)
+
+
+def grid(count: int, height: float, *, sharex: bool = True) -> tuple[Any, list[Any]]:
+    """A figure of so many axes, each ``height`` inches high; never more than a few side by side."""
+    columns = next(n for n in (COLUMNS, 2, 1) if count >= n) if count != 4 else 2
+    lines = -(-count // columns)
+    figure = Figure(figsize=(WIDTH, 0.4 + max(1.2, height) * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=sharex, sharey=True).ravel()
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, list(axes[:count])
+
+
+# Figures of lines
+
+
+def charts(
+    comparison: Comparison, arms: Iterable[str], parts: Sequence[str] = ("",), *, title: str
+) -> tuple[Any, list[tuple[str, list[str], Any]]]:
+    """A figure of axes below each other for lines with their names: for each part, and for each group of arms.
+
+    Returns:
+        the figure, and of each axis its part, its arms and itself.
+    """
+    asked = [(part, group) for part in parts for group in groups(comparison, arms)]
+    figure = Figure(figsize=(WIDTH, 0.5 + (2.7 if len(asked) > 1 else 3.6) * len(asked)), layout="constrained")
+    axes = figure.subplots(len(asked), 1, sharex=True, squeeze=False)[:, 0]
+    first: dict[str, Any] = {}
+    for axis, (part, _) in zip(axes, asked, strict=True):
+        if (twin := first.setdefault(part, axis)) is not axis:
+            axis.sharey(twin)
+        axis.set_title(part)
+        axis.grid(axis="y")
+        axis.tick_params(axis="x", labelbottom=True)
+    heading(figure, title)
+    return figure, [(part, group, axis) for axis, (part, group) in zip(axes, asked, strict=True)]
+
+
+def bands(axis: Any, curves: Curves, arms: Sequence[str], comparison: Comparison) -> None:
+    """The mean of each arm's seeds with its name, in a band from the least to the largest."""
+    colours, known = arm_colours(comparison), names(comparison, 18)
+    for arm in arms:
+        xs, values = curves[arm]
+        axis.fill_between(xs, values.min(0), values.max(0), color=colours[arm], alpha=0.13, linewidth=0)
+        axis.plot(xs, values.mean(0), color=colours[arm], marker="o" if len(xs) < 8 else "", markersize=5)
+        end_label(axis, xs[-1], values[:, -1].mean(), known[arm], colours[arm])
+
+
+def end_label(axis: Any, x: float, y: float, text: str, colour: str) -> None:
+    """Name a line at its right end; :func:`finished` moves names apart."""
+    line = {"arrowstyle": "-", "color": colour, "linewidth": 1, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
+    look = {"color": pen(colour), "va": "center", "annotation_clip": False, "arrowprops": line, "label": END}
+    axis.annotate(text, (x, y), (1.04, 0.5), textcoords="axes fraction", **look)
+
+
+def _move_apart(figure: Any, axis: Any) -> None:
+    """The names of lines: each as near to its line's end as the others allow."""
+    texts = [text for text in axis.texts if text.get_label() == END]
+    frame = axis.get_window_extent()
+    ends = [float(axis.transData.transform(text.xy)[1] - frame.y0) / frame.height for text in texts]
+    order = np.argsort(ends, kind="stable")
+    gap = min(1.25 * texts[0].get_fontsize() / 72 * figure.dpi / frame.height, 1 / len(texts))
+    steps = gap * np.arange(len(texts))
+    places = isotonic_regression(np.array(ends)[order] - steps).x.clip(0, 1 - steps[-1]) + steps
+    for k, place in zip(order, places, strict=True):
+        texts[k].set_position((1.04, float(place)))
 
 
 def curves_of(panel: Panel, read: Callable[[Result], Mapping[Any, float]]) -> Curves:
     """The values that ``read`` finds in every seed of an arm; arms without are left out."""
     curves: Curves = {}
     for arm, results in panel.arms.items():
-        found = [read(result) for result in results]
-        if xs := [x for x in found[0] if all(x in each for each in found)]:
-            curves[arm] = xs, np.array([[each[x] for x in xs] for each in found], float)
+        of_seeds = [read(result) for result in results]
+        if xs := [x for x in of_seeds[0] if all(x in each for each in of_seeds)]:
+            curves[arm] = xs, np.array([[each[x] for x in xs] for each in of_seeds], float)
     return curves
-
-
-def effect_row(axis: Any, y: float, found: Difference | Contrast, look: dict[str, Any]) -> None:
-    """A row of its interval and mean, filled where resolved."""
-    style = look | {"linestyle": "-", "markerfacecolor": look["color"] if found.resolved else "white"}
-    axis.plot(found.interval or [found.mean] * 2, [y] * 2, color=style["color"], linewidth=1.5)
-    axis.plot([found.mean], [y], **style | {"markersize": 6})
-
-
-def bare(axis: Any) -> None:
-    """An axis whose rows have names and no lines."""
-    axis.grid(visible=False, axis="y")
-    axis.tick_params(axis="y", length=0)
-    axis.spines["left"].set_visible(False)
-
-
-def bands(axis: Any, curves: Curves, look: dict[str, dict[str, Any]], markers: bool = True) -> None:
-    for arm, (xs, values) in curves.items():
-        axis.fill_between(xs, values.min(0), values.max(0), color=look[arm]["color"], alpha=0.13, linewidth=0)
-        axis.plot(xs, values.mean(0), **look[arm] | ({"markersize": 3.5} if markers or len(xs) == 1 else {"marker": ""}))
-
-
-def mean_mark(axis: Any, x: float, cell: Cell, look: dict[str, Any]) -> None:
-    if cell.sample.interval is not None:
-        axis.vlines(x, *cell.sample.interval, color=look["color"], linewidth=1)
-    axis.plot([x], [cell.sample.mean], **look | {"linestyle": "", "markeredgecolor": "white", "markeredgewidth": 0.5}, zorder=4)
-
-
-def seed_marks(axis: Any, xs: Sequence[float], ys: Sequence[float], look: dict[str, Any]) -> None:
-    axis.plot(xs, ys, linestyle="", marker="o", markersize=3, color=look["color"], alpha=0.35, markeredgewidth=0)
 
 
 def dodge(arms: Sequence[str], arm: str) -> float:
     """How far beside its place an arm is drawn."""
-    return min(0.72, 0.12 * len(arms)) * ((list(arms).index(arm) + 0.5) / len(arms) - 0.5)
+    return min(0.6, 0.1 * len(arms)) * ((list(arms).index(arm) + 0.5) / len(arms) - 0.5)
 
 
-def log_axis(axis: Any, values: Sequence[NDArray[np.float64]]) -> None:
-    """A logarithmic axis with plain numbers, more of them where the values span little."""
+def log_axis(axis: Any, values: Sequence[NDArray[np.float64]], most: int | None = None) -> None:
+    """A logarithmic axis with plain numbers, ``most`` at most, and more of them where the values span little."""
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     axis._set_axes_scale("log")
-    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high / low < 50 else (1,)))
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high / low < 50 else (1,), numticks=most))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}".replace("e-0", "e-")))
     axis.set_minor_formatter(NullFormatter())
 
 
-def name_ticks(axis: Any, names: Sequence[str]) -> None:
-    """Names below an axis, side by side, or aslant where a word would not fit."""
-    width, places = 44 // len(names), range(len(names))
-    if all(len(word) <= width for name in names for word in name.split()):
-        axis.set_xticks(places, [wrapped(name, width, 3) for name in names])
-    else:
-        axis.set_xticks(places, [short(name, 24) for name in names], rotation=30, ha="right", rotation_mode="anchor", fontsize=8)
+# Words
 
 
-def panel_title(figure: Any, comparison: Comparison, panel: Panel) -> None:
-    if len(comparison.panels) > 1:
-        figure.suptitle(short(panel.name, 50), x=0.01, ha="left", fontsize=9, fontweight="bold")
+def heading(figure: Any, text: str) -> None:
+    """What a figure is about, above it."""
+    figure.suptitle(wrapped(text, 62, 2), x=0.008, ha="left", fontsize="medium", fontweight="bold")
 
 
-def of_panel(comparison: Comparison, panel: Panel) -> str:
-    return f", {panel.name}" if len(comparison.panels) > 1 else ""
+def of_panel(comparison: Comparison, panel: Panel | str) -> str:
+    """Which panel a figure is of, where there are several."""
+    name = panel if isinstance(panel, str) else panel.name
+    return f", {name}" if len(comparison.panels) > 1 else ""
 
 
 def spread_words(cells: Iterable[Cell]) -> str:
+    """What stands around a mean."""
     return "mean with 95% interval, seeds faint" if any(cell.sample.n > 1 for cell in cells) else "single runs"
 
 
 def capital(text: str) -> str:
+    """``text`` as the beginning of a sentence."""
     return text[:1].upper() + text[1:]
 
 
@@ -202,32 +290,34 @@ def short(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most - most // 2 - 1) :]}"
 
 
-def shortened(names: Sequence[str], most: int = 56) -> dict[str, str]:
-    """Names that fit a legend and still differ."""
-    shorter = {name: short(name, most) for name in names}
-    if len(set(shorter.values())) == len(shorter):
+def shortened(texts: Sequence[str], most: int) -> list[str]:
+    """Texts that fit and still differ."""
+    shorter = [short(text, most) for text in texts]
+    if len(set(shorter)) == len(shorter):
         return shorter
-    return {name: f"{place}: {short(name, most - 4)}" for place, name in enumerate(names, 1)}
+    return [f"{place}: {short(text, most - 4)}" for place, text in enumerate(texts, 1)]
 
 
 def wrapped(text: str, width: int, lines: int) -> str:
-    """``text`` on a few lines, broken where a name has a joint."""
-    found = [""]
-    for whole in re.split(r"(?<=[\s=_])|(?=\()", text):
-        for piece in (whole[k : k + width] for k in range(0, len(whole), width)):
-            found += [""] * (len(found[-1] + piece.rstrip()) > width)
-            found[-1] += piece
-    found = [line.strip() for line in found]
-    return "\n".join(found if len(found) <= lines else [*found[: lines - 1], short(" ".join(found[lines - 1 :]), width)])
+    """``text`` on a few lines, broken where a name has a joint, or where a word is too long for a line."""
+    made = [""]
+    for word in re.split(r"(?<=[\s=_])|(?=\()", text):
+        rest = word
+        while len(made[-1] + rest.rstrip()) > width:
+            room = width - len(made[-1]) if len(word) > width else 0
+            made[-1], rest = made[-1] + rest[:room], rest[room:]
+            made.append("")
+        made[-1] += rest
+    made = [line.strip() for line in made]
+    return "\n".join(made if len(made) <= lines else [*made[: lines - 1], short(" ".join(made[lines - 1 :]), width)])
 
 
 def finished(figure: Any, caption: str, numbers: Mapping[str, str], most: int = 10) -> Drawing:
     """The finished figure; ``numbers`` go into its alternative text."""
-    file = io.StringIO()
-    figure.draw_without_rendering()  # the layout depends on the ticks' labels, and these on the size it gives to the axes
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    if named := [axis for axis in figure.axes if any(text.get_label() == END for text in axis.texts)]:
+        figure.draw_without_rendering()
+        for axis in named:
+            _move_apart(figure, axis)
     some = "; ".join(f"{name} {number}" for name, number in list(numbers.items())[:most])
-    # A hundredth of a point is fine enough; more digits (outside of text) and indentation are a third of the file.
-    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), file.getvalue())
-    svg = re.sub(r"\s*\n\s*", "\n", svg)
-    return Drawing(caption, f"{caption} {some}{'; …' * (len(numbers) > most)}", svg)
+    some += "; …" * (len(numbers) > most)
+    return Drawing(caption, f"{caption} {some}", svg(figure, caption, some))

@@ -1,53 +1,56 @@
-"""Figures of a comparison as SVG, each for one question, readable at a width of 360 pixels.
+"""Figures of a comparison as SVG, each for one question: as wide as a page, and readable at a width of 380 pixels.
 
-An arm keeps its colour, marker and line in all of them; the baseline is grey. Drawing a comparison again gives the same bytes.
+An arm keeps its colour in all of them; the baseline is grey, and nothing else is. Rows and lines have their names beside them.
+Drawing a comparison again gives the same bytes.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from orthokit.lab.comparison.comparability import Panel
-from orthokit.lab.comparison.comparison import Cell, Comparison
+from orthokit.lab.comparison.comparison import Comparison
 from orthokit.lab.comparison.metrics import Metric, curve, metric_of
 from orthokit.lab.comparison.tuning import VALIDATION
 from orthokit.lab.reporting.drawing import (
-    LINES,
-    STYLE,
-    WIDTH,
+    Curves,
     Drawing,
+    Mark,
+    arm_colours,
     bands,
-    bare,
     capital,
+    charts,
     curves_of,
     dodge,
-    effect_row,
+    end_label,
     finished,
+    grid,
+    heading,
     log_axis,
-    looks,
-    mean_mark,
-    name_ticks,
+    mark_of,
+    names,
     of_panel,
-    panel_title,
-    seed_marks,
-    sheet,
-    short,
+    rows,
     spread_words,
     wrapped,
 )
 from orthokit.lab.runs.results import Result
+from orthokit.plots import own_style
+
+__all__ = ["LABELS", "best", "few", "figures"]
 
 __all__ = ["arm_colours", "best", "few", "figures"]
 
+Draw = Callable[[], Drawing | None]
 CURVES = 4
 """Of more panels than these, curves are drawn of the first, the middle and the last."""
-ROWS = 14
-"""More differences than these are drawn in a figure for each panel."""
+FILLED = "filled where resolved, hollow where not"
+SIDES = {"wide layers": "under", "tall layers": "over"}
+"""Which layers, and under which key an epoch has their mean |cosine|."""
 LABELS = {
     "fgsm": "L∞ strength, in 1/255",
     "pgd": "L∞ strength, in 1/255",
@@ -59,38 +62,51 @@ LABELS = {
 
 def figures(comparison: Comparison) -> dict[str, Drawing]:
     """All that there are numbers for. A name is a metric's group, a dash, what is drawn and, if there are more, the panel."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        return {name: drawing for name, drawing in _all(comparison) if drawing is not None}
+    with own_style():
+        return {name: drawing for name, draw in _all(comparison) if (drawing := draw()) is not None}
 
 
-def _all(comparison: Comparison) -> Iterator[tuple[str, Drawing | None]]:
+def best(comparison: Comparison, most: int = 4) -> dict[str, Drawing]:
+    """The figures that say most, the best one first: one of each kind."""
+    kinds = ["result-contrasts", "result-differences", f"orthogonality-{comparison.primary.key}", "orthogonality-training"]
+    chosen: dict[str, Drawing] = {}
+    with own_style():
+        every = dict(_all(comparison))
+        for kind in dict.fromkeys([next(iter(every)), *kinds, "tuning"]):
+            some = ((name, draw()) for name, draw in every.items() if name == kind or name.startswith(f"{kind}-"))
+            chosen |= next(({name: drawing} for name, drawing in some if drawing is not None), {})
+            if len(chosen) == most:
+                break
+    return chosen
+
+
+def _all(comparison: Comparison) -> Iterator[tuple[str, Draw]]:
     panels, primary, metrics = comparison.panels, comparison.primary, {metric.key: metric for metric in comparison.metrics}
     some = few(panels)
     ends = _ends(panel.name for panel in panels)
-    yield f"result-{primary.key}", _by_panel(comparison, primary)
-    for end, those in [("", panels)] if _rows(comparison, panels) <= ROWS else [(ends[p.name], (p,)) for p in panels]:
-        yield f"result-differences{end}", _differences(comparison, those)
-    yield "result-contrasts", _contrasts(comparison)
+    means = (f"result-{primary.key}", partial(_by_panel, comparison, primary))
+    differences = ("result-differences", partial(_differences, comparison))
+    yield from (differences, means) if len(panels) == 1 else (means, differences)
+    yield "result-contrasts", partial(_contrasts, comparison)
     for panel in panels:
-        yield f"orthogonality-training{ends[panel.name]}", _training(comparison, panel)
+        yield f"orthogonality-training{ends[panel.name]}", partial(_training, comparison, panel)
     for panel in panels:
-        yield f"orthogonality-{primary.key}{ends[panel.name]}", _trade(comparison, panel)
+        yield f"orthogonality-{primary.key}{ends[panel.name]}", partial(_trade, comparison, panel)
     for key in LABELS:
         for panel in some if key in metrics else ():
-            yield f"robustness-{key}{ends[panel.name]}", _strengths(comparison, panel, metrics[key])
+            yield f"robustness-{key}{ends[panel.name]}", partial(_strengths, comparison, panel, metrics[key])
     for name, draw in (("severity", _severities), ("kinds", _kinds)):
         for panel in some if "corruptions" in metrics else ():
-            yield f"robustness-{name}{ends[panel.name]}", draw(comparison, panel)
+            yield f"robustness-{name}{ends[panel.name]}", partial(draw, comparison, panel)
     for key in [key for key, metric in metrics.items() if metric.group == "robustness" and some is not panels]:
-        yield f"robustness-{key}", _by_panel(comparison, metrics[key])
+        yield f"robustness-{key}", partial(_by_panel, comparison, metrics[key])
     for panel in some if "features" not in comparison.excluded else ():
-        yield f"features-rank{ends[panel.name]}", _ranks(comparison, panel)
+        yield f"features-rank{ends[panel.name]}", partial(_ranks, comparison, panel)
     for key in ("share", "speed"):
-        yield f"cost-{key}", _by_panel(comparison, metrics[key]) if key in metrics else None
+        if key in metrics:
+            yield f"cost-{key}", partial(_by_panel, comparison, metrics[key])
     for name, end in _ends(choice.panel for choice in comparison.choices).items():
-        yield f"tuning{end}", _tried(comparison, name)
+        yield f"tuning{end}", partial(_tried, comparison, name)
 
 
 def _ends(panels: Iterable[str]) -> dict[str, str]:
@@ -114,114 +130,101 @@ def _by_panel(comparison: Comparison, metric: Metric) -> Drawing:
     cells = comparison.cells(metric)
     panels = [panel for panel in comparison.panels if panel.name in cells]
     depths = [panel.depth for panel in panels]
-    by_depth = len(panels) > 1 and len(set(depths)) == len(depths) and all(set(p.values) == {"network.depth"} for p in panels)
-    arms = [arm for arm in comparison.arms if any(arm in cells[panel.name] for panel in panels)]
-    figure, look = sheet(comparison, arms)
-    axis = figure.subplots()
-    for arm in arms:
-        there = [(place, cells[panel.name][arm]) for place, panel in enumerate(panels) if arm in cells[panel.name]]
-        shift = dodge(arms, arm)
-        if by_depth:
-            axis.plot(
-                [place + shift for place, _ in there],
-                [cell.sample.mean for _, cell in there],
-                **look[arm] | {"marker": ""},
-                lw=0.8,
-            )
-        for place, cell in there:
-            if cell.sample.n > 1:
-                seed_marks(axis, [place + shift + 0.2 / len(arms)] * cell.sample.n, cell.sample.values, look[arm])
-            mean_mark(axis, place + shift, cell, look[arm])
-    name_ticks(axis, [str(depth) for depth in depths] if by_depth else [panel.name for panel in panels])
-    axis.set(xlim=(-0.5, len(panels) - 0.5), ylabel=metric.heading)
-    values = np.array([value for each in cells.values() for cell in each.values() for value in cell.sample.values])
-    if metric.group == "orthogonality" and 0 < 100 * values.min() < values.max():
-        log_axis(axis.yaxis, [values])
-        axis.set_ylim(0.7 * values.min(), 1.4 * values.max())  # an interval may reach below 0
-    axis.grid(visible=False, axis="x")
-    for place in range(1, len(panels)):
-        axis.axvline(place - 0.5, color="#e8e8e8", linewidth=0.6)
-    if by_depth:
-        axis.set_xlabel("depth (evenly spaced)")
-    where = "by depth" if by_depth else "by panel" if len(panels) > 1 else ""
-    what = " ".join(filter(None, [capital(metric.label), where]))
+    by_depth = len(panels) > 2 and len(set(depths)) == len(depths) and all(set(p.values) == {"network.depth"} for p in panels)
+    where = " by depth" if by_depth else " by panel" if len(panels) > 1 else ""
+    caption = f"{capital(metric.label)}{where}: {spread_words(cell for arms in cells.values() for cell in arms.values())}."
+    labels = names(comparison)
     means = {
-        f"{panel.name}, {arm}" if len(panels) > 1 else arm: metric.show(cell.sample.mean)
-        for panel in panels
-        for arm, cell in cells[panel.name].items()
+        f"{panel}, {labels[arm]}" if len(panels) > 1 else labels[arm]: metric.show(cell.sample.mean)
+        for panel, arms in cells.items()
+        for arm, cell in arms.items()
     }
-    return finished(figure, f"{what}: {spread_words(cell for panel in panels for cell in cells[panel.name].values())}.", means)
+    values = np.array([value for arms in cells.values() for cell in arms.values() for value in cell.sample.values])
+    log = metric.group == "orthogonality" and 0 < 100 * values.min() < values.max()
+    if by_depth:
+        return finished(_lines_by_depth(comparison, metric, panels, values if log else None), caption, means)
+    colours = arm_colours(comparison)
+    marks = {panel: {labels[arm]: mark_of(colours[arm], cell) for arm, cell in arms.items()} for panel, arms in cells.items()}
+    facets = marks if len(comparison.panels) > 1 else {"": next(iter(marks.values()))}
+    figure = rows(facets, title=capital(metric.heading), log=list(facets) if log else ())
+    if log:
+        figure.axes[0].set_xlim(0.7 * values.min(), 1.4 * values.max())  # an interval may reach below 0
+    return finished(figure, caption, means)
 
 
-def _rows(comparison: Comparison, panels: Sequence[Panel]) -> int:
-    cells = comparison.cells(comparison.primary)
-    return sum(cell.difference is not None for panel in panels for cell in cells.get(panel.name, {}).values())
+def _lines_by_depth(comparison: Comparison, metric: Metric, panels: Sequence[Panel], log: Any) -> Any:
+    """A line for each arm through its means, with intervals and seeds beside each other."""
+    cells, colours, labels = comparison.cells(metric), arm_colours(comparison), names(comparison, 18)
+    there = [arm for arm in comparison.arms if any(arm in cells[panel.name] for panel in panels)]
+    figure, axes = charts(comparison, there, title=capital(metric.heading))
+    for _, arms, axis in axes:
+        for arm in arms:
+            shift = dodge(arms, arm)
+            some = [(place + shift, cells[panel.name][arm]) for place, panel in enumerate(panels) if arm in cells[panel.name]]
+            xs, means = [x for x, _ in some], [cell.sample.mean for _, cell in some]
+            axis.plot(xs, means, color=colours[arm], marker="o")
+            for x, cell in some:
+                beside, seeds = x + 0.25 / len(arms), cell.sample.values
+                if len(seeds) > 1:
+                    look = {"color": colours[arm], "alpha": 0.35, "markeredgewidth": 0}
+                    axis.plot([beside] * len(seeds), seeds, "o", markersize=4, **look)
+                if cell.sample.interval is not None:
+                    axis.vlines(x, *cell.sample.interval, color=colours[arm], linewidth=1.4)
+            end_label(axis, xs[-1], means[-1], labels[arm], colours[arm])
+        if log is not None:
+            log_axis(axis.yaxis, [log])
+            axis.set_ylim(0.7 * log.min(), 1.4 * log.max())  # an interval may reach below 0
+        axis.set_xticks(range(len(panels)), [str(panel.depth) for panel in panels])
+        axis.set_xlim(-0.5, len(panels) - 0.5)
+    axes[-1][2].set_xlabel("depth (evenly spaced)")
+    return figure
 
 
-def _differences(comparison: Comparison, panels: Sequence[Panel]) -> Drawing | None:
+def _differences(comparison: Comparison) -> Drawing | None:
     """The primary metric less the baseline's, with its interval."""
-    metric, cells = comparison.primary, comparison.cells(comparison.primary)
-    every = [cell.difference for arms in cells.values() for cell in arms.values() if cell.difference is not None]
-    if not _rows(comparison, panels):
+    metric, colours, labels = comparison.primary, arm_colours(comparison), names(comparison)
+    several, cells = len(comparison.panels) > 1, comparison.cells(comparison.primary)
+    effects = {
+        (panel, arm): (cell.difference, cell.verdict)
+        for panel, arms in cells.items()
+        for arm, cell in arms.items()
+        if cell.difference is not None
+    }
+    if not effects:
         return None
-    look = looks(comparison.arms)
-    rows: list[tuple[str, str, str, Cell | None]] = []
-    for name in (panel.name for panel in panels):
-        found = {arm: cell for arm, cell in cells.get(name, {}).items() if cell.difference is not None}
-        rows += [(wrapped(name, 22, 2), name, "", None)] if len(comparison.panels) > 1 and found else []
-        rows += [(wrapped(arm, 22, 4), name, arm, cell) for arm, cell in found.items()]
-    lines = sum(label.count("\n") + 1 for label, *_ in rows)
-    figure = Figure(figsize=(WIDTH, max(2.4, 0.9 + 0.16 * lines + 0.05 * len(rows))), layout="constrained")
-    axis = figure.subplots()
-    axis.axvline(0, color="#444444", linewidth=0.9)
-    said: dict[str, str] = {}
-    places: list[float] = []
-    y = 0.0
-    for label, panel, arm, cell in rows:
-        height = label.count("\n") + 1 + 0.3
-        places.append(y + height / 2)
-        y += height
-        if cell is None or (each := cell.difference) is None:
-            continue
-        effect_row(axis, places[-1], each, look[arm])
-        said[f"{panel}, {arm}" if len(panels) > 1 else arm] = f"{metric.show(each.mean, sign=True)} ({cell.verdict})"
-    ends = [0.0, *(end for each in every for end in (each.interval or [each.mean]) if np.isfinite(end))]
-    room = 0.06 * (max(ends) - min(ends)) or 1.0
-    axis.set(xlim=(min(ends) - room, max(ends) + room), ylim=(y, 0))
-    axis.set_yticks(places, [label for label, *_ in rows], fontsize=8)
-    axis.xaxis.set_major_locator(MaxNLocator(5))
-    bare(axis)
-    for tick, (_, _, arm, _) in zip(axis.get_yticklabels(), rows, strict=True):
-        tick.set_fontweight("normal" if arm else "bold")
-    label = f"{metric.label} less that of {short(comparison.baseline, 30)}{', points' * bool(metric.unit)}"
-    figure.supxlabel(wrapped(label, 52, 2), fontsize=9)
-    of = f", {panels[0].name}" if len(panels) == 1 < len(comparison.panels) else ""
+    single = len({arm for _, arm in effects}) == 1
+    facets: dict[str, dict[str, Mark]] = {}
+    for (panel, arm), (effect, _) in effects.items():
+        facet, row = (labels[arm], panel) if single and several else (panel if several else "", labels[arm])
+        facets.setdefault(facet, {})[row] = mark_of(colours[arm], effect)
+    title = f"{capital(metric.label)} less that of {labels[comparison.baseline]}{', points' * bool(metric.unit)}"
+    numbers = {
+        f"{panel}, {labels[arm]}" if several else labels[arm]: f"{metric.show(effect.mean, sign=True)} ({verdict})"
+        for (panel, arm), (effect, verdict) in effects.items()
+    }
     interval = "95% interval of seeds as blocks" if comparison.blocks else "Welch's 95% interval"
-    caption = f"Differences from the baseline{of}, with {interval}, not adjusted: filled where resolved, hollow where not."
-    return finished(figure, caption, said)
+    caption = f"Differences from {labels[comparison.baseline]}, with {interval}, not adjusted: {FILLED}."
+    return finished(rows(facets, title=title, zero=True), caption, numbers)
 
 
 def _contrasts(comparison: Comparison) -> Drawing | None:
     """What is asked of all panels at once, a row for each arm."""
     if not (asked := comparison.contrasts):
         return None
-    metric, look, arms = comparison.primary, looks(comparison.arms), list(asked[0].answers)
-    figure = Figure(figsize=(WIDTH, max(2.3, 1 + 0.24 * len(arms))), layout="constrained")
-    axes = figure.subplots(1, len(asked), sharey=True, squeeze=False)[0]
-    said: dict[str, str] = {}
-    for axis, each in zip(axes, asked, strict=True):
-        axis.axvline(0, color="#444444", linewidth=0.9)
-        for place, (arm, found) in enumerate(each.answers.items()):
-            effect_row(axis, place, found, look[arm])
-            said[f"{each.name}, {arm}"] = f"{metric.show(found.mean, sign=True)} ({each.verdict(arm)})"
-        bare(axis)
-        axis.xaxis.set_major_locator(MaxNLocator(4))
-        axis.set_xlabel(wrapped(f"{each.name}{', points' * bool(metric.unit)}", 44 // len(asked), 2))
-        axis.set_title(wrapped(each.over, 44 // len(asked), 2), fontweight="normal")
-    axes[0].set(ylim=(len(arms) - 0.5, -0.5))
-    axes[0].set_yticks(range(len(arms)), [wrapped(arm, 18, 2) for arm in arms], fontsize=8)
-    what = f"{metric.label} against {short(comparison.baseline, 30)}, all panels at once"
-    return finished(figure, f"{capital(what)}, with 95% intervals, not adjusted: filled where resolved, hollow where not.", said)
+    metric, colours, labels = comparison.primary, arm_colours(comparison), names(comparison)
+    points = ", points" * bool(metric.unit)
+    facets = {
+        f"{each.name}{points}, {each.over}": {labels[arm]: mark_of(colours[arm], effect) for arm, effect in each.answers.items()}
+        for each in asked
+    }
+    what = f"{metric.label} against {labels[comparison.baseline]}, all panels at once"
+    figure = rows(facets, title=capital(what), zero=True, shared=False)
+    numbers = {
+        f"{each.name}, {labels[arm]}": f"{metric.show(effect.mean, sign=True)} ({each.verdict(arm)})"
+        for each in asked
+        for arm, effect in each.answers.items()
+    }
+    return finished(figure, f"{capital(what)}, with 95% intervals, not adjusted: {FILLED}.", numbers)
 
 
 def _training(comparison: Comparison, panel: Panel) -> Drawing | None:
@@ -230,23 +233,21 @@ def _training(comparison: Comparison, panel: Panel) -> Drawing | None:
     def read(side: str) -> Callable[[Result], Mapping[Any, float]]:
         return lambda result: {row["epoch"]: row[side] for row in result.history if (row.get(side) or 0) > 0}
 
-    sides = {f"{side}-determined": curves for side in ("under", "over") if (curves := curves_of(panel, read(side)))}
-    arms = [arm for arm in comparison.arms if any(arm in curves for curves in sides.values())]
-    if not arms:
+    sides = {word: curves for word, key in SIDES.items() if (curves := curves_of(panel, read(key)))}
+    title = f"Mean |cosine| of two filters{of_panel(comparison, panel)}"
+    if not sides:
         return None
-    figure, look = sheet(comparison, arms)
-    axes = figure.subplots(1, len(sides), squeeze=False)[0]
-    for axis, (name, curves) in zip(axes, sides.items(), strict=True):
-        bands(axis, curves, look, markers=False)
-        axis.set_title(name, fontweight="normal")
-        axis.set_xlabel("epoch")
+    figure, axes = charts(comparison, {arm for curves in sides.values() for arm in curves}, list(sides), title=title)
+    for side, arms, axis in axes:
+        curves = sides[side]
+        bands(axis, curves, [arm for arm in arms if arm in curves], comparison)
         log_axis(axis.yaxis, [values for _, values in curves.values()])
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes[0].set_ylabel("mean |c|")
-    panel_title(figure, comparison, panel)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes[-1][2].set_xlabel("epoch")
+    labels = names(comparison)
     last = {
-        f"{name}, {arm}": f"{values[:, -1].mean():.2g} at last"
-        for name, curves in sides.items()
+        f"{side}, {labels[arm]}": f"{values[:, -1].mean():.2g} at last"
+        for side, curves in sides.items()
         for arm, (_, values) in curves.items()
     }
     caption = (
@@ -263,34 +264,20 @@ def _trade(comparison: Comparison, panel: Panel) -> Drawing | None:
     if not arms:
         return None
     arms.sort(key=lambda arm: xs[arm].sample.mean)
-    look, labels = looks(comparison.arms), [wrapped(arm, 18, 2) for arm in arms]
-    figure = Figure(figsize=(WIDTH, max(2.3, 0.9 + 0.24 * len(arms))), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    colours, labels = arm_colours(comparison), names(comparison)
     least = 0.7 * min(min(xs[arm].sample.values) for arm in arms)  # an interval may reach below 0
-    for axis, cells in ((left, xs), (right, ys)):
-        for place, arm in enumerate(arms):
-            sample = cells[arm].sample
-            seed_marks(axis, sample.values, [place] * sample.n, look[arm])
-            if sample.interval is not None:
-                low, high = sample.interval
-                axis.hlines(place, max(least, low) if axis is left else low, high, color=look[arm]["color"], linewidth=1)
-            style = look[arm] | {"linestyle": "", "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.5}
-            axis.plot([sample.mean], [place], **style, zorder=4)
-        bare(axis)
-    if comparison.baseline in arms:
-        right.axvline(ys[comparison.baseline].sample.mean, color="#999999", linewidth=0.8, linestyle=LINES[1])
-    log_axis(left.xaxis, [np.array(xs[arm].sample.values) for arm in arms])
-    left.xaxis.set_minor_locator(NullLocator())
-    left.set(ylim=(len(arms) - 0.5, -0.5), xlabel=across.heading)
-    left.set_yticks(range(len(arms)), labels, fontsize=8)
-    right.xaxis.set_major_locator(MaxNLocator(4))
-    right.set(xlabel=up.heading)
-    panel_title(figure, comparison, panel)
-    points = {arm: f"{across.show(xs[arm].sample.mean)} and {up.show(ys[arm].sample.mean)}" for arm in arms}
-    caption = (
-        f"Near-orthogonality and {up.label}{of_panel(comparison, panel)}, the most orthogonal arm first: "
-        f"{spread_words(ys[arm] for arm in arms)}."
-    )
+    left, right = ({labels[arm]: mark_of(colours[arm], cells[arm]) for arm in arms} for cells in (xs, ys))
+    for name, mark in left.items():
+        if mark.interval is not None:
+            left[name] = mark._replace(interval=(max(least, mark.interval[0]), mark.interval[1]))
+    title = f"Near-orthogonality and {up.label}{of_panel(comparison, panel)}"
+    same = across.heading == up.heading
+    facets = {across.heading: left} if same else {across.heading: left, up.heading: right}
+    figure = rows(facets, title=title, log=[across.heading], shared=False)
+    if comparison.baseline in arms and not same:
+        figure.axes[1].axvline(ys[comparison.baseline].sample.mean, color=colours[comparison.baseline], linestyle="--", lw=1.2)
+    points = {labels[arm]: f"{across.show(xs[arm].sample.mean)} and {up.show(ys[arm].sample.mean)}" for arm in arms}
+    caption = f"{title}, the most orthogonal arm first: {spread_words(ys[arm] for arm in arms)}."
     return finished(figure, caption, points)
 
 
@@ -320,46 +307,40 @@ def _accuracies(
     curves = curves_of(panel, read)
     if not curves:
         return None
-    figure, look = sheet(comparison, list(curves))
-    axis = figure.subplots()
-    bands(axis, curves, look)
-    if log:
-        axis.set_xscale("log")
+    title = f"Accuracy {what}{of_panel(comparison, panel)}"
+    figure, axes = charts(comparison, curves, title=f"{title}, %")
     ticks = list(dict.fromkeys(x for xs, _ in curves.values() for x in xs))
-    axis.set_xticks(ticks, [f"{x:g}".removeprefix("0") for x in ticks])
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.set(xlabel=label, ylabel="accuracy, %", ylim=(0, None))
-    panel_title(figure, comparison, panel)
-    ends = {arm: f"{values[:, 0].mean():.1f} to {values[:, -1].mean():.1f}" for arm, (_, values) in curves.items()}
-    return finished(figure, f"Accuracy {what}{of_panel(comparison, panel)}: mean of seeds, band from least to most.", ends)
+    for _, arms, axis in axes:
+        bands(axis, curves, arms, comparison)
+        if log:
+            axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{x:g}".removeprefix("0") for x in ticks])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_ylim(0, None)
+    axes[-1][2].set_xlabel(label)
+    labels = names(comparison)
+    ends = {labels[arm]: f"{values[:, 0].mean():.1f} to {values[:, -1].mean():.1f}" for arm, (_, values) in curves.items()}
+    return finished(figure, f"{title}: mean of seeds, band from least to most.", ends)
 
 
 def _kinds(comparison: Comparison, panel: Panel) -> Drawing | None:
     """Accuracy by the kind of corruption."""
 
     def read(result: Result) -> Mapping[Any, float]:
-        found = result.parts.get("corruptions", {}).get("accuracy", {})
-        return {kind.replace("_", " "): 100 * float(np.mean(values)) for kind, values in found.items()}
+        accuracy = result.parts.get("corruptions", {}).get("accuracy", {})
+        return {kind.replace("_", " "): 100 * float(np.mean(values)) for kind, values in accuracy.items()}
 
     curves = curves_of(panel, read)
     if not curves:
         return None
-    kinds = list(dict.fromkeys(kind for xs, _ in curves.values() for kind in xs))
-    figure, look = sheet(comparison, list(curves), height=max(2.6, 0.7 + len(kinds) * (0.1 + 0.05 * len(curves))))
-    axis = figure.subplots()
-    for arm, (xs, values) in curves.items():
-        y = [kinds.index(kind) + dodge(list(curves), arm) for kind in xs]
-        axis.plot(values.mean(0), y, **look[arm] | {"linestyle": "", "markersize": 4})
-    axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
-    axis.set(ylim=(len(kinds) - 0.5, -0.5), xlabel="accuracy, %")
-    axis.grid(visible=False, axis="y")
-    for place in range(1, len(kinds)):
-        axis.axhline(place - 0.5, color="#e8e8e8", linewidth=0.6)
-    panel_title(figure, comparison, panel)
-    means = {arm: f"{values.mean():.1f} on average" for arm, (_, values) in curves.items()}
-    return finished(
-        figure, f"Accuracy by the kind of corruption{of_panel(comparison, panel)}: mean of severities and seeds.", means
-    )
+    colours, labels = arm_colours(comparison), names(comparison)
+    facets: dict[str, dict[str, Mark]] = {}
+    for arm, (kinds, values) in curves.items():
+        for kind, of_seeds in zip(kinds, values.T, strict=True):
+            facets.setdefault(kind, {})[labels[arm]] = Mark(colours[arm], float(of_seeds.mean()), seeds=of_seeds.tolist())
+    title = f"Accuracy by the kind of corruption{of_panel(comparison, panel)}"
+    means = {labels[arm]: f"{values.mean():.1f} on average" for arm, (_, values) in curves.items()}
+    return finished(rows(facets, title=f"{title}, %"), f"{title}: mean of severities and seeds, these faint.", means)
 
 
 def _ranks(comparison: Comparison, panel: Panel) -> Drawing | None:
@@ -369,28 +350,25 @@ def _ranks(comparison: Comparison, panel: Panel) -> Drawing | None:
         part = result.parts.get("features", {})
         stages = {**part.get("stages", {}), "penultimate": part.get("penultimate", {})}
         return {
-            name: found["effective_rank"] / found["features"]
-            for name, found in stages.items()
-            if found.get("features") and found.get("effective_rank") is not None
+            name: stage["effective_rank"] / stage["features"]
+            for name, stage in stages.items()
+            if stage.get("features") and stage.get("effective_rank") is not None
         }
 
     curves = curves_of(panel, read)
     if not curves:
         return None
     stages = list(dict.fromkeys(name for xs, _ in curves.values() for name in xs))
-    figure, look = sheet(comparison, list(curves))
-    axis = figure.subplots()
-    for arm, (xs, values) in curves.items():
-        x = [stages.index(name) + dodge(list(curves), arm) / 2 for name in xs]
-        for row in values:
-            seed_marks(axis, x, row.tolist(), look[arm])
-        axis.plot(x, values.mean(0), **look[arm], markeredgecolor="white", markeredgewidth=0.5)
-    name_ticks(axis, stages)
-    axis.set(ylabel="effective rank / features", xlim=(-0.5, len(stages) - 0.5), ylim=(0, None))
-    axis.grid(visible=False, axis="x")
-    panel_title(figure, comparison, panel)
-    last = {arm: f"{values[:, -1].mean():.2f} in {xs[-1]}" for arm, (xs, values) in curves.items()}
-    caption = f"Effective rank of features as a part of their number{of_panel(comparison, panel)}: mean of seeds, these faint."
+    placed: Curves = {arm: ([stages.index(name) for name in xs], values) for arm, (xs, values) in curves.items()}
+    where = of_panel(comparison, panel)
+    figure, axes = charts(comparison, curves, title=f"Effective rank of features over their number{where}")
+    for _, arms, axis in axes:
+        bands(axis, placed, arms, comparison)
+        axis.set_xticks(range(len(stages)), [wrapped(stage, 12, 2) for stage in stages])
+        axis.set_ylim(0, None)
+    labels = names(comparison)
+    last = {labels[arm]: f"{values[:, -1].mean():.2f} in {xs[-1]}" for arm, (xs, values) in curves.items()}
+    caption = f"Effective rank of features over their number{where}: mean of seeds, band from least to most."
     return finished(figure, caption, last)
 
 
@@ -399,40 +377,26 @@ def _tried(comparison: Comparison, panel: str) -> Drawing | None:
     choices = {each.arm: each for each in comparison.choices if each.panel == panel and each.arm in comparison.arms}
     if not choices:
         return None
-    figure, look = sheet(comparison, list(choices))
-    axis = figure.subplots()
-    for arm, choice in choices.items():
-        aside = 10 ** (0.3 * dodge(list(choices), arm))
-        x, y = [aside * trial.strength for trial in choice.able], [trial.sample.mean for trial in choice.able]
-        axis.errorbar(x, y, choice.error, **look[arm] | {"markersize": 3.5}, elinewidth=0.8)
-        marked = look[arm] | {"linestyle": "", "markersize": 8, "markeredgecolor": "white"}
-        axis.plot([aside * choice.chosen.strength], [choice.chosen.sample.mean], **marked, zorder=4)
-    log_axis(axis.xaxis, [np.array([trial.strength for trial in choice.trials]) for choice in choices.values()])
-    axis.set(xlabel="strength", ylabel=VALIDATION.heading)
     several = len({choice.panel for choice in comparison.choices}) > 1
-    if several:
-        figure.suptitle(short(panel, 50), x=0.01, ha="left", fontsize=9, fontweight="bold")
-    said = {arm: f"{choice.chosen.strength:g}" for arm, choice in choices.items()}
-    of = f", {panel}" if several else ""
-    return finished(
-        figure, f"Validation accuracy by strength{of}: mean of the tuning seeds, standard error; large: chosen.", said
-    )
+    where = f", {panel}" if several else ""
+    colours, labels = arm_colours(comparison), names(comparison, 22)
+    figure, axes = grid(len(choices), 2.1)
+    for axis, (arm, choice) in zip(axes, choices.items(), strict=True):
+        x, y = [trial.strength for trial in choice.able], [trial.sample.mean for trial in choice.able]
+        axis.errorbar(x, y, choice.error, color=colours[arm], marker="o", markersize=5, elinewidth=1.2)
+        axis.plot([choice.chosen.strength], [choice.chosen.sample.mean], "o", color=colours[arm], markersize=12)
+        axis.set_title(labels[arm])
+        axis.grid(axis="y")
+        axis.tick_params(axis="x", labelbottom=True)
+        axis.yaxis.set_major_locator(MaxNLocator(4))
+        log_axis(axis.xaxis, [np.array([trial.strength for trial in each.trials]) for each in choices.values()], 4)
+        axis.xaxis.set_minor_locator(NullLocator())
+    heading(figure, f"{capital(VALIDATION.heading)}, by strength{where}")
+    chosen = {labels[arm]: f"{choice.chosen.strength:g}" for arm, choice in choices.items()}
+    caption = f"Validation accuracy by strength{where}: mean of the tuning seeds, standard error; large: chosen."
+    return finished(figure, caption, chosen)
 
 
 def few(panels: Sequence[Panel]) -> Sequence[Panel]:
     """Those that curves are drawn of."""
     return panels if len(panels) <= CURVES else (panels[0], panels[len(panels) // 2], panels[-1])
-
-
-def arm_colours(comparison: Comparison) -> dict[str, str]:
-    """The colour of each arm in all figures."""
-    return {arm: look["color"] for arm, look in looks(comparison.arms).items()}
-
-
-def best(names: Iterable[str], comparison: Comparison, most: int = 4) -> list[str]:
-    """The figures that say most, the best one first: one of each kind, those of single panels only where there is no other."""
-    first = "result-" + ("differences" if len(comparison.panels) == 1 else comparison.primary.key)
-    kinds = [first, "result-contrasts", "result-differences", f"orthogonality-{comparison.primary.key}", "orthogonality-training"]
-    known = list(names)
-    chosen = [next((name for name in known if name == kind or name.startswith(f"{kind}-")), "") for kind in [*kinds, "tuning"]]
-    return list(dict.fromkeys(filter(None, chosen)))[:most]

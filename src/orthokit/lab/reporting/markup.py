@@ -14,7 +14,7 @@ __all__ = ["latex", "markdown"]
 def markdown(
     comparison: Comparison,
     *,
-    figures: Sequence[tuple[str, str]] = (),
+    figures: Sequence[tuple[str, ...]] = (),
     command: str | None = None,
     links: Mapping[str, str] | None = None,
 ) -> str:
@@ -22,7 +22,7 @@ def markdown(
 
     Args:
         comparison: what to write.
-        figures: file and description of pictures to show, the best one first.
+        figures: file and description of each picture to show, and what to print below it if anything; the best one first.
         command: the command that makes it again.
         links: name and address of what belongs to it.
     """
@@ -32,17 +32,17 @@ def markdown(
     parts += [f"**Answer.** {_plain(words.answer(comparison))}"]
     parts += [f"> **Caution.** {_plain(flag)}" for flag in comparison.flags]
     parts += [_footing(comparison, command, links or {})]
-    pictures = [f"![{_plain(text)}]({file})" for file, text in figures]
+    first, *others = ["\n\n".join(_picture(*figure)) for figure in figures] or [""]
+    parts += [first] if first else []
     if len(comparison.panels) > 1 and (table := made.get("verdicts")) is not None:
-        parts += [f"## {_plain(table.title)}", _pipes(table), *table.notes, *pictures[:1]]
-        pictures = pictures[1:]
+        parts += [f"## {_plain(table.title)}", _pipes(table), *table.notes]
     made.pop("verdicts", None)
     notes: dict[str, None] = {}
     for key, table in made.items():
         parts += [f"## {_heading(table)}", _pipes(table)]
         notes |= dict.fromkeys(table.notes)
         if key == "primary":
-            parts += ["\n".join(f"* {_plain(_sentence(each))}" for each in words.power(comparison)), *pictures]
+            parts += ["\n".join(f"* {_plain(_sentence(each))}" for each in words.power(comparison)), *others]
     below = [*notes, words.explanation(comparison), *words.notes(comparison)]
     return "\n\n".join([*parts, "## How it was made", *map(_plain, below)]) + "\n"
 
@@ -53,6 +53,10 @@ def _footing(comparison: Comparison, command: str | None, links: Mapping[str, st
     parts += [f"Made by `{command}`."] if command else []
     parts += [" · ".join(f"[{name}]({address})" for name, address in links.items())] if links else []
     return " ".join(parts)
+
+
+def _picture(file: str, text: str, *below: str) -> list[str]:
+    return [f"![{_plain(text)}]({file})", *(f"*{_plain(line)}*" for line in below)]
 
 
 def _sentence(text: str) -> str:

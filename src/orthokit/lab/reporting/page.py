@@ -15,8 +15,8 @@ from orthokit.lab.comparison.comparability import Panel, plain, under
 from orthokit.lab.comparison.comparison import Comparison
 from orthokit.lab.recipes.recipe import flatten
 from orthokit.lab.reporting import words
-from orthokit.lab.reporting.drawing import Drawing
-from orthokit.lab.reporting.figures import arm_colours, few, figures
+from orthokit.lab.reporting.drawing import Drawing, arm_colours
+from orthokit.lab.reporting.figures import few, figures
 from orthokit.lab.reporting.tables import sections, tables, verdict_of
 from orthokit.tables import Table
 

@@ -1,6 +1,7 @@
 """A study's runs, made from its file, and what the ledger holds of them."""
 
 import itertools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,8 @@ __all__ = ["LEDGER", "Plan", "Task", "plan"]
 
 SHOWN = re.compile(r"\]\((figures/[^/)]+\.svg)\)")
 """A figure in a README."""
+EXTENDS = re.compile(r'^extends = "(.+)"', re.MULTILINE)
+"""The file that a study extends."""
 LEDGER = "ledger"
 """The folder of results where all runs are kept."""
 
@@ -160,16 +163,27 @@ class Plan:
         """
         readme = self.folder / "README.md"
         before = set(SHOWN.findall(read_text(readme))) if readme.is_file() else set[str]()
-        every = figures.figures(comparison)
-        best = {name: every[name] for name in figures.best(every, comparison)}
-        files = {f"figures/{name}.svg": figure.svg for name, figure in best.items()}
-        images = [(f"figures/{name}.svg", figure.alt) for name, figure in best.items()]
-        files[readme.name] = markup.markdown(comparison, figures=images, command=self.command)
+        drawn = figures.best(comparison)
+        files = {f"figures/{name}.svg": figure.svg for name, figure in drawn.items()}
+        shown = [(f"figures/{name}.svg", figure.alt, figure.caption) for name, figure in drawn.items()]
+        files[readme.name] = markup.markdown(comparison, figures=shown, command=self.command, links=self._links())
         for name, content in files.items():
             write(self.folder / name, content)
         for name in before - set(files):
             (self.folder / name).unlink(missing_ok=True)
         return [self.folder / name for name in files]
+
+    def _links(self) -> dict[str, str]:
+        """Relative to the folder: the study's file, the pages of studies that extend it or that it extends, the evidence."""
+        bases = {file.stem: EXTENDS.search(file.read_text("utf-8", "replace")) for file in self.file.parent.glob("*.toml")}
+        extends = {name: base[1] for name, base in sorted(bases.items()) if base}
+        own = self.file.name
+        related = [name for name, base in extends.items() if base == own]
+        related += [base.removesuffix(".toml") for name, base in extends.items() if f"{name}.toml" == own]
+        links = {"the study's file": os.path.relpath(self.file, self.folder)}
+        links |= {f"the study {name}": f"../{name}/README.md" for name in related if (self.folder.parent / name).is_dir()}
+        links |= {"all evidence": "../STUDY.md"} if (self.folder.parent / "STUDY.md").is_file() else {}
+        return {name: Path(path).as_posix() for name, path in links.items()}
 
 
 def _remaining(tasks: Sequence[Task]) -> list[Task]:
