@@ -197,5 +197,4 @@ dist.destroy_process_group()
 # ============================================  =====================================
 #
 # Begin with ``Disentangled()`` or ``SO(squared=False)`` at strength .1. Whether accuracy gains from it is a question to seeds:
-# :doc:`../lab`. More on each way, and callbacks for Lightning and
-# transformers: :doc:`../guide`.
+# :doc:`4_compare`. Callbacks for Lightning and transformers: :doc:`2_frameworks`. More on each way: :doc:`../guide`.

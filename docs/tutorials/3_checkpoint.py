@@ -104,11 +104,17 @@ for row in plain.rows:
 
 command("report widened.pt --sort word --no-spectrum")
 widened = ok.report(folder / "widened.pt")
-widened.plot("2")
+directions = F.normalize(widened.kernel("2").matrix[0])
+figure, axis = plt.subplots(figsize=(4.8, 3.8), layout="constrained")
+image = axis.imshow((directions @ directions.T).abs(), vmin=0, vmax=1, cmap="Blues")
+axis.set(title="Filters of layer 2", xlabel="filter", ylabel="filter")
+figure.colorbar(image, label="|cosine|")
+plt.show()
 
 # %%
-# The heat map shows a line beside the diagonal: filter 0 equals filter 16, and so on. **A penalty cannot part exact copies**:
-# it pulls both alike, and so does the task where both are read alike. Merge them instead. The output stays the same.
+# The picture shows a line beside the diagonal: filter 0 equals filter 16, and so on; ``widened.plot("2")`` shows more. **A
+# penalty cannot part exact copies**: it pulls both alike, and so does the task where both are read alike. Merge them instead.
+# The output stays the same.
 
 model = network()
 model[2], model[4] = nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 3)
@@ -147,7 +153,8 @@ axis.legend(frameon=False)
 plt.show()
 
 # %%
-# Layer 0 is tall. It is as spread out as a tall layer can be, and its bar cannot reach 0 (:doc:`6_tall`).
+# Layer 0 is tall, and its bar cannot reach 0. Its filters cover all directions equally, so the report calls it orthogonal, too
+# (:doc:`6_tall`).
 #
 # A gate
 # ------

@@ -163,5 +163,5 @@ print("kept:", *sorted(path.name for path in (folder / "results/ledger").iterdir
 # not resolved, and it would take hundreds          decide by other things: cost, or how orthogonal filters should be
 # ================================================  =================================================================
 #
-# Never choose an arm or a strength by these test accuracies: the study has ``[tune]`` for it, with seeds of its own. What a study
-# may say: :doc:`../studies`; how verdicts are made: :doc:`../compare`; all names: :doc:`../reference/study`.
+# Never choose an arm or a strength by these test accuracies: the study has ``[tune]`` for it, with seeds of its own. What a
+# study may say: :doc:`../studies`; how verdicts are made: :doc:`../compare`; all names: :doc:`../reference/study`.

@@ -77,8 +77,8 @@ for name, layer in layers.items():
 print(f"least possible largest |cosine|, the Welch bound: {ok.welch_bound(32, 16):.2f}")
 
 # %%
-# The more pairs are free, the more the freedom is spent on one thing: :term:`copies`. They are the dark dots of the middle
-# picture.
+# Pairs spend their freedom on :term:`copies`: the dark dots beside the diagonal of the middle picture. The Welch-bounded form
+# spreads the overlap evenly.
 
 figure, axes = plt.subplots(1, 3, figsize=(4.8, 2.0), layout="constrained")
 for axis, name in zip(axes, ("strict", "pairs", "Welch-bounded"), strict=True):
