@@ -106,7 +106,8 @@ for (name, rows), colour in zip(logs.items(), ("#8a8a8a", "#2166ac"), strict=Tru
     steps, cosines = zip(*((int(row["step"]), float(row["ortho/wide/mean_cos"])) for row in rows), strict=True)
     axis.plot(steps, cosines, color=colour, linewidth=2.5)
     axis.annotate(name, (steps[-1], cosines[-1]), (0, 6), textcoords="offset points", ha="right", color=colour)
-axis.set(xlabel="step", ylabel="mean |cosine|", ylim=(0, None), title="Overlap of filters during training")
+axis.set(xlabel="step", ylabel="mean |cosine|", title="Overlap of filters during training")
+axis.set_ylim(0, 1.2 * axis.get_ylim()[1])  # room for the name of the upper line
 plt.show()
 
 # %%
