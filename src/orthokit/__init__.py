@@ -9,7 +9,6 @@ from importlib.metadata import version
 
 from orthokit import penalties, schedules
 from orthokit.estimate import estimate
-from orthokit.gram import welch_bound
 from orthokit.groups import param_groups
 from orthokit.integrations.logs import log
 from orthokit.integrations.optimizer import attach
@@ -43,6 +42,7 @@ from orthokit.relax import (
     share,
     transition_dimension,
     welch,
+    welch_bound,
 )
 from orthokit.report import Report, duplicates, merge_copies, operators, report
 

@@ -29,8 +29,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from orthokit.checks import check_count
-
 __all__ = [
     "LARGE",
     "SHORT",
@@ -74,7 +72,6 @@ __all__ = [
     "squares_and_weighted_directions",
     "sum_of_squares",
     "upcast",
-    "welch_bound",
     "whole",
 ]
 
@@ -494,21 +491,3 @@ def by_filters(
     slope = slope.mul_(weighted.unsqueeze(-2))
     slope.diagonal(dim1=-2, dim2=-1).copy_(lengthwise - along * parallel * inverse)
     return slope
-
-
-def welch_bound(o: int, n: int) -> float:
-    """The least possible ``max |c_ij|`` of ``o`` directions in ``n`` dimensions, as far as closed forms tell.
-
-    0 for ``o <= n``; the Welch bound ``sqrt((o - n) / (n (o - 1)))`` on tall layers; the orthoplex bound ``1 / sqrt(n)`` beyond
-    ``o > n (n + 1) / 2``, where the Welch bound cannot be reached.
-
-    >>> welch_bound(64, 64), round(welch_bound(64, 16), 3), welch_bound(11, 4)
-    (0.0, 0.218, 0.5)
-    """
-    check_count("o", o)
-    check_count("n", n)
-    if o <= n:
-        return 0.0
-    if o > n * (n + 1) // 2:
-        return float(n**-0.5)
-    return float(((o - n) / (n * (o - 1))) ** 0.5)

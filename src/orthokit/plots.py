@@ -17,10 +17,11 @@ from torch import nn
 from orthokit.checkpoint.statedict import Layers
 from orthokit.checks import install, printable
 from orthokit.diagnostics import singular_values
-from orthokit.gram import cosines, directions, welch_bound
+from orthokit.gram import cosines, directions
 from orthokit.kernel import Kernel
 from orthokit.layers import Where, layers, select
 from orthokit.palette import ARMS, COLOURS, DARK, INK, LINE, SOFT, WORDS
+from orthokit.relax import welch_bound
 from orthokit.tables import Row
 
 if TYPE_CHECKING:

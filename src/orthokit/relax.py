@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from orthokit.audit import unread_parameters
 from orthokit.checkpoint.statedict import Layers
 from orthokit.checks import check_choice, check_count, check_number, short_repr
-from orthokit.gram import welch_bound
 from orthokit.layers import Where, convs, select
 from orthokit.tables import Column, Row, Table
 
@@ -39,6 +38,7 @@ __all__ = [
     "share",
     "transition_dimension",
     "welch",
+    "welch_bound",
 ]
 
 Count = Literal["expected", "fewest"]
@@ -212,9 +212,27 @@ class ranks:
         return _at_least(by_name[name], o, n, self.floor)
 
 
+def welch_bound(o: int, n: int) -> float:
+    """The least possible ``max |c_ij|`` of ``o`` directions in ``n`` dimensions, as far as closed forms tell.
+
+    0 for ``o <= n``; the Welch bound ``sqrt((o - n) / (n (o - 1)))`` on tall layers; the orthoplex bound ``1 / sqrt(n)`` beyond
+    ``o > n (n + 1) / 2``, where the Welch bound cannot be reached.
+
+    >>> welch_bound(64, 64), round(welch_bound(64, 16), 3), welch_bound(11, 4)
+    (0.0, 0.218, 0.5)
+    """
+    check_count("o", o)
+    check_count("n", n)
+    if o <= n:
+        return 0.0
+    if o > n * (n + 1) // 2:
+        return float(n**-0.5)
+    return float(((o - n) / (n * (o - 1))) ** 0.5)
+
+
 @dataclass(frozen=True)
 class welch:
-    """The least ``max |c_ij|`` a layer's shape allows, :func:`orthokit.gram.welch_bound`; for ``ceiling=``.
+    """The least ``max |c_ij|`` a layer's shape allows, :func:`welch_bound`; for ``ceiling=``.
 
     The bound is 0 on layers that are not tall: there the ceiling counts every correlation, relaxed or not.
 

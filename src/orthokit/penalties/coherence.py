@@ -87,7 +87,7 @@ def _signs_of(value: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
 def coherence(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b"]:
     """``max |c_ij|``, the largest absolute cosine between two filters; 0 for a single filter.
 
-    Zero at mutually orthogonal filters of any length; never below :func:`orthokit.gram.welch_bound` for filters of length 0.1 or
+    Zero at mutually orthogonal filters of any length; never below :func:`orthokit.relax.welch_bound` for filters of length 0.1 or
     more. The cosine of a shorter one counts in proportion to its length (see Note [short filters] in :mod:`orthokit.gram`).
 
     >>> coherence(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))

@@ -167,7 +167,7 @@ def report(
     :func:`orthokit.diagnostics.random_cosine`), ``mean_cos``, ``max_cos``, ``copies`` (pairs with ``|c| > .99``),
     ``mean_length``, ``mean_length_error``, ``max_length_error`` (``|nu - 1|``); ``residual`` (``||K K^T - I||_F / sqrt(o)``)
     of wide layers (``o <= n``); ``tightness`` (:func:`orthokit.diagnostics.frame_tightness`) and ``welch_ratio`` (``max_cos``
-    over :func:`orthokit.gram.welch_bound`) of tall ones; ``sigma_min``, ``sigma_max``, ``condition``, ``effective_rank``,
+    over :func:`orthokit.relax.welch_bound`) of tall ones; ``sigma_min``, ``sigma_max``, ``condition``, ``effective_rank``,
     ``stable_rank``. Computed in float64 on the CPU. A layer with NaN, infinite or overflowing
     weights gets a row without figures, and a note.
 

@@ -8,9 +8,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from orthokit.diagnostics import angles, effective_rank, frame_tightness, random_cosine, stable_rank
 from orthokit.diagnostics.spectrum import spectrum_of
-from orthokit.gram import frobenius, gram, less_identity, welch_bound
+from orthokit.gram import frobenius, gram, less_identity
 from orthokit.kernel import Kernel
 from orthokit.layers import Layer
+from orthokit.relax import welch_bound
 from orthokit.report.words import word_of
 from orthokit.tables import Column, Row
 
