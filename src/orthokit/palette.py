@@ -1,6 +1,6 @@
 """Colours of pages and figures: arms, the words of a report, ink and ground. They read on white and on dark grounds."""
 
-__all__ = ["ARMS", "BASELINE", "COLOURS", "DARK", "GROUND", "INK", "LINE", "MIDDLE", "SOFT", "WORDS", "pen"]
+__all__ = ["ARMS", "BASELINE", "COLOURS", "DARK", "GROUND", "INK", "LINE", "MIDDLE", "SOFT", "WORDS", "mixed", "pen"]
 
 BASELINE = "#8a8a8a"
 """Grey; nothing else in a figure of arms has it."""

@@ -43,8 +43,6 @@ from orthokit.plots import own_style
 
 __all__ = ["LABELS", "best", "few", "figures"]
 
-__all__ = ["arm_colours", "best", "few", "figures"]
-
 Draw = Callable[[], Drawing | None]
 CURVES = 4
 """Of more panels than these, curves are drawn of the first, the middle and the last."""
