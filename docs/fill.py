@@ -80,6 +80,8 @@ def gain(name: str, arm: str, panel: str = "", metric: str = "accuracy") -> str:
 def value(name: str, arm: str, panel: str = "", metric: str = "accuracy") -> str:
     """Mean of an arm over its seeds."""
     mean = _cell(name, arm, panel, metric).sample.mean
+    if mean >= 100:
+        return f"{mean:,.0f}"
     return f"{mean:.1f}" if mean >= 1 else f"{mean:.2g}".replace("e-0", "e-")
 
 
