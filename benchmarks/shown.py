@@ -17,10 +17,11 @@ from orthokit.plots import WIDTH, named_above, own_style, svg
 WAYS = {"add_grad_": "add_grad_()", "loss": "loss, backward", "plain": "plain loop"}
 EVERY = 8
 LABELS = {
-    "SO-smaller": "SO, smaller side",
+    "SO": "SO²",
+    "SO-smaller": "SO², smaller side",
     "strict": "Disentangled",
     "pairs": "relaxed, pairs",
-    "welch": "relaxed, Welch",
+    "welch": "relaxed, Welch-bounded",
     "budget": "relaxed, budget",
 }
 
