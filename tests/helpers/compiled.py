@@ -82,7 +82,8 @@ def step():
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", "form='pairs'")
+    whole = {type(case.penalty): case for case in reversed(CASES)}.values()  # the first of each kind; options differ less
     for case in CASES:
-        penalty_alone(case.penalty, model())
+        penalty_alone(case.penalty, model() if case in whole else nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 1)))
     penalty_alone(ok.SO(), nn.Sequential(Centred(3, 8, 3), nn.Conv2d(8, 8, 3)))
     step()
