@@ -100,7 +100,8 @@ def _pages(readme: Path) -> None:
     (folder / "numbers.csv").write_text(tables.numbers(comparison).to_csv(), encoding="utf-8")
     (folder / "tables.tex").write_text(markup.latex(comparison), encoding="utf-8")
     links = "[Every figure on one page](page.html) · [all numbers (CSV)](numbers.csv) · [tables (LaTeX)](tables.tex)"
-    title, rest = readme.read_text("utf-8").split("\n", 1)
+    file = Path(shutil.copy(plan.file, folder)).name
+    title, rest = readme.read_text("utf-8").replace(f"../../studies/{file}", file).split("\n", 1)
     readme.write_text(f"{title}\n\n{links}\n{rest}", encoding="utf-8")
 
 
