@@ -229,7 +229,7 @@ def side_by_side(rows: Mapping[str, Sequence[Row]]) -> "Figure":
             "zorder": 3,
             "clip_on": False,
         }
-        axis.scatter(list(dots.values()), list(dots), s=55, zorder=3, clip_on=False, label=_middle(name, 24), **look)
+        axis.scatter(list(dots.values()), list(dots), label=_middle(name, 24), **look)
     axis.set_xlim(left=0)
     named_above(figure, ncols=2)
     return figure
