@@ -118,6 +118,7 @@ class Engine:
     Attributes:
         ranks: the transition dimension of each layer by name, of a penalty that relaxes.
         costs: multiplications that each layer's Gram matrix takes.
+        zeros: the layers that were all zero when the engine was made.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Engine:
         self.model, self.layers, self.penalty, self.scale, self.include_frozen = model, layers, penalty, scale, include_frozen
         self.ranks: dict[str, int] = {}
         self.costs: list[int] = []
+        self.zeros: list[Layer] = []
         self._shapes: list[torch.Size] = []
         self._readings: list[_Reading | None] = []
         self._rules: dict[tuple[_Reading, torch.Size], tuple[GramRule, Side] | None] = {}
@@ -146,6 +148,8 @@ class Engine:
             self._shapes.append(kernel.weight.shape)
             self._readings.append(None if view is None else readings.setdefault((view, rank, shape), _Reading(view, rank, shape)))
             self.costs.append(kernel.groups * kernel.o * kernel.n * min(kernel.o, kernel.n))
+            if not kernel.weight.detach().any():
+                self.zeros.append(layer)
 
     def value(self, only: Collection[int] | None = None) -> Tensor:
         """The sum over all layers, or over those at the indices ``only``; autograd knows its gradient."""
@@ -154,7 +158,7 @@ class Engine:
         if batches:
             weights = [weight for batch in batches for stack in batch.stacks for weight in stack.weights]
             values.append(cast(Tensor, _Total.apply(self, batches, *weights)))  # type: ignore[no-untyped-call]
-        return _sum(values, self.layers[0].device)
+        return self.sum(values)
 
     def add_grads_(self, scale: float | Tensor, wanted: Collection[int] | None = None) -> Tensor:
         """Add ``scale`` times the gradient to ``.grad`` of the parameters whose ``id`` is wanted, of all by default; the sum."""
@@ -166,7 +170,7 @@ class Engine:
                 measured.add_grads_(scale, wanted)
             values.append(measured.value)
         values += [self._add_grads(stack, scale, wanted) for stack in stacks]
-        return _sum(values, self.layers[0].device)
+        return self.sum(values)
 
     @torch.enable_grad()
     def _add_grads(self, stack: Stack, scale: float | Tensor, wanted: Collection[int] | None) -> Tensor:
@@ -301,8 +305,13 @@ class Engine:
 
     def sum_by_autograd(self, batches: Iterable["Batch"]) -> Tensor:
         """The sum over batches by operations that can be differentiated twice."""
-        values = [self.measure(stack).sum() for batch in batches for whole in batch.stacks for stack in whole.split()]
-        return _sum(values, values[0].device)
+        return self.sum([self.measure(stack).sum() for batch in batches for whole in batch.stacks for stack in whole.split()])
+
+    def sum(self, values: Sequence[Tensor]) -> Tensor:
+        """The sum of scalars, on the device of the first; 0 on that of the first layer where there are none."""
+        if not values:
+            return torch.zeros((), device=self.layers[0].device)
+        return torch.stack([value.to(values[0].device) for value in values]).sum()
 
     def _factor(self, groups: int, kernel: Callable[[], Kernel]) -> float:
         """What the values of a layer in so many groups are multiplied with."""
@@ -450,8 +459,7 @@ class _Total(torch.autograd.Function):
         ctx.engine, ctx.weights = engine, weights
         ctx.shapes = [(each.batch, [(piece.weights, piece.order) for piece in each.pieces]) for each in measured]
         ctx.save_for_backward(*(tensor for each in measured for tensor in (each.slope, *(piece.matrix for piece in each.pieces))))
-        values = [each.value for each in measured]
-        return _sum(values, values[0].device)
+        return engine.sum([each.value for each in measured])
 
     @staticmethod
     def backward(ctx: Any, of_value: Tensor) -> tuple[Tensor | None, ...]:
@@ -467,13 +475,6 @@ class _Total(torch.autograd.Function):
             measured = Measured(batch, of_value, slope, [_Piece(weights, order, next(saved)) for weights, order in shapes])
             gradients += measured.gradients(of_value.to(slope.device))
         return None, None, *gradients
-
-
-def _sum(values: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The sum of scalars, on the device of the first; 0 on ``device`` where there are none."""
-    if not values:
-        return torch.zeros((), device=device)
-    return torch.stack([value.to(values[0].device) for value in values]).sum()
 
 
 def _add_to_grads(

@@ -108,7 +108,7 @@ class Regularizer:
             warn_once(f"scale= does nothing here: it applies to unsquared penalties, and {penalty!r} is squared")
         self._engine = Engine(model, self.layers, penalty, scale=scale, include_frozen=include_frozen)
         self.ranks = self._engine.ranks
-        warn_of_selection(model, self.layers, [layer for layer in self.layers if not layer.kernel.weight.detach().any()])
+        warn_of_selection(model, self.layers, self._engine.zeros)
         _ = self.strength  # a schedule that gives no valid strength fails here
         warn_of_long_filters(penalty, self.schedule, self.layers, self.ranks)
 
@@ -128,11 +128,8 @@ class Regularizer:
         """
         strength = self._due() if torch.is_grad_enabled() else self.strength
         mine = self._share() if self.shard else None
-        value = self._engine.value(mine) if strength > 0 else self._nothing()
+        value = self._engine.value(mine) if strength > 0 else self._engine.sum(())
         return strength * (1 if mine is None else dist.get_world_size()) * value
-
-    def _nothing(self) -> Tensor:
-        return torch.zeros((), device=self.layers[0].device)
 
     def _due(self, key: str = "") -> float:
         """The strength of this call, counted under ``key``: 0 but for each ``every``-th, which makes up for the others."""
@@ -190,7 +187,7 @@ class Regularizer:
         elif scale.numel() != 1:
             raise ValueError(f"scale must be one number; got a tensor of shape {tuple(scale.shape)}")
         strength = self._due(self._first(wanted))
-        value = self._engine.add_grads_(strength * scale, wanted) if strength > 0 else self._nothing()
+        value = self._engine.add_grads_(strength * scale, wanted) if strength > 0 else self._engine.sum(())
         return strength * value
 
     def _first(self, wanted: set[int] | None) -> str:
