@@ -340,3 +340,15 @@ def test_bottlenecks_have_tall_layers_and_come_back_from_their_weights():
         ResNet(26, block="bottleneck")
     with pytest.raises(ValueError, match="projected shortcuts"):
         ResNet(29, block="bottleneck", shortcut="identity")
+
+
+@pytest.mark.parametrize(("block", "tall"), [("basic", 2), ("bottleneck", 6)])
+def test_narrow_networks_come_back_from_their_weights(block, tall):
+    network = ResNet(11 if block == "bottleneck" else 8, 3, 10, block=block, filters=4)
+    widths = {module.out_channels for module in network.modules() if isinstance(module, nn.Conv2d)}
+    assert widths == ({4, 8, 16} if block == "basic" else {4, 8, 16, 32, 64})
+    assert len(ok.Regularizer(network, ok.SO(), strength=1.0, where=ok.convs & ok.tall).layers) == tall
+    again = ResNet.from_checkpoint(network.state_dict())
+    assert str(again) == str(network)
+    with pytest.raises(ValueError, match="filters"):
+        ResNet(8, filters=0)

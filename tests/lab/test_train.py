@@ -26,6 +26,7 @@ from orthokit.lab.data.images import load as load_images
 from orthokit.lab.networks.resnet import ResNet
 from orthokit.lab.own import Code
 from orthokit.lab.recipes.recipe import DataSection, Recipe
+from orthokit.lab.runs.launch import Pool
 from orthokit.lab.runs.progress import Watch
 from orthokit.lab.runs.run import Run
 from orthokit.lab.training import hardware
@@ -562,3 +563,17 @@ def test_compiled(tmp_path):
     a, b = weights(whole), weights(run)
     assert a.keys() == b.keys()
     assert max((a[n].float() - b[n].float()).abs().max().item() for n in a) < 1e-4
+
+
+def test_fewer_validations_leave_the_training_alone(tmp_path):
+    whole, rare = run_in(tmp_path / "whole", train__epochs=5), run_in(tmp_path / "rare", train__epochs=5)
+    summaries = train(whole, hardware=HARDWARE), train(rare, hardware=HARDWARE, validate_every=2)
+    assert [row["epoch"] for row in rare.metrics() if row["validation"]] == [1, 3, 5]
+    pairs = zip(rare.metrics(), whole.metrics(), strict=True)
+    assert all(row["validation"] in (None, other["validation"]) for row, other in pairs)
+    assert summaries[0]["weights"] == summaries[1]["weights"]
+    assert summaries[0]["test"] == summaries[1]["test"]
+    assert summaries[1]["validation"] == rare.metrics()[-1]["validation"]
+    best = max(filter(None, (row["validation"] for row in rare.metrics())), key=lambda scores: scores["accuracy"])
+    assert summaries[1]["best"]["accuracy"] == best["accuracy"]
+    assert "--validate-every 3" in " ".join(Pool(validate_every=3).command(rare, tmp_path / "recipe.toml"))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from orthokit.checkpoint.statedict import bare, pick
 from orthokit.checks import check_choice, check_count
-from orthokit.lab.networks.blocks import DEEPEST, Norm, check_sizes, conv, he_, norm_of, stages
+from orthokit.lab.networks.blocks import DEEPEST, WIDEST, Norm, check_sizes, conv, he_, norm_of, stages
 
 __all__ = ["SHORTCUTS", "BasicBlock", "Bottleneck", "ImageNetResNet", "PadShortcut", "ResNet", "state_in"]
 
@@ -92,10 +92,10 @@ def state_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 class ResNet(nn.Module):
     """The CIFAR residual network of He et al. (2015, https://arxiv.org/abs/1512.03385).
 
-    Three stages of 16, 32 and 64 filters; PyTorch's initialisation. The 1x1 projections, 32x16 and 64x32, have more filters
-    than weights per filter: they are tall. So is the first convolution, 16x9, of images with one channel. With bottlenecks the
-    blocks put out four times as many filters, and the last convolution of each, with four filters for each weight, is tall too:
-    12 of the 31 convolutions of 29 layers.
+    Three stages of 16, 32 and 64 filters (``filters``, twice and four times as many); PyTorch's initialisation. The 1x1
+    projections, 32x16 and 64x32, have more filters than weights per filter: they are tall. So is the first convolution, 16x9,
+    of images with one channel. With bottlenecks the blocks put out four times as many filters, and the last convolution of
+    each, with four filters for each weight, is tall too: 12 of the 31 convolutions of 29 layers.
 
     Args:
         depth: ``6 b + 2`` layers for ``b`` basic blocks a stage (8, 14, ...), ``9 b + 2`` for ``b`` bottlenecks (11, 20, ...).
@@ -105,6 +105,7 @@ class ResNet(nn.Module):
             strided input with zeros for the new channels (its option A, the one it reports for CIFAR).
         block: ``"basic"``, two 3x3 convolutions, or ``"bottleneck"``, a 3x3 between two 1x1, with projected shortcuts.
         norm: ``"batch"``; ``"group"``, groups of 8 channels, at most 32 groups; ``"none"``, convolutions then have a bias.
+        filters: of the first convolution and stage.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class ResNet(nn.Module):
         shortcut: Shortcut = "projection",
         norm: Norm = "batch",
         block: Block = "basic",
+        filters: int = 16,
     ) -> None:
         super().__init__()
         check_choice("block", block, BLOCKS)
@@ -124,15 +126,16 @@ class ResNet(nn.Module):
         if depth % per_block != 2:
             examples = ", ".join(str(per_block * blocks + 2) for blocks in (1, 2, 3))
             raise ValueError(f"depth must be {per_block} b + 2 for b {block} blocks a stage ({examples}, ...); got {depth}")
+        check_count("filters", filters, most=16 * WIDEST)
         check_sizes(channels, classes, norm)
         check_choice("shortcut", shortcut, SHORTCUTS)
         if block == "bottleneck" and shortcut == "identity":
             raise ValueError('block="bottleneck" has projected shortcuts; leave shortcut="identity" out')
-        self.conv = conv(norm, channels, 16)
-        self.bn = norm_of(norm, 16)
+        self.conv = conv(norm, channels, filters)
+        self.bn = norm_of(norm, filters)
         factor, make = (1, partial(BasicBlock, shortcut=shortcut)) if block == "basic" else (4, Bottleneck)
-        widths = [factor * width for width in (16, 32, 64)]
-        self.blocks = stages(partial(make, norm=norm), 16, widths, [depth // per_block] * 3)
+        widths = [factor * filters * multiple for multiple in (1, 2, 4)]
+        self.blocks = stages(partial(make, norm=norm), filters, widths, [depth // per_block] * 3)
         self.fc = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,9 +157,9 @@ class ResNet(nn.Module):
         norm: Norm = "batch" if "bn.running_mean" in state else "group" if "bn.weight" in state else "none"
         block: Block = "bottleneck" if "blocks.0.conv3.weight" in state else "basic"
         try:
-            channels, classes = state["conv.weight"].shape[1], state["fc.weight"].shape[0]
+            (filters, channels), classes = state["conv.weight"].shape[:2], state["fc.weight"].shape[0]
             depth = (2 if block == "basic" else 3) * len(blocks) + 2
-            network = cls(depth, channels, classes, shortcut=shortcut, norm=norm, block=block)
+            network = cls(depth, channels, classes, shortcut=shortcut, norm=norm, block=block, filters=filters)
             network.load_state_dict(state)
         except (KeyError, IndexError, AttributeError, ValueError, RuntimeError, TypeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())

@@ -59,6 +59,7 @@ class Pool:
         device: see ``orthokit.lab.training.hardware.Hardware``.
         threads: threads of each run on the CPU.
         log: see :class:`orthokit.lab.runs.logs.Log`.
+        validate_every: epochs from one validation to the next.
     """
 
     jobs: int | None = None
@@ -69,6 +70,7 @@ class Pool:
     device: str = "auto"
     threads: int = 1
     log: Kind | None = None
+    validate_every: int = 1
 
     @property
     def devices(self) -> list[str]:
@@ -94,6 +96,7 @@ class Pool:
             "--root": self.root.resolve(),
             "--device": self.device,
             "--threads": self.threads,
+            "--validate-every": self.validate_every,
             **({} if self.log is None else {"--log": self.log}),
         }
         code = run.recipe.code

@@ -64,6 +64,7 @@ def train(
     download: bool = False,
     hardware: Hardware | None = None,
     watch: Watch | None = None,
+    validate_every: int = 1,
 ) -> dict[str, Any]:
     """Train ``run`` to its end, from its checkpoint if it has one, and return its summary; a finished run is not repeated.
 
@@ -73,6 +74,7 @@ def train(
         download: whether to fetch them if they are not.
         hardware: where to compute.
         watch: hears of every epoch, and of steps in between.
+        validate_every: epochs from one validation to the next, the last epoch among them. Training itself does not depend on it.
 
     Raises:
         DivergenceError: the loss or a weight is no longer finite.
@@ -104,7 +106,7 @@ def train(
             if before is None:
                 write(run.folder / "environment.json", to_json(environment(fabric)))
         with Stop() as stop:
-            return Training(run, fabric, data, stop, watch).fit()
+            return Training(run, fabric, data, stop, watch, validate_every).fit()
 
 
 def learning_rate(section: TrainSection, steps: int) -> Schedule:
@@ -132,8 +134,8 @@ def shapes(ortho: ok.Regularizer) -> dict[str, dict[str, Any]]:
 class Training:
     """A run in progress."""
 
-    def __init__(self, run: Run, fabric: Fabric, data: ImageSet, stop: Stop, watch: Watch) -> None:
-        self.run, self.fabric, self.stop, self.watch = run, fabric, stop, watch
+    def __init__(self, run: Run, fabric: Fabric, data: ImageSet, stop: Stop, watch: Watch, validate_every: int = 1) -> None:
+        self.run, self.fabric, self.stop, self.watch, self.validate_every = run, fabric, stop, watch, validate_every
         self.section = section = run.recipe.train
         self.device: torch.device = fabric.device
         self.data = data.to(self.device)
@@ -276,7 +278,8 @@ class Training:
         loss, right, images, penalty = sums.tolist()
         self._check(sums[0])
         with self.clock("evaluate"):
-            validation = None if self.data.validation is None else self.evaluate(self.data.validation)
+            due = (self.section.epochs - epoch - 1) % self.validate_every == 0  # counted from the last
+            validation = self.evaluate(self.data.validation) if due and self.data.validation is not None else None
         with self.clock("record"):
             totals = orthogonality(self.final_model, spectrum=False)
         row: dict[str, Any] = {
@@ -398,11 +401,8 @@ class Training:
             "history": self.history,
             "best": self.best,
         }
-        return {
-            **{name: part.state_dict() for name, part in self._parts().items()},
-            "progress": progress,
-            "of": self._of(),
-        }
+        states = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**states, "progress": progress, "of": self._of()}
 
     def _parts(self) -> dict[str, Any]:
         """The objects whose state a checkpoint holds."""
