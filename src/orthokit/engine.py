@@ -40,7 +40,7 @@ def large(device: torch.device) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """How a weight is read, and the transition dimension that was chosen for its shape; the same object for equal ones."""
+    """The reading of a weight and the transition dimension chosen for its shape; the same object for equal ones."""
 
     view: View
     rank: int | None
@@ -48,7 +48,7 @@ class _Reading:
 
 
 class _Form(NamedTuple):
-    """What parameters have in common that can be stacked."""
+    """Properties that parameters share where they can be stacked."""
 
     reading: _Reading
     size: torch.Size
@@ -314,7 +314,7 @@ class Engine:
         return torch.stack([value.to(values[0].device) for value in values]).sum()
 
     def _factor(self, groups: int, kernel: Callable[[], Kernel]) -> float:
-        """What the values of a layer in so many groups are multiplied with."""
+        """Factor of a layer's values, given its number of groups."""
         if is_squared(self.penalty, otherwise=True):
             return 1.0
         return (float(self.scale(kernel())) if self.scale else 1.0) / float(groups**0.5)

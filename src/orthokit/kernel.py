@@ -114,7 +114,7 @@ class Kernel:
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What kernels must have in common to be stacked."""
+        """Properties that kernels must share to be stacked."""
         weight = self.weight
         return weight.shape, self.stride, self.dilation, self.transposed, weight.dtype, weight.device
 
@@ -155,7 +155,7 @@ def kernel_of(layer: object) -> Kernel:
 
 @dataclass(frozen=True)
 class View:
-    """How a layer's weight ``(*batch, out, i, *spatial)`` is read as a kernel; ``(*batch, in, o, *spatial)`` if transposed."""
+    """The reading of a layer's weight ``(*batch, out, i, *spatial)`` as a kernel; ``(*batch, in, o, *spatial)`` if transposed."""
 
     groups: int = 1
     stride: tuple[int, ...] = ()
@@ -181,7 +181,7 @@ class View:
 
 @functools.singledispatch
 def _views(layer: object) -> dict[str, View]:
-    """How the weights of a layer of torch are read, by the name of the tensor."""
+    """Readings of the weights of a layer of torch, by the name of the tensor."""
     return {}
 
 
@@ -232,7 +232,7 @@ def _reader(kind: type) -> Callable[[Any], Kernel]:
 
 
 def views(layer: object) -> dict[str, View]:
-    """How the weights of a layer are read, by the name of the tensor; empty for one that somebody else taught us to read."""
+    """Readings of the weights of a layer, by the name of the tensor; empty where a user registered a reading."""
     return _views(layer) if _reader(type(layer)) is _read else {}
 
 
@@ -248,7 +248,7 @@ def kernel_named(layer: nn.Module, name: str, *, stored: bool = False) -> Kernel
 
 
 def plain_view(layer: nn.Module, name: str) -> View | None:
-    """How the weight is read; None where its forward pass computes another from it, or somebody else taught us to read it."""
+    """The reading of the weight; None where the forward pass computes another weight from it, or a user registered a reading."""
     view = views(layer).get(name)
     if view is None or not is_overridden(layer):
         return view

@@ -288,7 +288,7 @@ def _layer_named(name: str, module: nn.Module) -> Layer:
 
 
 class _Model:
-    """What predicates that look beyond one layer must know of the model in which layers are selected."""
+    """Facts about the whole model, for predicates that look beyond one layer."""
 
     def __init__(self, bare: object, modules: Mapping[str, nn.Module]) -> None:
         self.bare, self.modules = bare, modules

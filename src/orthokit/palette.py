@@ -5,7 +5,7 @@ __all__ = ["ARMS", "BASELINE", "COLOURS", "DARK", "GROUND", "INK", "LINE", "MIDD
 BASELINE = "#8a8a8a"
 """Grey; nothing else in a figure of arms has it."""
 ARMS = ("#c8661a", "#2f7fc1", "#a05fc4", "#2a9558", "#d0413f", "#14938c", "#8c7a1e")
-"""Of the other arms, in their order."""
+"""Colours of the other arms, in their order."""
 COLOURS = (BASELINE, *ARMS)
 WORDS = {
     "copies": "#c9303f",
@@ -14,11 +14,11 @@ WORDS = {
     "near-orthogonal": "#2b6ca3",
     "orthogonal": "#23834a",
 }
-"""Of each word of a report: bars in a figure, chips behind white words."""
+"""Colours of a report's words: bars in a figure, chips behind white words."""
 INK, SOFT, LINE, GROUND = "#24292f", "#57606a", "#d0d7de", "#ffffff"
-"""Of words, of what stands beside them, of grids, and of the page."""
+"""Colours of text, secondary text, grids and the page."""
 MIDDLE = "#808080"
-"""Of words on a ground that nobody knows, such as that behind a picture of pixels."""
+"""Colour of text on an unknown background, such as behind a PNG."""
 
 
 def mixed(colour: str, other: str, share: float) -> str:
@@ -39,4 +39,4 @@ def pen(colour: str) -> str:
 DARK = {INK: "#e6edf3", SOFT: "#9ba5b0", LINE: "#3d444d", GROUND: "#131619"} | {
     pen(colour): mixed(colour, "#ffffff", 0.25) for colour in COLOURS
 }
-"""What stands in place of some colours where the page is dark."""
+"""Replacements for some colours where the page is dark."""

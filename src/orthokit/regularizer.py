@@ -239,7 +239,7 @@ class Regularizer:
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold: the step of the schedule, and with ``every=`` the calls so far."""
+        """State for a checkpoint: the step of the schedule, and with ``every=`` the calls so far."""
         return {"steps": self.steps, "calls": dict(self._calls)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 __all__ = ["named_modules", "reshard", "unwrap"]
 
 SHELLS = "_orig_mod", "_forward_module", "_original_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"
-"""How ``torch.compile``, Fabric and torch's wrappers for checkpointing and sharding call the module in them."""
+"""Names under which ``torch.compile``, Fabric and torch's wrappers for checkpointing and sharding hold the module in them."""
 
 
 def _inner(module: nn.Module) -> nn.Module | None:

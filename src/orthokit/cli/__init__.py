@@ -47,7 +47,7 @@ STATUS = {
     4: "one of several runs or parts failed; all others are done",
     130: "stopped by Ctrl-C or a signal; the same command goes on",
 }
-"""What each exit status means."""
+"""Meaning of each exit status."""
 
 
 def _overview() -> str:

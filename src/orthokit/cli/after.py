@@ -1,4 +1,4 @@
-"""What to do next: the last line of a command on a terminal."""
+"""The last line of a command on a terminal: what to do next."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Parts that all commands use."""
 
 import contextlib
 import functools
@@ -88,7 +88,7 @@ def suggest(console: Console, command: str) -> None:
 
 
 def to_compare() -> str:
-    """What ``compare`` can be given in this folder; of studies, the command that compares their runs."""
+    """Folders below this one that ``compare`` accepts; for studies, the command that compares their runs."""
     studies = "; a study compares its own runs: orthokit study FILE --no-train" if Path("results/ledger").is_dir() else ""
     return f"folders of runs, such as runs, or a CSV file{studies}"
 

@@ -46,19 +46,19 @@ class Evaluate:
     key: str | None = None
     """Which network to read where a checkpoint holds several: its name, or how the names of its weights begin."""
     parts: tuple[Part, ...] = PARTS
-    """What to measure."""
+    """Parts of the evaluation."""
     images: int = 1000
-    """How many test images attacks, noise and corruptions use, equally many of each class."""
+    """Number of test images for attacks, noise and corruptions, equally many of each class."""
     root: Path = Path("data")
     """Folder of the images. Corrupted images are kept there, too."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """What to compute on."""
+    """Device to compute on."""
     jobs: int | None = None
     """Parts measured at the same time; by default one on each core, or one on a GPU."""
     threads: int = 1
     """CPU threads of each part."""
     format: Format = "table"
-    """What to print."""
+    """Output format."""
 
     def run(self, console: Console) -> int:
         if not self.paths:
@@ -263,7 +263,7 @@ class Power:
     seeds: int | None = None
     """Seeds of each arm. With --effect the command prints the chance that they resolve it."""
     comparisons: int = 1
-    """How many tests there will be: arms beside the baseline, times panels."""
+    """Number of tests: arms other than the baseline, times panels."""
     chance: float = 0.8
     """Probability of resolving a real gain."""
     alpha: float = 0.05

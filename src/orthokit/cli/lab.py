@@ -70,7 +70,7 @@ class Machine:
     out: Path = Path("runs")
     """Folder of the runs: OUT/NAME/SEED; for sweeps and studies OUT/FILE/NAME/SEED."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """What to compute on."""
+    """Device to compute on."""
     jobs: int | None = None
     """Runs at the same time; by default one on each core, or --jobs-per-device on each GPU."""
     jobs_per_device: int = 1
@@ -157,7 +157,7 @@ class Train:
     devices: int = 1
     """Processes that share one run, each on its own device."""
     strategy: str = "auto"
-    """How processes share a run: a strategy of Lightning Fabric."""
+    """Strategy of Lightning Fabric by which processes share a run."""
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
 
     def run(self, console: Console) -> int:

@@ -87,7 +87,7 @@ class Report:
     key: str | None = None
     """Which network to read where a file holds several: its name, or how the names of its weights begin."""
     format: Format = "table"
-    """What to print."""
+    """Output format."""
     layers: tuple[str, ...] = ("*",)
     """Only layers whose name matches one of these patterns, e.g. 'layer1.*'."""
     where: str | None = None
@@ -236,7 +236,7 @@ def _architecture(spec: str | None) -> nn.Module | None:
 
 @dataclass(frozen=True)
 class Relaxation:
-    """How to choose each layer's transition dimension r. Without an option every layer is strict."""
+    """Rule for each layer's transition dimension r. Without an option every layer is strict."""
 
     feasible: bool = False
     """r = min(o, n): relax tall layers only, those with more filters than weights per filter."""
@@ -271,11 +271,11 @@ class Plan:
     energy: float | None = None
     """With --data: share of the variance to keep, 0.95 by default."""
     count: Literal["expected", "fewest"] = "expected"
-    """How to count the pairs that form="pairs" leaves free; the fewest possible, or as many as expected."""
+    """Rule for the number of pairs that form="pairs" leaves free: the fewest possible, or as many as expected."""
     linears: bool = False
     """Show linear layers, too."""
     format: Format = "table"
-    """What to print."""
+    """Output format."""
 
     def run(self, console: Console) -> None:
         chosen = [

@@ -26,7 +26,7 @@ from orthokit.tables import Column, Table
 __all__ = ["ARMS", "runs", "show", "train_all"]
 
 ARMS = {"none": "none", "SO": "so", "strict": "strict", "pairs": "pairs", "relaxed": "relaxed"}
-"""What the arms are called, and the part of a recipe that each of them is."""
+"""The arms: name -> part of a recipe."""
 COLUMNS = (
     Column("arm", "arm", ""),
     Column("accuracy", "accuracy %", ""),
@@ -129,7 +129,7 @@ def _row(arm: str, accuracy: Sample, summaries: Sequence[Mapping[str, Any]]) -> 
 
 
 def _words(accuracy: Mapping[str, Sample], cosines: Mapping[str, Sequence[float]]) -> list[str]:
-    """What the demo shows: of accuracy, whether arms differ by more than seeds do; of orthogonality, by how much they do."""
+    """The demo's result in sentences: whether accuracies differ by more than seeds do, and by how much orthogonality differs."""
     others = [arm for arm in accuracy if arm != "none"]
     least, most = (pick(accuracy[arm].mean for arm in others) for pick in (min, max))
     said = f"Accuracy: {accuracy['none'].mean:.1f}% without a penalty, {least:.1f} to {most:.1f}% with one."

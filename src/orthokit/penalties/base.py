@@ -1,4 +1,4 @@
-"""What a penalty is: one page, which the library, the command line and the documentation read.
+"""The Penalty protocol, on one page that the library, the command line and the documentation read.
 
 Any callable ``Kernel -> Tensor`` can be minimised. A penalty of this package also says what it is, in the attributes of
 :class:`Penalty`, and may offer three methods, each a protocol of its own: :class:`HasGramRule`, :class:`Relaxes`,
@@ -16,7 +16,7 @@ __all__ = ["HasGramRule", "HasNearest", "Measure", "Penalty", "Relaxes", "gram_r
 
 
 class Measure(Protocol):
-    """What every penalty and every measure of a caller's own is: a callable."""
+    """A callable: every penalty, and every measure of a caller's own."""
 
     def __call__(self, kernel: Kernel, /) -> Tensor:
         """One value per leading dimension (batch and groups) of a kernel, of which gradients may be taken."""
@@ -26,7 +26,7 @@ class Penalty(Measure, Protocol):
     """A frozen dataclass of a method's options that measures kernels, and says what it is."""
 
     name: ClassVar[str]
-    """What people call the method, the name of the class."""
+    """Name of the method in the field, and of the class."""
     long_name: ClassVar[str]
     """The name in words, as in the title of its card."""
     source: ClassVar[str]

@@ -78,7 +78,7 @@ def _largest(entries: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _signs_of(value: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
-    """How many entries of each row have this absolute value, and their signs."""
+    """Number of entries of each row with this absolute value, and their signs."""
     hit = entries.abs() == value
     return hit.sum(-1), torch.where(hit, entries.sign(), 0.0)
 

@@ -143,11 +143,11 @@ class _Term:
     """The cosines that count, and what their norm may keep: by default every one, and nothing."""
 
     free: int | Tensor = 0
-    """How many of the largest pairs do not count."""
+    """Number of largest pairs that do not count."""
     ceiling: float | Tensor = 0.0
-    """What each ``|c_ij|`` may keep."""
+    """Largest ``|c_ij|`` without a penalty."""
     budget: float | Tensor = 0.0
-    """What the norm may keep."""
+    """Largest norm without a penalty."""
 
     @property
     def is_plain(self) -> bool:
@@ -248,7 +248,7 @@ def _norm(norm: Tensor, squared: bool, budget: float | Tensor = 0.0) -> tuple[Te
 
 
 def _excess(c: Float[Tensor, "*b o m"], ceiling: float | Tensor) -> Float[Tensor, "*b o m"]:
-    """How far each ``|c_ij|`` exceeds the ceiling, with the sign of the cosine."""
+    """Excess of each ``|c_ij|`` over the ceiling, with the sign of the cosine."""
     if not isinstance(ceiling, Tensor):
         return F.softshrink(c, ceiling)
     high = ceiling.to(c)[..., None, None]

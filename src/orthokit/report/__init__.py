@@ -1,4 +1,4 @@
-"""How orthogonal is a network: figures and a word for every layer, a sentence for the network, and what to do about it."""
+"""Reports on the orthogonality of networks: figures and a word a layer, a sentence for the network, and what to do about it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ __all__ = ["COLUMNS", "WORDS", "Pair", "Report", "compare", "duplicates", "merge
 
 @dataclass(frozen=True, repr=False)
 class Report(Table):
-    """What :func:`report` returns: a :class:`~orthokit.tables.Table` of layers that can say more.
+    """A report: a :class:`~orthokit.tables.Table` of layers, with a summary in words, advice, pictures and a page.
 
     Attributes:
         layers: the layers it is of, in the order of the rows; figures are of the time of the report, pairs and pictures read

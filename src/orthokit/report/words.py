@@ -1,4 +1,4 @@
-"""What a report says in words: one word a layer, one sentence a network, and the line of code that would act on it.
+"""The words of a report: one word a layer, one sentence a network, and the line of code that would act on it.
 
 The thresholds are ours. They are stated on the page "Reading a report" of the documentation, and tested there.
 """
@@ -49,7 +49,7 @@ def word_of(row: Row, pairs: int) -> str | None:
 
 
 def sentence_of(rows: Sequence[Row]) -> str:
-    """How many layers read as what, and which are the least orthogonal.
+    """Summarize the layers: how many have which word, and which are the least orthogonal.
 
     >>> from orthokit.report.words import sentence_of
     >>> sentence_of(orthokit.report(nn.Linear(4, 4)).rows)
