@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from orthokit.cli import main
 from orthokit.cli.lab import Machine
 from orthokit.lab.data.images import load as load_set
-from orthokit.lab.networks.init import orthogonal_
+from orthokit.lab.networks.init import initialise_
 from orthokit.lab.recipes.compose import load
 from orthokit.lab.recipes.recipe import Recipe, check_all
 from orthokit.lab.recipes.sections import NetworkSection
@@ -399,7 +399,7 @@ def test_a_run_on_a_folder(mine, pets, capsys):
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d, nn.Conv1d, nn.ConvTranspose3d])
 def test_orthogonal_filters_of_any_convolution(kind, groups):
     module = kind(4, 6, 3, groups=groups)
-    orthogonal_(module)
+    initialise_(module, "orthogonal")
     for group in module.weight.detach().chunk(groups):
         filters = (group.transpose(0, 1) if module.transposed else group).flatten(1)
         assert torch.allclose(filters @ filters.T, torch.eye(len(filters)), atol=1e-5)
@@ -417,7 +417,7 @@ def test_orthogonal_filters_of_any_convolution(kind, groups):
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
 def test_orthogonal_filters_of_computed_weights(wrap, kind):
     module = wrap(kind(4, 6, 3))
-    orthogonal_(module)
+    initialise_(module, "orthogonal")
     module(torch.randn(1, 4, 5, 5))  # computes the weight
     filters = (module.weight.transpose(0, 1) if module.transposed else module.weight).detach().flatten(1)
     gram = filters @ filters.T
@@ -432,9 +432,9 @@ def test_weights_that_cannot_be_set_are_named():
     doubled, small = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3)
     nn.utils.parametrize.register_parametrization(doubled, "weight", Doubled())
     with pytest.raises(ValueError, match="its parametrization makes another one of it"):
-        orthogonal_(parametrizations.orthogonal(small))  # of each 3x3 matrix
+        initialise_(parametrizations.orthogonal(small), "orthogonal")  # of each 3x3 matrix
     with pytest.raises(ValueError, match=r'init = "orthogonal" cannot set the weight of layer \'a\.b\'.*; leave init out'):
-        orthogonal_(doubled, "a.b")
+        initialise_(doubled, "orthogonal", "a.b")
 
 
 def test_spectral_vectors_are_copied_not_averaged(mine):

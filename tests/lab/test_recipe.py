@@ -20,12 +20,12 @@ DIGESTS = {
     ("nano", "cifar100"): "758425b336159890",
     ("quick", "cifar10"): "2dcf8b96ff027b9f",
     ("quick", "cifar100"): "1104b42a8cf4e0f8",
-    ("resnet20", "cifar10"): "db978c7d2cc1f737",
-    ("resnet20", "cifar100"): "cbe3b5cd98bb755f",
-    ("resnet56", "cifar10"): "f451b69216d98e23",
-    ("resnet56", "cifar100"): "7db907ec4402e448",
-    ("resnet110", "cifar10"): "fcaf7b97f73557a3",
-    ("resnet110", "cifar100"): "eb30a06ef277c168",
+    ("resnet20", "cifar10"): "0cbfa5547e30d25a",
+    ("resnet20", "cifar100"): "ddaa951def9a8bc5",
+    ("resnet56", "cifar10"): "c5d09a8992d60828",
+    ("resnet56", "cifar100"): "27cf793b194c36eb",
+    ("resnet110", "cifar10"): "0f7019e183ac9b6e",
+    ("resnet110", "cifar100"): "d843f3f917d90a6d",
     ("resnet18", "cifar10"): "e89ffad31ba0ca05",
     ("resnet18", "cifar100"): "1bc3ac5d958ee6de",
     ("resnet34", "cifar10"): "4b1158bac7cf12ca",
@@ -95,9 +95,10 @@ def test_digits_fit_every_budget():
 
 def test_the_protocol():
     recipe = load("resnet20+standard-200+cifar10+strict")
-    assert (recipe.train.lr, recipe.train.batch, recipe.train.epochs, recipe.train.weight_decay) == (0.1, 128, 200, 1e-4)
-    assert [round(part * 200) for part in recipe.train.milestones] == [60, 120, 160]
-    assert load("standard-200+wrn28-10+cifar100").train.weight_decay == 5e-4
+    assert (recipe.train.lr, recipe.train.batch, recipe.train.epochs, recipe.train.weight_decay) == (0.1, 128, 200, 5e-4)
+    assert (recipe.train.schedule, recipe.train.warmup, load("standard-30+resnet110+cifar10").train.warmup) == ("cosine", 0, 1)
+    wide = load("standard-200+wrn28-10+cifar100").train
+    assert (wide.weight_decay, [round(part * 200) for part in wide.milestones]) == (5e-4, [60, 120, 160])
     assert recipe.network.build(3, 10).blocks[3].shortcut[0].weight.shape == (32, 16, 1, 1)  # projection shortcuts
     model = recipe.network.build(3, 10)
     assert len(recipe.regularizer.build(model).layers) == 21

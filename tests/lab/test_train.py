@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional as F
 
 import orthokit as ok
@@ -507,6 +508,14 @@ def test_orthogonal_initialisation():
     model = recipe(train__init="orthogonal").build(data)
     for row in ok.report(model, where=ok.convs).rows:
         assert (row["sigma_min"], row["sigma_max"]) == pytest.approx((1, 1), abs=1e-6)
+
+
+def test_he_initialisation():
+    data = load_images("synthetic", train=100, size=8)
+    for name, module in recipe(train__init="he", network__filters=64).build(data).named_modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 10**4:
+            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05), name
 
 
 def test_a_network_of_ones_own(tmp_path, monkeypatch):

@@ -1,10 +1,14 @@
-"""Initialisation with orthonormal filters, of any convolution."""
+"""Initialisations of any convolution: orthonormal filters, and He's."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["orthogonal_"]
+__all__ = ["Init", "initialise_"]
+
+Init = Literal["orthogonal", "he"]
 
 
 def _set(module: nn.Module, weight: Tensor) -> None:
@@ -19,11 +23,16 @@ def _set(module: nn.Module, weight: Tensor) -> None:
         lengths.copy_(torch.linalg.vector_norm(weight, dim=over, keepdim=True))
 
 
-def orthogonal_(module: nn.modules.conv._ConvNd, name: str = "") -> None:
-    """Give a convolution orthonormal filters, or orthonormal columns where it has more filters than weights per filter.
+def initialise_(module: nn.modules.conv._ConvNd, init: Init, name: str = "") -> None:
+    """Draw the weight of a convolution anew from the global generator; a bias stays as it is.
 
-    Filters are drawn from the global generator. A weight that is computed from others (``torch.nn.utils.parametrizations``) is
-    set through these.
+    A weight that is computed from others (``torch.nn.utils.parametrizations``) is set through these.
+
+    Args:
+        module: the convolution.
+        init: ``"orthogonal"``, orthonormal filters, or orthonormal columns where there are more filters than weights per filter;
+            ``"he"``, normal with variance 2 over the fan-out (He et al. 2015, https://arxiv.org/abs/1502.01852).
+        name: of the layer, for messages.
 
     Raises:
         ValueError: the parametrization cannot express such a weight.
@@ -32,7 +41,10 @@ def orthogonal_(module: nn.modules.conv._ConvNd, name: str = "") -> None:
     weight = module.weight.detach().clone()
     for group in weight.chunk(module.groups):
         filters = group.transpose(0, 1).contiguous() if across else group
-        nn.init.orthogonal_(filters)
+        if init == "orthogonal":
+            nn.init.orthogonal_(filters)
+        else:
+            nn.init.kaiming_normal_(filters, mode="fan_out", nonlinearity="relu")
         if across:
             group.copy_(filters.transpose(0, 1))
     try:
@@ -43,4 +55,4 @@ def orthogonal_(module: nn.modules.conv._ConvNd, name: str = "") -> None:
         else:
             _set(module, weight)
     except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
-        raise ValueError(f'init = "orthogonal" cannot set the weight of layer {name!r} ({error}); leave init out') from None
+        raise ValueError(f'init = "{init}" cannot set the weight of layer {name!r} ({error}); leave init out') from None

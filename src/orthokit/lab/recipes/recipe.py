@@ -30,7 +30,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
 
 from orthokit.lab.data.images import ImageSet
-from orthokit.lab.networks.init import orthogonal_
+from orthokit.lab.networks.init import Init, initialise_
 from orthokit.lab.own import Code, check_outputs, is_own
 from orthokit.lab.recipes.sections import DataSection, NetworkSection, Section, valid
 from orthokit.regularizer import Regularizer, sqrt_filters
@@ -74,8 +74,9 @@ class TrainSection(Section):
     """Memory layout of images and weights."""
     compile: bool = False
     """Whether ``torch.compile`` the network."""
-    init: Literal["default", "orthogonal"] = "default"
-    """``orthogonal``: every convolution starts with orthonormal filters (tall ones with orthonormal columns)."""
+    init: Literal["default"] | Init = "default"
+    """Initialisation of the convolutions: the network's own; ``orthogonal``, orthonormal filters (tall ones with orthonormal
+    columns); or ``he``, normal with variance 2 over the fan-out."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSection":
@@ -180,10 +181,10 @@ class Recipe(Section):
     def build(self, data: ImageSet) -> nn.Module:
         """The network for the images of a set, initialised from the global generator as the recipe says."""
         model = self.network.build(data.train.pixels.shape[1], data.classes, self.code)
-        if self.train.init == "orthogonal":
+        if self.train.init != "default":
             for name, module in model.named_modules():
                 if isinstance(module, nn.modules.conv._ConvNd):
-                    orthogonal_(module, name)
+                    initialise_(module, self.train.init, name)
         return model
 
     def check(self, data: ImageSet, *, training: bool = True) -> None:
