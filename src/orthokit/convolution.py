@@ -1,6 +1,5 @@
 """Self-convolutions: inner products of all filters of a convolution with all shifted filters, the cheapest way."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -10,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from orthokit.constants import cached
 from orthokit.gram import (
     distance_to_identity,
     gram,
@@ -78,7 +78,7 @@ def convolution_distance(weight: Float[Tensor, "..."], stride: tuple[int, ...], 
     return (distance_to_identity(real) + 2 * value) / len(spectrum) + (max(0, o - i) - less)
 
 
-@functools.lru_cache(64)
+@cached(64)
 def _transform(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Float[Tensor, "frequencies taps"]:
     """The discrete Fourier transform of a real kernel, on ``2 k - 1`` points a dimension, as a matrix of real rows.
 

@@ -68,7 +68,6 @@ __all__ = [
     "row_map",
     "row_products",
     "row_values",
-    "scattered",
     "squares_and_weighted_directions",
     "sum_of_squares",
     "upcast",
@@ -254,12 +253,6 @@ def lengths(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o"]:
 def directions(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o n"]:
     """Filters scaled to unit length; one shorter than ``sqrt(tiny(dtype))`` has no direction and becomes zero."""
     return _squares_and_directions(matrix, False)[1]
-
-
-def scattered(count: int) -> Float[Tensor, "count"]:  # noqa: F821
-    """Numbers in ``[-1/2, 1/2)`` without visible order, always the same: of no generator, which no compiler would follow."""
-    numbers = torch.arange(1, count + 1, dtype=torch.float64, device="cpu").mul(12.9898).sin() * 43758.5453
-    return numbers - numbers.floor() - 0.5
 
 
 def cosines(matrix: Float[Tensor, "*b o n"]) -> Float[Tensor, "*b o o"]:

@@ -18,6 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from orthokit.constants import on_device
 from orthokit.gram import check_weight, whole
 from orthokit.in_use import computed_weight, is_overridden
 
@@ -124,8 +125,8 @@ class Kernel:
         first = kernels[0]
         rank = first.rank
         if any(not isinstance(kernel.rank, int) or kernel.rank != rank for kernel in kernels) and rank is not None:
-            each = [torch.as_tensor(kernel.rank, device=kernel.weight.device).expand(kernel.leading) for kernel in kernels]
-            rank = torch.stack(each)
+            ranks = [on_device(cast(int, kernel.rank), first.weight.device) for kernel in kernels]
+            rank = torch.stack([each.expand(first.leading) for each in ranks])
         weight = torch.stack([kernel.weight for kernel in kernels]) if len(kernels) > 1 else first.weight.unsqueeze(0)
         return replace(first, weight=weight, rank=rank)
 

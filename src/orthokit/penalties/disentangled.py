@@ -6,19 +6,19 @@ two are measured apart, and relaxed orthogonality lets some of the correlations 
 could be read: the formulas below, their weights, and the forms "welch" and "budget" are ours, after the paper's idea.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from orthokit.checks import check_choice, check_count, check_flag, check_number, check_options, short_repr, warn_once
+from orthokit.constants import cached, on_device, scattered
 from orthokit.gram import (
     SHORT,
     GramRule,
@@ -38,7 +38,6 @@ from orthokit.gram import (
     row_blocks,
     row_products,
     row_values,
-    scattered,
     squares_and_weighted_directions,
     sum_of_squares,
 )
@@ -265,7 +264,7 @@ def _without_largest(c: Float[Tensor, "*b o o"], count: int | Tensor) -> Float[T
     below, mirrored = _pairs(o, c.device)
     pairs = c.flatten(-2).index_select(-1, below)
     sizes = pairs.detach().abs()
-    counts = torch.as_tensor(count, device=c.device).expand(sizes.shape[:-1]).unsqueeze(-1)
+    counts = on_device(count, c.device).expand(sizes.shape[:-1]).unsqueeze(-1)
     least = _nth_largest(sizes, counts if isinstance(count, Tensor) else count)
     counted = sizes < least
     # Every row has as many as are to stay, or fewer where several are equal.
@@ -286,17 +285,18 @@ def _without_largest_by_blocks(c: Float[Tensor, "*b o o"], count: int | Tensor) 
     for matrix, result, (least, ties) in zip(flat, rest, limits, strict=True):
         for rows in row_blocks(matrix):
             part = matrix[rows].tril(rows.start - 1)
-            result[rows] = part.masked_fill_(part.abs() > least, 0.0)
-            if ties:
-                equal = (part.abs() == least).nonzero()[:ties] if least > 0 else ()
-                for row, column in equal:
-                    result[rows.start + row, column] = 0.0
-                ties -= len(equal)
+            part.masked_fill_(part.abs() > least, 0.0)
+            if not is_visible(c) or ties > 0:  # of pairs just as large the first are free
+                equal = part.abs() == least
+                order = equal.flatten().cumsum(0).view_as(equal)
+                part.masked_fill_(equal & (order <= ties), 0.0)
+                ties = ties - order[-1, -1]
+            result[rows] = part
         plus_transpose(result) if is_large(result) else result.add_(result.mT.clone())
     return rest.reshape(c.shape)
 
 
-def _limit(matrix: Float[Tensor, "o o"], count: int) -> tuple[float, int]:
+def _limit(matrix: Float[Tensor, "o o"], count: int) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """The ``count``-th largest size of a pair, and how many pairs of just this size are among these ``count``."""
     o = len(matrix)
     sizes = torch.empty(o * (o - 1) // 2, dtype=matrix.dtype, device=matrix.device)
@@ -305,18 +305,16 @@ def _limit(matrix: Float[Tensor, "o o"], count: int) -> tuple[float, int]:
         sizes[start : start + row] = matrix[row, :row]
     sizes.abs_()
     if count == 0:
-        return math.inf, 0
+        return sizes.new_full((), torch.inf), torch.zeros((), dtype=torch.int64, device=sizes.device)
     index = len(sizes) - count
     if sizes.is_cpu:
         sizes.numpy().partition(index)  # in place
-        least, larger = sizes[index].item(), int((sizes[index + 1 :] > sizes[index]).count_nonzero())
-    else:
-        least = sizes.kthvalue(index + 1).values.item()
-        larger = int((sizes > least).count_nonzero())
-    return least, count - larger
+        return sizes[index].clone(), count - (sizes[index + 1 :] > sizes[index]).count_nonzero()
+    least = sizes.kthvalue(index + 1).values
+    return least, count - (sizes > least).count_nonzero()
 
 
-@lru_cache(32)
+@cached(32)
 def _pairs(o: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where in ``o x o`` entries those below the diagonal are, in row-major order; and which of these each entry equals."""
     rows, columns = torch.tril_indices(o, o, -1, device=device)

@@ -8,7 +8,7 @@ given weights is always the same.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orthokit.checks import check_choice, check_count, check_flag, check_options, short_repr
+from orthokit.constants import cached, scattered
 from orthokit.gram import (
     SIDES,
     GramRule,
@@ -28,7 +29,6 @@ from orthokit.gram import (
     less_identity,
     outside_autocast,
     reciprocal,
-    scattered,
 )
 from orthokit.kernel import Kernel
 from orthokit.polar import polar
@@ -72,7 +72,7 @@ def spectral_restricted_isometry(
     check_count("steps", steps, most=MOST)
     left = matrix if is_by_rows(matrix.shape, side) else matrix.mT
     size = left.shape[-2]
-    vector = (_start(size) if start is None else start).to(matrix).unsqueeze(-1)
+    vector = (_start(size, matrix.dtype, matrix.device) if start is None else start.to(matrix)).unsqueeze(-1)
     if vector.shape != (size, 1):
         raise ValueError(
             f"start must be a vector of {size} numbers, as this side's Gram matrix has; got {vector.squeeze(-1).shape}"
@@ -149,7 +149,7 @@ class _ByPower:
 
     def __call__(self, product: Float[Tensor, "*b m m"]) -> tuple[Tensor, Tensor]:
         times = less_identity(product).matmul
-        unit = _start(product.shape[-1]).to(product).unsqueeze(-1)
+        unit = _start(product.shape[-1], product.dtype, product.device).unsqueeze(-1)
         units, norms = _iterate(times, unit.expand(*product.shape[:-1], 1), self.steps)
         left, right = _slope(times, units, norms)
         norm = norms[-1]
@@ -158,11 +158,11 @@ class _ByPower:
         return norm.squeeze((-2, -1)), left @ right.mT
 
 
-@cache
-def _start(size: int) -> Tensor:
+@cached(64)
+def _start(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     vector = scattered(size)
-    unit: Tensor = vector / torch.linalg.vector_norm(vector)
-    return unit
+    length: Tensor = torch.linalg.vector_norm(vector)
+    return (vector / length).to(device, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
