@@ -36,6 +36,7 @@ __all__ = [
     "detail",
     "details",
     "draw",
+    "lay_out",
     "named_above",
     "new_figure",
     "overview",
@@ -56,6 +57,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 13.5,
     "axes.titlesize": "medium",
     "axes.titlelocation": "left",
+    "axes.titley": 1.0,
     "axes.labelcolor": INK,
     "axes.edgecolor": SOFT,
     "axes.spines.top": False,
@@ -112,8 +114,7 @@ def svg(figure: "Figure", title: str, description: str = "") -> str:
         description: its numbers, for those who do not see it.
     """
     file = io.StringIO()
-    figure.draw_without_rendering()  # the layout depends on the ticks' labels, and these on the size it gives to the axes
-    figure.set_layout_engine("none")
+    lay_out(figure)
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = re.sub(r"\s*\n\s*", "\n", re.sub(r"<[^>]*>", _shorter, file.getvalue()))
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, count=1, flags=re.DOTALL)
@@ -128,6 +129,17 @@ def svg(figure: "Figure", title: str, description: str = "") -> str:
     dark = f"@media (prefers-color-scheme: dark){{\n{''.join(rules)}}}"
     style = f"<style>\ntext{{font-family: {family}, sans-serif}}\n{dark}\n</style>\n"
     return re.sub(r"(<svg[^>]*>\n)", lambda tag: tag[0] + "".join(words) + style, text, count=1)
+
+
+def lay_out(figure: "Figure") -> None:
+    """Give the axes of a figure their places, once: drawing the figure later leaves them there.
+
+    Args:
+        figure: drawn in :func:`own_style`.
+    """
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+        figure.set_layout_engine(None)
 
 
 def _shorter(tag: re.Match[str]) -> str:

@@ -106,7 +106,8 @@ def of_many():
 
 
 def test_names_of_lines_stand_apart(of_many):
-    texts = ElementTree.fromstring(figures(of_many)["orthogonality-training"].svg).iter("{http://www.w3.org/2000/svg}text")
+    (drawing,) = figures(of_many, ["orthogonality-training"]).values()
+    texts = ElementTree.fromstring(drawing.svg).iter("{http://www.w3.org/2000/svg}text")
     places = [(text.text, float(text.get("x")), float(text.get("y"))) for text in texts if text.text in of_many.arms]
     names = [name for name, _, _ in places]
     assert set(names) == set(of_many.arms)

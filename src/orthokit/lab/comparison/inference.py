@@ -9,8 +9,9 @@ import contextlib
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import numpy as np
 from scipy import optimize, stats
@@ -62,17 +63,17 @@ class Sample:
         """The number of values."""
         return len(self.values)
 
-    @property
+    @cached_property
     def mean(self) -> float:
         """The mean of the values."""
         return statistics.fmean(self.values)
 
-    @property
+    @cached_property
     def sd(self) -> float | None:
         """Standard deviation with ``n - 1``; None of a single value."""
         return statistics.stdev(self.values) if self.n > 1 else None
 
-    @property
+    @cached_property
     def interval(self) -> tuple[float, float] | None:
         """Student's interval of the mean; None of a single value."""
         if self.sd is None:
@@ -121,11 +122,17 @@ class Difference:
     mean: float
     interval: tuple[float, float] | None
     welch: float | None
-    dunnett: float | None
+    simultaneous: Callable[[], float | None] = field(default=lambda: None, repr=False, compare=False)
+    """Dunnett's test, which takes as long as all others together and is made where its p is asked for."""
     holm: float | None = None
     """The p that verdicts go by, adjusted over all comparisons of the metric."""
     blocked: Blocked | None = None
     """The difference with seeds as blocks; None with fewer than two seeds that both arms have."""
+
+    @property
+    def dunnett(self) -> float | None:
+        """Dunnett's p."""
+        return self.simultaneous()
 
     @property
     def resolved(self) -> bool:
@@ -144,11 +151,14 @@ def differences(arms: Mapping[str, Sample], baseline: str) -> dict[str, Differen
     control = arms[baseline]
     others = {name: sample for name, sample in arms.items() if name != baseline}
     names = [name for name, sample in others.items() if min(sample.n, control.n) > 1]
-    dunnett = dict(zip(names, _dunnett([others[name] for name in names], control) if names else [], strict=True))
+    family = _Family({name: others[name] for name in names}, control)
     result = {}
     for name, sample in others.items():
-        interval, welch = _welch(sample, control) if name in names else (None, None)
-        result[name] = Difference(sample.mean - control.mean, interval, welch, dunnett.get(name))
+        mean = sample.mean - control.mean
+        if name in names:
+            result[name] = Difference(mean, *_welch(sample, control), partial(family.dunnett, name))
+        else:
+            result[name] = Difference(mean, None, None)
     return result
 
 
@@ -304,12 +314,25 @@ def _welch(sample: Sample, control: Sample) -> tuple[tuple[float, float] | None,
     return (float(interval.low), float(interval.high)), float(test.pvalue)
 
 
-def _dunnett(samples: Sequence[Sample], control: Sample) -> list[float | None]:
-    if not any(sample.sd for sample in (*samples, control)):
-        return [None] * len(samples)
-    with _quiet():
-        test = stats.dunnett(*(sample.values for sample in samples), control=control.values, rng=np.random.default_rng(0))
-    return [float(p) for p in test.pvalue]
+@dataclass(frozen=True, eq=False)
+class _Family:
+    """Arms whose differences from the baseline Dunnett tests together."""
+
+    arms: Mapping[str, Sample]
+    control: Sample
+
+    def dunnett(self, name: str) -> float | None:
+        """The p of an arm."""
+        return self._p_values[name]
+
+    @cached_property
+    def _p_values(self) -> dict[str, float | None]:
+        if not any(sample.sd for sample in (*self.arms.values(), self.control)):
+            return dict.fromkeys(self.arms)
+        values = [sample.values for sample in self.arms.values()]
+        with _quiet():
+            test = stats.dunnett(*values, control=self.control.values, rng=np.random.default_rng(0))
+        return {name: float(p) for name, p in zip(self.arms, test.pvalue, strict=True)}
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
@@ -16,7 +17,7 @@ from orthokit.lab.comparison.inference import Contrast, Difference
 from orthokit.lab.reporting.words import labels
 from orthokit.lab.runs.results import Result
 from orthokit.palette import ARMS, BASELINE, GROUND, SOFT, pen
-from orthokit.plots import WIDTH, svg
+from orthokit.plots import WIDTH, lay_out, svg
 
 __all__ = [
     "Curves",
@@ -46,8 +47,8 @@ __all__ = [
 
 COLUMNS = 3
 """Axes side by side, at most."""
-END = "end"
-"""The label of a text that names a line at its right end."""
+BESIDE = 1.04
+"""Where the name of a line begins, as a part of the width of the axes."""
 
 Curves = dict[str, tuple[list[Any], NDArray[np.float64]]]
 """Arm -> where there are values, and the values, a row for each seed."""
@@ -217,24 +218,43 @@ def bands(axis: Any, curves: Curves, arms: Sequence[str], comparison: Comparison
         end_label(axis, xs[-1], values[:, -1].mean(), known[arm], colours[arm])
 
 
+class _Tie(Line2D):
+    """The line between a curve's right end and its name. An arrow of matplotlib takes longer than all else in a figure."""
+
+    def __init__(self, axis: Any, name: Any, colour: str) -> None:
+        look = {"color": colour, "linewidth": 1, "solid_capstyle": "round", "zorder": name.get_zorder()}
+        super().__init__([], [], transform=axis.transAxes, **look)
+        self.name = name
+
+    def draw_to(self, height: float) -> None:
+        """Move the name to a height, a part of that of the axes, and lead there, with 3 points of space at either end."""
+        axis = self.name.axes
+        self.name.set_position((BESIDE, height))
+        ends = np.array([axis.transData.transform(self.name.xy), axis.transAxes.transform((BESIDE, height))])
+        space = 3 / 72 * axis.figure.dpi * (ends[1] - ends[0]) / np.linalg.norm(ends[1] - ends[0])
+        self.set_data(*axis.transAxes.inverted().transform(ends + np.array([space, -space])).T)
+
+
 def end_label(axis: Any, x: float, y: float, text: str, colour: str) -> None:
     """Name a line at its right end; :func:`finished` moves names apart."""
-    line = {"arrowstyle": "-", "color": colour, "linewidth": 1, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
-    look = {"color": pen(colour), "va": "center", "annotation_clip": False, "arrowprops": line, "label": END}
-    axis.annotate(text, (x, y), (1.04, 0.5), textcoords="axes fraction", **look)
+    look = {"color": pen(colour), "va": "center", "annotation_clip": False}
+    name = axis.annotate(text, (x, y), (BESIDE, 0.5), textcoords="axes fraction", **look)
+    tie = axis.add_artist(_Tie(axis, name, colour))
+    tie.set(clip_on=False, in_layout=False)
 
 
-def _move_apart(figure: Any, axis: Any) -> None:
+def _move_apart(axis: Any) -> None:
     """The names of lines: each as near to its line's end as the others allow."""
-    texts = [text for text in axis.texts if text.get_label() == END]
-    frame = axis.get_window_extent()
-    ends = [float(axis.transData.transform(text.xy)[1] - frame.y0) / frame.height for text in texts]
+    if not (ties := [each for each in axis.lines if isinstance(each, _Tie)]):
+        return
+    axis.get_ylim()  # decides about the limits, unless somebody has
+    ends = [float(axis.transAxes.inverted().transform(axis.transData.transform(tie.name.xy))[1]) for tie in ties]
     order = np.argsort(ends, kind="stable")
-    gap = min(1.25 * texts[0].get_fontsize() / 72 * figure.dpi / frame.height, 1 / len(texts))
-    steps = gap * np.arange(len(texts))
-    places = isotonic_regression(np.array(ends)[order] - steps).x.clip(0, 1 - steps[-1]) + steps
-    for k, place in zip(order, places, strict=True):
-        texts[k].set_position((1.04, float(place)))
+    points = axis.get_window_extent().height / axis.figure.dpi * 72
+    steps = min(1.25 * ties[0].name.get_fontsize() / points, 1 / len(ties)) * np.arange(len(ties))
+    heights = isotonic_regression(np.array(ends)[order] - steps).x.clip(0, 1 - steps[-1]) + steps
+    for k, height in zip(order, heights, strict=True):
+        ties[k].draw_to(float(height))
 
 
 def curves_of(panel: Panel, read: Callable[[Result], Mapping[Any, float]]) -> Curves:
@@ -314,10 +334,14 @@ def wrapped(text: str, width: int, lines: int) -> str:
 
 def finished(figure: Any, caption: str, numbers: Mapping[str, str], most: int = 10) -> Drawing:
     """The finished figure; ``numbers`` go into its alternative text."""
-    if named := [axis for axis in figure.axes if any(text.get_label() == END for text in axis.texts)]:
-        figure.draw_without_rendering()
-        for axis in named:
-            _move_apart(figure, axis)
+    for axis in figure.axes:
+        _move_apart(axis)  # about where they will be, so that the layout has room for them
+        for each in (axis.xaxis, axis.yaxis):
+            if not each.get_label_text():
+                each.set_label_coords(0, 0)  # there is none; where it would be by itself takes time to find out
+    lay_out(figure)
+    for axis in figure.axes:
+        _move_apart(axis)
     some = "; ".join(f"{name} {number}" for name, number in list(numbers.items())[:most])
     some += "; …" * (len(numbers) > most)
     return Drawing(caption, f"{caption} {some}", svg(figure, caption, some))

@@ -58,10 +58,19 @@ LABELS = {
 """Of the strengths of a metric's curve."""
 
 
-def figures(comparison: Comparison) -> dict[str, Drawing]:
-    """All that there are numbers for. A name is a metric's group, a dash, what is drawn and, if there are more, the panel."""
+def figures(comparison: Comparison, kinds: Sequence[str] | None = None) -> dict[str, Drawing]:
+    """All that there are numbers for. A name is a metric's group, a dash, what is drawn and, if there are more, the panel.
+
+    Args:
+        comparison: what they show.
+        kinds: draw only figures of these names, whatever the panel, such as ``"orthogonality-training"``.
+    """
     with own_style():
-        return {name: drawing for name, draw in _all(comparison) if (drawing := draw()) is not None}
+        return {
+            name: drawing
+            for name, draw in _all(comparison)
+            if (kinds is None or any(_is_of(kind, name) for kind in kinds)) and (drawing := draw()) is not None
+        }
 
 
 def best(comparison: Comparison, most: int = 4) -> dict[str, Drawing]:
@@ -71,11 +80,15 @@ def best(comparison: Comparison, most: int = 4) -> dict[str, Drawing]:
     with own_style():
         every = dict(_all(comparison))
         for kind in dict.fromkeys([next(iter(every)), *kinds, "tuning"]):
-            some = ((name, draw()) for name, draw in every.items() if name == kind or name.startswith(f"{kind}-"))
+            some = ((name, draw()) for name, draw in every.items() if _is_of(kind, name))
             chosen |= next(({name: drawing} for name, drawing in some if drawing is not None), {})
             if len(chosen) == most:
                 break
     return chosen
+
+
+def _is_of(kind: str, name: str) -> bool:
+    return name == kind or name.startswith(f"{kind}-")
 
 
 def _all(comparison: Comparison) -> Iterator[tuple[str, Draw]]:
