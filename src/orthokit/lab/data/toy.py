@@ -1,6 +1,8 @@
 """Sets that need no download: digits, patches of photographs, synthetic pictures."""
 
+import functools
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,29 +70,31 @@ def _corners(height: int, width: int, generator: torch.Generator) -> tuple[Int64
     return corners[0], corners[1]
 
 
+@functools.cache
 def synthetic() -> Parts:
     """Pictures whose class is a smooth pattern, shifted at random (cyclically) and buried in another pattern and in noise.
 
-    Nothing is rounded before the last step, so that the pictures are the same on any machine.
+    Nothing is rounded before the last step, so that the pictures are the same on any machine. They are made once a process.
     """
     generator = torch.Generator().manual_seed(0)
     step = torch.arange(32)
-    weights = torch.zeros(32, 4, dtype=torch.float64).index_put_((step, step // 8), 8.0 - step.double() % 8)
-    weights.index_put_((step, (step // 8 + 1) % 4), (step % 8).double())  # interpolates a cyclic grid of 4 linearly, times 8
+    weights = torch.zeros(32, 4).index_put_((step, step // 8), 8.0 - step.float() % 8)
+    weights.index_put_((step, (step // 8 + 1) % 4), (step % 8).float())  # interpolates a cyclic grid of 4 linearly, times 8
 
     def smooth(count: int) -> Tensor:
-        grid = torch.randint(-64, 65, (count, 3, 4, 4), generator=generator).double()
-        return (weights @ grid @ weights.T / 64).float()
+        grid = torch.randint(-64, 65, (count, 3, 4, 4), generator=generator).float()
+        return weights @ (grid.view(-1, 4) @ weights.T).view(count, 3, 4, 32) / 64
 
-    patterns, parts = smooth(10), []
+    patterns, channels, parts = smooth(10), torch.arange(3)[:, None, None], []
     for each in (500, 100):
         labels = torch.arange(10).repeat_interleave(each)
         shifts = torch.randint(0, 32, (2, len(labels)), generator=generator)
         rows, columns = ((step + shift[:, None]) % 32 for shift in shifts)
-        signal = patterns[labels[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        noise = torch.randint(-64, 65, signal.shape, generator=generator)
-        parts += [(128 + signal + smooth(len(labels)) + noise).round_().clamp_(0, 255).byte(), labels]
+        signal = patterns[labels[:, None, None, None], channels, rows[:, None, :, None], columns[:, None, None, :]]
+        noise = torch.randint(-64, 65, signal.shape, generator=generator, dtype=torch.int16)
+        pixels = smooth(len(labels)).add_(signal).add_(noise).add_(128)
+        parts += [pixels.round_().clamp_(0, 255).byte().contiguous(memory_format=torch.channels_last), labels]
     return Parts(*parts)
 
 
-TOYS = {"digits": digits, "patches": patches, "synthetic": synthetic}
+TOYS: dict[str, Callable[[], Parts]] = {"digits": digits, "patches": patches, "synthetic": synthetic}
