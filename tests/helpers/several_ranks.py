@@ -21,7 +21,7 @@ import orthokit as ok
 PENALTIES = {"strict": ok.Disentangled(), "welch": ok.Disentangled(relax=ok.share(0.1), form="welch"), "SO": ok.SO()}
 RANKS = (1, 2, 3)
 WAYS = ("loss", "add_grad_", "attach", "shard")
-STEPS, BATCH, ACCUMULATED = 3, 12, 2
+STEPS, BATCH, ACCUMULATED = 2, 12, 2
 
 
 def model():
