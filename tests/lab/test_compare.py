@@ -325,7 +325,7 @@ def test_trends_over_panels_that_grow():
     for asked in (mean, change):
         raw = [each.raw for each in asked.answers.values()]
         assert [each.holm for each in asked.answers.values()] == pytest.approx(holm(raw))
-    for text in (shown(comparison), markup.markdown(comparison), markup.latex(comparison), page(comparison)):
+    for text in (shown(comparison), markup.markdown(comparison), markup.latex(comparison), page(comparison, drawn={})):
         assert "per doubling" in text
         assert "network.depth from 8 to 64" in " ".join(text.replace("\\_", "_").split())
         assert "all 4 panels" in text

@@ -152,7 +152,9 @@ def test_figures_leave_the_settings_of_matplotlib_alone(comparison):
     import matplotlib
 
     with matplotlib.rc_context({"font.size": 31, "axes.grid": True}):
-        figures(compare(made_up({"none": 0, "so": 1}, (8,), parts=False)))
+        assert figures(
+            compare(made_up({"none": 0, "so": 1}, (8,), parts=False)), ["result-differences", "orthogonality-training"]
+        )
         assert matplotlib.rcParams["font.size"] == 31
 
 
@@ -185,9 +187,11 @@ def test_page_needs_nothing_else(text):
         ElementTree.fromstring(base64.b64decode(attributes["src"].partition(",")[2]))
 
 
-def test_page_is_the_same_each_time(comparison, text):
+def test_page_is_the_same_each_time(comparison, drawn, text):
     again = compare(made_up(ARMS), title=comparison.title)
-    assert page(again, command="orthokit compare runs/study") == text
+    of_each_kind = figures(again, [name for name in drawn if not name.endswith("ResNet_20")])
+    assert len(of_each_kind) == 14
+    assert page(again, command="orthokit compare runs/study", drawn=drawn | of_each_kind) == text
 
 
 def test_hostile_names():
@@ -204,7 +208,7 @@ def test_names_that_fall_together():
     results = made_up(arms, parts=False)
     for result in results:
         result.summary["study"]["panel"] = "a b" if result.recipe.network.model_extra["depth"] == 8 else "a/b"
-    drawn = figures(compare(results))
+    drawn = figures(compare(results), ["orthogonality-training", "result-accuracy"])
     assert sum("orthogonality-training-a_b" in name for name in drawn) == 2
     assert {"2: xxx", "3: xxx"} <= set(re.findall(r"\d: xxx", drawn["result-accuracy"].svg))
 
@@ -217,12 +221,12 @@ def test_single_seeds_without_parts():
     kept = [replace(result, history=()) if result.seed == 0 and k < 2 else result for k, result in enumerate(kept)]
     comparison = compare(kept)
     assert comparison.flags
-    outline = Outline(page(comparison))
+    drawn = figures(comparison)
+    outline = Outline(page(comparison, drawn=drawn))
     assert "Read this first" in outline.text
     assert all(flag in outline.text for flag in comparison.flags)
     assert "None" not in outline.text
     assert "nan" not in outline.text.split()
-    drawn = figures(comparison)
     assert not any(name.startswith(("robustness", "features")) for name in drawn)
     assert COLOURS[0] in drawn["orthogonality-accuracy-ResNet_8"].svg
     assert COLOURS[0] not in drawn["orthogonality-accuracy-ResNet_20"].svg  # the baseline's, which is missing there
@@ -235,7 +239,7 @@ def test_parts_that_some_runs_lack():
     for result in results:
         result.parts.pop("features")
         result.parts["attacks"].pop("fgsm")
-    names = {name for name in figures(compare(results)) if name.startswith(("robustness", "features"))}
+    names = figures(compare(results), ["robustness", "features"]).keys()
     assert names == {f"robustness-{name}" for name in ("noise", "severity", "kinds")}
 
 
@@ -243,7 +247,7 @@ def test_parts_that_do_not_compare_are_not_drawn():
     results = made_up(ARMS, (8,))
     for part in ("attacks", "features", "corruptions", "noise"):
         results[0].parts[part]["settings"]["images"] = 7
-    assert not any(name.startswith(("robustness", "features")) for name in figures(compare(results)))
+    assert not figures(compare(results), ["robustness", "features"])
 
 
 def test_near_orthogonality_over_decades_is_on_a_logarithmic_axis():
@@ -255,7 +259,7 @@ def test_near_orthogonality_over_decades_is_on_a_logarithmic_axis():
 
 def _drawn(results, arm):
     some = [result for result in results if result.summary["study"]["arm"] in ("none", arm)]
-    return figures(compare(some, metric="under_cos"))["result-under_cos"].svg
+    return figures(compare(some, metric="under_cos"), ["result-under_cos"])["result-under_cos"].svg
 
 
 def test_one_panel_and_another_primary_metric_and_factor():
@@ -283,7 +287,9 @@ def test_many_arms_and_panels():
     }
     results = made_up(arms, (8, 14, 20, 32, 56, 110))
     results = [replace(result, parts={"noise": result.parts["noise"]}) for result in results]
-    outline = Outline(page(compare(results)))
+    comparison = compare(results)
+    kinds = ["result", "robustness", "features", "cost", "orthogonality-training-ResNet_8", "orthogonality-accuracy-ResNet_8"]
+    outline = Outline(page(comparison, drawn=(drawn := figures(comparison, kinds))))
     captions = [attributes["alt"] for attributes in outline.all("img")]
     assert sum(caption.startswith("Differences") for caption in captions) == 1
     assert sum(caption.startswith("Accuracy under noise") for caption in captions) == 3
@@ -291,14 +297,16 @@ def test_many_arms_and_panels():
     assert all(150 < int(attributes["height"]) < 1300 for attributes in outline.all("img"))
     assert "drawn of 3 of 6 panels" in outline.text
     assert "None" not in outline.text
-    assert "of 6 panels" not in page(compare([replace(result, parts={}) for result in results]))
+    bare = compare([replace(result, parts={}) for result in results])
+    assert not figures(bare, ["robustness"])
+    assert "of 6 panels" not in page(bare, drawn={name: each for name, each in drawn.items() if "robustness" not in name})
 
 
 def test_long_names_of_panels_stay_whole():
-    comparison = compare(made_up({"none": 0.0, "so": 1.0}, (8, 14, 20, 32, 56)))
+    comparison = compare(made_up({"none": 0.0, "so": 1.0}, (8, 14, 20, 32, 56), parts=False))
     panels = tuple(replace(panel, name=f"{panel.name}, CIFAR-100", values={}) for panel in comparison.panels)
-    drawn = figures(replace(comparison, panels=panels))["result-accuracy"].svg
-    assert all(f">{panel.name}<" in drawn for panel in panels)
+    (drawing,) = figures(replace(comparison, panels=panels), ["result-accuracy"]).values()
+    assert all(f">{panel.name}<" in drawing.svg for panel in panels)
 
 
 def _chromium(folder, file, *options):

@@ -11,9 +11,10 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from orthokit.checks import check_count, check_number
@@ -415,9 +416,13 @@ def power(n: int, effect: float, sd: float, *, comparisons: int = 1, alpha: floa
         return alpha / comparisons
     if sd == 0:
         return 1.0
-    freedom, shift = 2 * n - 2, effect / sd * math.sqrt(n / 2)
-    share = stats.beta.ppf((np.arange(SHARES) + 0.5) / SHARES, (n - 1) / 2, (n - 1) / 2)
-    critical = stats.t.isf(alpha / comparisons / 2, (n - 1) / (share**2 + (1 - share) ** 2))
+    return _power(n, effect / sd * math.sqrt(n / 2), alpha / comparisons)
+
+
+@lru_cache(maxsize=4096)
+def _power(n: int, shift: float, level: float) -> float:
+    """Chance that ``n`` seeds an arm resolve a difference of ``shift`` standard errors at this level."""
+    freedom, critical = 2 * n - 2, _critical(n, level)
     if shift > FAR:  # where SciPy's noncentral t takes seconds: the mean over the quantiles of the variance under the root
         spread = np.sqrt(stats.chi2.ppf((np.arange(SHARES) + 0.5) / SHARES, freedom) / freedom)
         return float(stats.norm.cdf(shift - critical[:, None] * spread).mean())
@@ -425,6 +430,13 @@ def power(n: int, effect: float, sd: float, *, comparisons: int = 1, alpha: floa
     upper, lower = stats.nct.sf(critical, freedom, shift), stats.nct.cdf(-critical, freedom, shift)
     upper, lower = np.where(np.isfinite(upper), upper, shift > critical), np.where(np.isfinite(lower), lower, 0.0)
     return float(np.minimum(upper + lower, 1.0).mean())
+
+
+@lru_cache(maxsize=4096)
+def _critical(n: int, level: float) -> NDArray[np.float64]:
+    """Welch's critical t, two-sided, at each share of the variances."""
+    share = stats.beta.ppf((np.arange(SHARES) + 0.5) / SHARES, (n - 1) / 2, (n - 1) / 2)
+    return np.asarray(stats.t.isf(level / 2, (n - 1) / (share**2 + (1 - share) ** 2)))
 
 
 def seeds_needed(effect: float, sd: float, *, chance: float = POWER, comparisons: int = 1, alpha: float = ALPHA) -> int:
