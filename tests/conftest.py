@@ -1,5 +1,6 @@
 """Fixtures, and the names that examples in docstrings and pages may use."""
 
+import subprocess
 from pathlib import Path
 
 import jaxtyping
@@ -29,3 +30,11 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes of the command line, and those that they start, are forked instead of importing everything: see forked.py."""
+    from forked import forking  # not before: it imports the command line
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", forking)

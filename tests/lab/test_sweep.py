@@ -45,7 +45,7 @@ def in_process(runs):
     return 0
 
 
-def test_several_runs_of_which_one_fails(recipe, tmp_path, capsys):
+def test_several_runs_of_which_one_fails(recipe, tmp_path, capsys, forked):
     (tmp_path / "bad.toml").write_text(f'extends = "{recipe.name}"\n[train]\nlr = 1e25\nweight_decay = 0.0\n')
     arguments = [
         "train",
@@ -75,14 +75,14 @@ def test_several_runs_of_which_one_fails(recipe, tmp_path, capsys):
     assert capsys.readouterr().out.count("finished before") == 2
 
 
-def test_an_interruption_is_passed_on(recipe, tmp_path):
+def test_an_interruption_is_passed_on(recipe, tmp_path, forked):
     command = [sys.executable, "-m", "orthokit.cli", "train", str(recipe), "--seeds", "0", "1", "2", "--set", "train.epochs=400"]
     command += ["--name", "r", "--out", str(tmp_path / "runs"), "--jobs", "2", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folders = [tmp_path / f"runs/r/{seed}" for seed in (0, 1, 2)]
     while not all((folder / "metrics.jsonl").exists() for folder in folders[:2]):
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
@@ -92,39 +92,55 @@ def test_an_interruption_is_passed_on(recipe, tmp_path):
     assert not any((folder / "failed.txt").exists() for folder in folders)
 
 
-def test_a_killed_run_is_told_and_the_rest_goes_on(recipe, tmp_path):
-    command = [sys.executable, "-m", "orthokit.cli", "train", str(recipe), "--seeds", "0", "1", "--set", "train.epochs=60"]
+def children(parent):
+    return [int(child) for task in Path(f"/proc/{parent}/task").iterdir() for child in (task / "children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are looked up in /proc")
+def test_a_killed_run_is_told_and_the_rest_goes_on(recipe, tmp_path, forked):
+    command = [sys.executable, "-m", "orthokit.cli", "train", str(recipe), "--seeds", "0", "1", "--set", "train.epochs=30"]
     command += ["--name", "r", "--out", str(tmp_path / "runs"), "--jobs", "2", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "runs/r/0/metrics.jsonl").exists():
         assert process.poll() is None
-        time.sleep(0.05)
-    found = subprocess.run(["pgrep", "-f", f"{tmp_path}/runs/r/0/.queued.toml.*part"], capture_output=True, text=True, check=True)
-    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+        time.sleep(0.01)
+    log = tmp_path / "runs/r/0/log.txt"
+    (child,) = (child for child in children(process.pid) if Path(f"/proc/{child}/fd/1").resolve() == log)
+    os.kill(child, signal.SIGKILL)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 4, errors
     assert "r/0  failed: killed by signal 9 (out of memory?)" in out
     assert "1 of 2 runs finished" in out
 
 
-def test_a_single_run_outlives_its_shell(recipe, tmp_path):
-    arguments = f"train {recipe} --name r --out {tmp_path}/runs --device cpu --threads 1"
-    subprocess.run(["bash", "-c", f"nohup {sys.executable} -m orthokit.cli {arguments} > /dev/null 2>&1 &"], check=True)
+def test_a_single_run_outlives_its_shell(recipe, tmp_path, forked):
+    command = [sys.executable, "-m", "orthokit.cli", "train", str(recipe), "--name", "r", "--out", str(tmp_path / "runs")]
+    command += ["--device", "cpu", "--threads", "1"]
+
+    def start():  # and end, as a shell that is closed
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os._exit(0)
+
+    subprocess.run(["true"], preexec_fn=lambda: (os.closerange(3, 4096), start()), check=True)
     end = time.monotonic() + 90
     while not (tmp_path / "runs/r/0/summary.json").exists():
         assert time.monotonic() < end
         time.sleep(0.1)
 
 
-def test_nobody_reads(recipe, tmp_path):
-    arguments = f"train {recipe} --seeds 0 1 --name r --out {tmp_path}/runs --device cpu"
-    command = f"{sys.executable} -m orthokit.cli {arguments} | head -n 1"
-    run = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False, timeout=120)
-    assert (run.returncode, run.stderr) == (0, "")
+def test_nobody_reads(recipe, tmp_path, forked):
+    command = [sys.executable, "-m", "orthokit.cli", "train", str(recipe), "--seeds", "0", "1", "--name", "r"]
+    command += ["--out", str(tmp_path / "runs"), "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline()
+    process.stdout.close()
+    with process.stderr:
+        assert (process.stderr.read(), process.wait(120)) == ("", 0)
     assert all((tmp_path / f"runs/r/{seed}/summary.json").exists() for seed in (0, 1))
 
 
-def test_runs_outlive_no_parent(recipe, tmp_path):
+def test_runs_outlive_no_parent(recipe, tmp_path, forked):
     """Killed hard, the command leaves no process behind that trains on unseen."""
     command = [sys.executable, "-m", "orthokit.cli", "train", str(recipe), "--seeds", "0", "1", "--set", "train.epochs=4000"]
     command += ["--name", "r", "--out", str(tmp_path / "runs"), "--jobs", "2", "--device", "cpu"]
@@ -132,7 +148,7 @@ def test_runs_outlive_no_parent(recipe, tmp_path):
     metrics = [tmp_path / f"runs/r/{seed}/metrics.jsonl" for seed in (0, 1)]
     while not all(path.exists() for path in metrics):
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.kill()
     process.wait()
     run = Run(load(recipe, ["train.epochs=4000"]), 0, tmp_path / "runs/r/0")
@@ -286,7 +302,7 @@ def test_bad_sweeps(recipe, tmp_path, capsys, text, message):
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_command(recipe, tmp_path, capsys):
+def test_the_command(recipe, tmp_path, capsys, forked):
     (tmp_path / "s.toml").write_text('recipes = ["r.toml"]\nseeds = [0]\n[grid]\n"train.lr" = [0.1, 1e30]\n')
     assert main(["sweep", str(tmp_path / "s.toml"), "--out", str(tmp_path / "runs"), "--device", "cpu"]) == 4
     out = words(capsys.readouterr().out)

@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -251,7 +252,9 @@ def command(run, *more):
     ]
 
 
-def test_killed_anywhere_it_ends_bit_identical(tmp_path):
+def test_killed_anywhere_it_ends_bit_identical(tmp_path, request, monkeypatch):
+    """The last process imports everything anew, as all do in life."""
+    request.getfixturevalue("forked")
     changes = {"train__epochs": 12, "train__ema": 0.9}
     whole, run = run_in(tmp_path / "whole", **changes), run_in(tmp_path / "killed", **changes)
     train(whole, hardware=HARDWARE)
@@ -271,6 +274,7 @@ def test_killed_anywhere_it_ends_bit_identical(tmp_path):
                 load_file(path)
             if path.suffix == ".ckpt":
                 torch.load(path, weights_only=True)
+    monkeypatch.undo()
     finished = subprocess.run(command(run), capture_output=True, text=True, check=False, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert_equal(weights(run), weights(whole))
@@ -278,7 +282,7 @@ def test_killed_anywhere_it_ends_bit_identical(tmp_path):
     assert without_times(run.metrics()) == without_times(whole.metrics())
 
 
-def test_a_signal_saves_and_exits(tmp_path):
+def test_a_signal_saves_and_exits(tmp_path, forked):
     run = run_in(tmp_path / "a", train__epochs=500)
     process = subprocess.Popen(command(run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not run.metrics():
@@ -531,20 +535,30 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch):
     assert weights(run)["0.weight"].shape == (6, 3, 3, 3)
 
 
-def test_several_processes_train_as_one(tmp_path):
+def under_torchrun(command, ranks=2):
+    """The processes that ``torchrun --standalone`` would start, with the environment that it gives them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0", "OMP_NUM_THREADS": "1", **address}
+    return [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
+
+
+def test_several_processes_train_as_one(tmp_path, forked):
     changes = {"network__norm": "group", "train__epochs": 1, "data__train": 260, "train__batch": 52}  # 5 steps
     one, two = run_in(tmp_path / "one", **changes), run_in(tmp_path / "two", **changes)
     train(one, hardware=HARDWARE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ran = subprocess.run(
-        [*torchrun, *command(two)[1:]],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert ran.returncode == 0, ran.stderr
+    for errors, process in [(process.communicate(timeout=300)[1], process) for process in under_torchrun(command(two))]:
+        assert process.returncode == 0, errors
     first, second = one.summary(), two.summary()
     assert second["environment"]["ranks"] == 2
     a, b = weights(one), weights(two)
