@@ -4,13 +4,14 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
 from orthokit.lab.comparison.metrics import METRICS, Metric
 from orthokit.lab.own import is_own
+from orthokit.lab.recipes.sections import NetworkSection
 from orthokit.lab.runs.results import Result, Row
 from orthokit.layers import select
 from orthokit.penalties import Disentangled
@@ -250,7 +251,7 @@ def _plan(result: Result) -> Any:
     return rest, penalty.form, penalty.count if penalty.form == "pairs" else None, ranks
 
 
-def _filters(result: Result) -> dict[str, Any]:
+def _filters(result: Result) -> Mapping[str, Any]:
     """The filters in a group of each regularized layer: as the summary says, or as a built-in network has them."""
     if isinstance(layers := result.summary.get("layers"), Mapping):
         return {name: layer.get("o") if isinstance(layer, Mapping) else None for name, layer in layers.items()}
@@ -258,9 +259,15 @@ def _filters(result: Result) -> dict[str, Any]:
     if is_own(recipe.network.kind):
         raise ValueError(f"{result.source} does not hold its layers' shapes, and {recipe.network.kind} is not imported here")
     assert recipe.regularizer is not None
+    return _built_in(recipe.network.model_dump_json(), recipe.regularizer.where)
+
+
+@lru_cache(maxsize=256)
+def _built_in(network: str, where: str) -> Mapping[str, int]:
+    """The filters of each layer of one of our networks, which many runs share."""
     with torch.device("meta"):  # shapes are enough
-        network = recipe.network.build(channels=3, classes=10).to_empty(device="cpu")
-    return {layer.name: layer.kernel.o for layer in select(network, where_of(recipe.regularizer.where))}
+        model = NetworkSection.model_validate_json(network).build(channels=3, classes=10).to_empty(device="cpu")
+    return {layer.name: layer.kernel.o for layer in select(model, where_of(where))}
 
 
 def _selections(panel: Panel) -> list[str]:

@@ -1,9 +1,10 @@
 """Results of finished runs, read from folders."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,24 @@ def result_of(summary: dict[str, Any], source: Path) -> Result:
     """
     parts, history = summary.pop("evaluation", None) or {}, summary.pop("history", None) or ()
     try:
-        recipe = Recipe.of(summary["recipe"], str(source))
+        recipe = _recipe(summary["recipe"], str(source))
     except ValueError as error:
         raise DamagedError(str(error)) from None
     summary |= {key: summary.get(key) or {} for key in ("study", "environment")}
     return Result(source, summary, recipe, parts, tuple(history))
+
+
+def _recipe(raw: Mapping[str, Any], source: str) -> Recipe:
+    """The recipe of a run, checked once for all runs that have the same."""
+    try:
+        return _recipe_of_text(json.dumps(raw))
+    except ValueError:
+        return Recipe.of(raw, source)  # says where
+
+
+@lru_cache(maxsize=4096)
+def _recipe_of_text(text: str) -> Recipe:
+    return Recipe.of(json.loads(text))
 
 
 def _parts_of(file: Path, weights: Path) -> dict[str, Any]:
