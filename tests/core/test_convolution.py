@@ -53,10 +53,12 @@ def minimise(layer):
     flat, damping = layer.weight.detach().flatten(), 1e-9
     for _ in range(40):
         flat = flat.requires_grad_()
-        (gradient,) = torch.autograd.grad(value(flat), flat)
+        if (here := value(flat)) < 5e-10:  # then singular values differ from 1 by about 3e-5
+            break
+        (gradient,) = torch.autograd.grad(here, flat)
         curvature, directions = torch.linalg.eigh(torch.autograd.functional.hessian(value, flat, vectorize=True))
         with torch.no_grad():
-            before, step = value(flat), directions.T @ gradient
+            before, step = here.detach(), directions.T @ gradient
             while value(lower := flat - directions @ (step / (curvature.abs() + damping))) > before and damping < 1:
                 damping *= 10
             flat, damping = lower, max(1e-9, damping / 100)

@@ -175,13 +175,12 @@ def test_zero_of_welch_and_budget_implies_the_rank(form, o, n, r):
     k = torch.stack([matrix(o, n, seed) + 2 * matrix(1, n, 100 + seed) for seed in range(5)]).requires_grad_()
     start = ok.disentangled_orthogonality(k, r, form=form, weights=(0.0, 1.0))
     assert (start > 0.1).all()
-    optimizer = torch.optim.Adam([k], lr=0.03)
-    for step in range(1500):
-        optimizer.param_groups[0]["lr"] = 0.03 * 0.995**step
+    # Half of Polyak's steps to the value 0; a kernel that is there stays, so that it is not far beyond the bound.
+    for _ in range(100):
         value = ok.disentangled_orthogonality(k, r, form=form, weights=(0.0, 1.0))
-        optimizer.zero_grad()
-        value.sum().backward()
-        optimizer.step()
+        (gradient,) = torch.autograd.grad(value.sum(), k)
+        half = 0.5 * value.detach() / gradient.square().sum((-2, -1)).clamp(min=1e-20)
+        k = (k.detach() - torch.where(value < 1e-3, 0, half)[:, None, None] * gradient).requires_grad_()
     assert (value < 1e-3).all()
     u = torch.nn.functional.normalize(k.detach(), dim=-1)
     assert (o**2 / torch.linalg.matrix_norm(u @ u.mT) ** 2 >= r * (1 - 1e-3)).all()

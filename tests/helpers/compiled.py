@@ -27,6 +27,22 @@ def model():
     )
 
 
+def kinds():
+    """One of each kind of layer that the penalties tell apart, and a stack."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(8, 8, 3) for _ in range(2)),
+        nn.Conv2d(8, 8, 3, stride=2, groups=2),
+        nn.Conv2d(8, 12, 1),
+        nn.ConvTranspose2d(12, 4, 2, stride=2),
+    )
+
+
+def wide_and_tall():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 1))
+
+
 def gradients(m, value):
     m.zero_grad()
     value.backward()
@@ -40,11 +56,14 @@ class Centred(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
 
 
-def penalty_alone(penalty, m):
-    """No graph break, one compilation for several weights, and what it is without a compiler."""
+def penalty_alone(penalty, m, backend="aot_eager"):
+    """No graph break, one compilation for several weights, and what it is without a compiler.
+
+    Breaks and further compilations show with any backend; "aot_eager" compiles the gradient as well, which takes twice as long.
+    """
     torch._dynamo.reset()
     ortho = ok.Regularizer(m, penalty, strength=0.3)
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(lambda: ortho(), fullgraph=True, backend=counter)
     for _ in range(3):
         value, wanted = compiled(), ortho()
@@ -84,6 +103,9 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", "form='pairs'")
     whole = {type(case.penalty): case for case in reversed(CASES)}.values()  # the first of each kind; options differ less
     for case in CASES:
-        penalty_alone(case.penalty, model() if case in whole else nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 1)))
+        if case in whole:
+            penalty_alone(case.penalty, kinds())
+        else:
+            penalty_alone(case.penalty, wide_and_tall(), "eager")
     penalty_alone(ok.SO(), nn.Sequential(Centred(3, 8, 3), nn.Conv2d(8, 8, 3)))
     step()
