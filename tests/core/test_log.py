@@ -316,7 +316,7 @@ def command(tmp_path, *options):
     return main(["train", str(recipe), *where, *options])
 
 
-def test_the_option_reaches_every_run(tmp_path, capsys):
+def test_the_option_reaches_every_run(tmp_path, capsys, forked):
     assert command(tmp_path, "--seeds", "0") == 0
     assert not (tmp_path / "runs/small/0/metrics.csv").exists()
     assert command(tmp_path, "--seeds", "0", "1", "--log", "csv") == 0

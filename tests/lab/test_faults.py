@@ -65,12 +65,16 @@ def left_by(run):
     return bits, timeless(run.metrics()), timeless(summary)
 
 
+def hasten(patch):
+    """Save after every step; leave disks and git out."""
+    patch.setattr(training, "SAVE_EVERY", -1.0)
+    patch.setattr(os, "fsync", lambda _: None)
+    patch.setattr("orthokit.lab.training.hardware._commit", lambda: None)
+
+
 @pytest.fixture
 def quick(monkeypatch):
-    """Saves after every step; no time for disks and for git."""
-    monkeypatch.setattr(training, "SAVE_EVERY", -1.0)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr("orthokit.lab.training.hardware._commit", lambda: None)
+    hasten(monkeypatch)
 
 
 def before_each_save(monkeypatch, act):
@@ -82,7 +86,7 @@ def before_each_save(monkeypatch, act):
 # Kills
 
 
-@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("epochs", [1, 2])
 def test_killed_at_every_save(tmp_path, monkeypatch, quick, epochs):
     """The folder of a run, as it is before each file gets its name, is what a kill at that moment leaves."""
     whole, stages = Run(recipe(epochs), 0, tmp_path / "whole/r/0"), []
@@ -94,11 +98,12 @@ def test_killed_at_every_save(tmp_path, monkeypatch, quick, epochs):
         before_each_save(patch, keep)
         train(whole, hardware=HARDWARE)
     assert len(stages) > 6 * epochs
+    expected = left_by(whole)
     for stage in stages:
         assert list(stage.glob(".*.part"))
         run = Run(whole.recipe, 0, stage)
         train(run, hardware=HARDWARE)
-        assert left_by(run) == left_by(whole), stage
+        assert left_by(run) == expected, stage
         assert not list(stage.glob(".*.part"))
 
 
@@ -126,17 +131,28 @@ def test_killed_again_and_again(tmp_path, monkeypatch, quick):
 # Damaged checkpoints
 
 
-def begun(folder):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folders of finished runs of one and of two epochs."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        hasten(patch)
+        for epochs in (1, 2):
+            train(Run(recipe(epochs), 0, folder / f"{epochs}/r/0"), hardware=HARDWARE)
+    return folder
+
+
+@pytest.fixture
+def begun(tmp_path, quick, finished):
     """A run that has a checkpoint and is not finished."""
-    run = Run(recipe(1), 0, folder)
-    train(run, hardware=HARDWARE)
-    (folder / "summary.json").unlink()
+    run = Run(recipe(1), 0, shutil.copytree(finished / "1/r/0", tmp_path / "r/0"))
+    (run.folder / "summary.json").unlink()
     return run
 
 
-def test_one_bit_anywhere_in_a_checkpoint_is_noticed_or_harmless(tmp_path, quick):
+def test_one_bit_anywhere_in_a_checkpoint_is_noticed_or_harmless(begun):
     """Whatever is read after a change is what was written."""
-    path = begun(tmp_path / "r/0").checkpoint
+    path = begun.checkpoint
     whole, refused = path.read_bytes(), 0
 
     def content(value):
@@ -198,8 +214,8 @@ class Evil:
         (changed(lambda state: state["progress"].update(step=9)), "at step 9 of 2 to an epoch, but has the epochs"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_read_says_what_it_is(tmp_path, quick, capsys, damage, reason):
-    run = begun(tmp_path / "r/0")
+def test_a_checkpoint_that_cannot_be_read_says_what_it_is(begun, tmp_path, capsys, damage, reason):
+    run = begun
     if reason.startswith("at step 2"):
         damage = changed(lambda state: state["progress"].update(history=[{"epoch": 3}]))
     damage(run.checkpoint)
@@ -212,21 +228,19 @@ def test_a_checkpoint_that_cannot_be_read_says_what_it_is(tmp_path, quick, capsy
     assert not (run.folder / "diverged.json").exists()
 
 
-def test_checkpoints_of_before_are_taken(tmp_path, quick):
+def test_checkpoints_of_before_are_taken(begun):
     """They do not say what they are of."""
-    run = begun(tmp_path / "r/0")
-    changed(lambda state: state.pop("of"))(run.checkpoint)
-    train(run, hardware=HARDWARE)
+    changed(lambda state: state.pop("of"))(begun.checkpoint)
+    train(begun, hardware=HARDWARE)
 
 
 # Full disks
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "best.safetensors", "last.safetensors", "metrics.jsonl", "summary.json"])
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch, quick, capsys, name):
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, quick, finished, capsys, name):
     """The file does not fit; what was there stays, and the run goes on once there is room."""
-    whole, run = Run(recipe(2), 0, tmp_path / "whole/r/0"), Run(recipe(2), 0, tmp_path / "r/0")
-    train(whole, hardware=HARDWARE)
+    whole, run = Run(recipe(2), 0, finished / "2/r/0"), Run(recipe(2), 0, tmp_path / "r/0")
     write_bytes = Path.write_bytes
 
     def small(path, data):
@@ -290,12 +304,10 @@ def run_all_by(run, line):
 
 
 @pytest.fixture
-def pair(tmp_path, quick, monkeypatch):
+def pair(tmp_path, quick, finished, monkeypatch):
     """A run that is not begun, and the summary that it would come to."""
     monkeypatch.setattr(launch, "LOOK_EVERY", 0.02)
-    finished, run = Run(recipe(1), 0, tmp_path / "finished/r/0"), Run(recipe(1), 0, tmp_path / "r/0")
-    train(finished, hardware=HARDWARE)
-    return run, finished.folder / "summary.json"
+    return Run(recipe(1), 0, tmp_path / "r/0"), finished / "1/r/0/summary.json"
 
 
 def test_a_run_that_another_command_trains_is_left_to_it(pair):
