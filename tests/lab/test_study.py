@@ -106,7 +106,7 @@ def test_another_seed_and_another_arm_are_trained_and_one_less_is_not_missed(lab
     assert len(lab.trained) == 5
 
 
-def test_the_command_trains_what_is_missing(lab, capsys):
+def test_the_command_trains_what_is_missing(lab, capsys, forked):
     for task in lab.write(NOTHING) and lab.plan().tasks[:3]:
         lab.train_one(task.run)
     assert main(["study", "tiny.toml", "--jobs", "1", "--device", "cpu"]) == 0
