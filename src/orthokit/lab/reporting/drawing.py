@@ -1,4 +1,4 @@
-"""What the figures of a comparison are made of: colours and names of arms, rows, lines with their names, and the finished SVG."""
+"""Parts of a comparison's figures: colours and names of arms, rows, lines with their names, and the finished SVG."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -268,7 +268,7 @@ def curves_of(panel: Panel, read: Callable[[Result], Mapping[Any, float]]) -> Cu
 
 
 def dodge(arms: Sequence[str], arm: str) -> float:
-    """How far beside its place an arm is drawn."""
+    """Offset of an arm from its place."""
     return min(0.6, 0.1 * len(arms)) * ((list(arms).index(arm) + 0.5) / len(arms) - 0.5)
 
 
@@ -285,7 +285,7 @@ def log_axis(axis: Any, values: Sequence[NDArray[np.float64]], most: int | None 
 
 
 def heading(figure: Any, text: str) -> None:
-    """What a figure is about, above it."""
+    """Write a figure's title above it."""
     figure.suptitle(wrapped(text, 62, 2), x=0.008, ha="left", fontsize="medium", fontweight="bold")
 
 
@@ -296,7 +296,7 @@ def of_panel(comparison: Comparison, panel: Panel | str) -> str:
 
 
 def spread_words(cells: Iterable[Cell]) -> str:
-    """What stands around a mean."""
+    """Spread around a mean."""
     return "mean with 95% interval, seeds faint" if any(cell.sample.n > 1 for cell in cells) else "single runs"
 
 

@@ -45,7 +45,7 @@ __all__ = ["LABELS", "best", "few", "figures"]
 
 Draw = Callable[[], Drawing | None]
 CURVES = 4
-"""Of more panels than these, curves are drawn of the first, the middle and the last."""
+"""Most panels with curves; of more, the first, the middle and the last are drawn."""
 FILLED = "filled where resolved, hollow where not"
 SIDES = {"wide layers": "under", "tall layers": "over"}
 """Which layers, and under which key an epoch has their mean |cosine|."""
@@ -55,7 +55,7 @@ LABELS = {
     "pgd_l2": "L2 strength",
     "noise": "standard deviation",
 }
-"""Of the strengths of a metric's curve."""
+"""Axis label of the strengths of a metric's curve."""
 
 
 def figures(comparison: Comparison, kinds: Sequence[str] | None = None) -> dict[str, Drawing]:
@@ -121,7 +121,7 @@ def _all(comparison: Comparison) -> Iterator[tuple[str, Draw]]:
 
 
 def _ends(panels: Iterable[str]) -> dict[str, str]:
-    """What tells the figures of different panels apart."""
+    """Names that tell the figures of different panels apart."""
     names = list(dict.fromkeys(panels))
     ends = {name: f"-{_slug(name)}" if len(names) > 1 else "" for name in names}
     if len(set(ends.values())) < len(ends):
@@ -219,7 +219,7 @@ def _differences(comparison: Comparison) -> Drawing | None:
 
 
 def _contrasts(comparison: Comparison) -> Drawing | None:
-    """What is asked of all panels at once, a row for each arm."""
+    """Figure of the mean over all panels, a row for each arm."""
     if not (asked := comparison.contrasts):
         return None
     metric, colours, labels = comparison.primary, arm_colours(comparison), names(comparison)

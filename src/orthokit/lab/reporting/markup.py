@@ -48,7 +48,7 @@ def markdown(
 
 
 def _footing(comparison: Comparison, command: str | None, links: Mapping[str, str]) -> str:
-    """How many runs there are, what makes the page again, and what belongs to it."""
+    """Number of runs, the command that makes the page again, and the files that belong to it."""
     parts = [f"{words.counts(comparison)}; the baseline is {_plain(words.labels(comparison)[comparison.baseline])}."]
     parts += [f"Made by `{command}`."] if command else []
     parts += [" · ".join(f"[{name}]({address})" for name, address in links.items())] if links else []

@@ -44,7 +44,7 @@ class Part(NamedTuple):
     table: Table | None
     figures: list[Shown]
     few: int
-    """Of how many panels its curves are drawn; 0 if of all."""
+    """Number of panels whose curves are drawn; 0 for all."""
 
 
 def page(
@@ -135,7 +135,7 @@ def _only(raw: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> dict
 
 
 def _environment(panels: Sequence[Panel]) -> dict[str, list[str]]:
-    """Of all runs, the values of each key."""
+    """Values of each key over all runs."""
     every: dict[str, dict[str, None]] = {}
     for result in (result for panel in panels for result in panel.results):
         for key, value in flatten(result.summary.get("environment") or {}).items():

@@ -268,7 +268,7 @@ def _group(comparison: Comparison, title: str, metrics: Sequence[Metric]) -> Tab
 
 
 def _strengths(comparison: Comparison) -> Table:
-    """How the strengths of a study's arms were chosen."""
+    """Table of how the strengths of a study's arms were chosen."""
     names = _names(comparison)
     strengths = sorted({trial.strength for choice in comparison.choices for trial in choice.trials})
     columns = [Column("arm", "arm", TEXT), Column("chosen", "chosen", "g"), Column("n", "n", "d")]

@@ -45,7 +45,7 @@ MEASURED = {
         "their covariance, mean |correlation| of two channels, NC1 (Papyan, Han, Donoho 2020, there of training images)."
     ),
 }
-"""How a part of the evaluation was measured, with its settings."""
+"""Sentences on how a part of the evaluation was measured, with its settings."""
 FITTED = (
     "Training accuracy and loss are means over the batches of the last epoch, as training saw them: augmented, while the weights "
     "changed, with label smoothing where the recipe has it. Test loss is in the precision of the run."
@@ -98,7 +98,7 @@ def _points(metric: Metric) -> str:
 
 
 def counts(comparison: Comparison) -> str:
-    """How many runs, panels, arms and seeds there are."""
+    """Number of runs, panels, arms and seeds, in words."""
     runs = [len(results) for panel in comparison.panels for results in panel.arms.values()]
     seeds = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
     numbers = {"run": sum(runs), "panel": len(comparison.panels), "arm": len(comparison.arms)}
@@ -200,7 +200,7 @@ def _sentence(comparison: Comparison, arm: str, verdict: str, effect: Difference
 
 
 def power(comparison: Comparison) -> list[str]:
-    """What the present seeds can resolve in the primary metric, and how many seeds would resolve less."""
+    """Sentences on what the present seeds can resolve in the primary metric, and how many seeds would resolve less."""
     return [_resolved(comparison, each) for each in comparison.resolutions()]
 
 
@@ -226,7 +226,7 @@ CHANCE = "(4 times in 5)" if POWER == 0.8 else f"(with probability {POWER:.0%})"
 
 
 def columns(comparison: Comparison) -> str:
-    """What the columns of the lab's runs mean; empty for other results."""
+    """Meaning of the columns of the lab's runs; empty for other results."""
     return COLUMNS if comparison.recorded else ""
 
 
@@ -236,7 +236,7 @@ def legend(comparison: Comparison) -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """How everything besides accuracy was measured, and where the numbers are from."""
+    """Sentences on how everything besides accuracy was measured, and where the numbers are from."""
     parts = dict.fromkeys(metric.part for metric in comparison.metrics if metric.part in MEASURED)
     results = [result for panel in comparison.panels for result in panel.results]
     first = {part: next(result.parts[part] for result in results if part in result.parts) for part in parts}
@@ -263,7 +263,7 @@ def _uneven(comparison: Comparison) -> str:
 
 
 def explanation(comparison: Comparison) -> str:
-    """How the numbers were made."""
+    """Sentences on how the numbers were made."""
     test = "seeds as blocks" if comparison.blocks else "Welch's t"
     means, data = ("Last epoch, means", "images") if comparison.recorded else ("Means", "data")
     return (
