@@ -16,7 +16,7 @@ from orthokit.lab.runs.collect import read
 from tiny import NOTHING, STUDY, TINY
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
-UNFINISHED = {"large", "large-full", "fit", "memorise", "near-squared", "parts"}
+UNFINISHED = {"large", "large-full", "fit", "near-squared", "parts"}
 DIGESTS = {
     "cifar100": "219819d4b652aae5",
     "decay-alone": "f46f1b18a9906b66",
@@ -28,6 +28,7 @@ DIGESTS = {
     "depth": "698470b6c66aa98f",
     "every": "fbc369640fcc7d3e",
     "full": "12fe76fd755bef4d",
+    "memorise": "0e99c2a9c1cfe9f0",
     "nano": "39fd9da5fc0ae1c3",
     "near-strict": "9b4883c85b529165",
     "near": "8824c54e7e48a267",
