@@ -281,13 +281,13 @@ def _without_largest_by_blocks(c: Float[Tensor, "*b o o"], count: int | Tensor) 
     flat = c.flatten(0, -3) if c.ndim > 2 else c.unsqueeze(0)
     counts = torch.as_tensor(count).expand(c.shape[:-2]).flatten().tolist()
     limits = [_limit(matrix, each) for matrix, each in zip(flat, counts, strict=True)]
-    rest = torch.empty_like(flat)
+    rest, visible = torch.empty_like(flat), is_visible(c)
     for matrix, result, (least, ties) in zip(flat, rest, limits, strict=True):
         for rows in row_blocks(matrix):
             part = matrix[rows].tril(rows.start - 1)
             part.masked_fill_(part.abs() > least, 0.0)
-            if not is_visible(c) or ties > 0:  # of pairs just as large the first are free
-                equal = part.abs() == least
+            equal = part.abs() == least if not visible or ties > 0 else None
+            if equal is not None and (not visible or equal.any()):  # of pairs just as large the first are free
                 order = equal.flatten().cumsum(0).view_as(equal)
                 part.masked_fill_(equal & (order <= ties), 0.0)
                 ties = ties - order[-1, -1]
