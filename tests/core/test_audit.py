@@ -223,18 +223,18 @@ def test_a_layer_that_was_replaced_or_removed():
 def test_changes_that_do_no_harm():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU())
     ortho = regularizer(model)
-    wanted = ortho().item()
+    expected = ortho().item()
     model[1] = torch.compile(model[1])
     model[0] = nn.Sequential(model[0], nn.Dropout())
     model[2] = nn.GELU()
     DataParallel(model)
-    assert ortho().item() == wanted
+    assert ortho().item() == expected
     again = copy.deepcopy(ortho)
-    assert again().item() == wanted
+    assert again().item() == expected
     again.model[0][0] = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="has changed"):
         again()
-    assert ortho().item() == wanted
+    assert ortho().item() == expected
     plain = regularizer(nn.Sequential(nn.Linear(4, 4)))
     copied = pickle.loads(pickle.dumps(plain))
     assert copied().item() == plain().item()
@@ -270,11 +270,11 @@ def test_all_frozen_since():
 )
 def test_names_are_those_of_the_bare_model(wrap):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ModuleDict({"module": nn.Conv2d(4, 4, 1)}))
-    wanted = ["0", "1.module"]
-    assert names(wrap(model)) == wanted
-    assert [row["layer"] for row in ok.report(wrap(model)).rows] == wanted
+    expected = ["0", "1.module"]
+    assert names(wrap(model)) == expected
+    assert [row["layer"] for row in ok.report(wrap(model)).rows] == expected
     model[1] = DataParallel(model[1])
-    assert names(wrap(model)) == wanted
+    assert names(wrap(model)) == expected
 
 
 def _engine(model):

@@ -85,8 +85,8 @@ def test_conv_orth_is_the_gram_matrix_of_the_operator(layer, name):
     rows = operator(layer, 12)
     positions = rows.shape[0] // layer.out_channels
     residual = rows @ rows.T - torch.eye(len(rows))
-    found = ok.ConvOrth()(ok.kernel_of(layer)).sum().item()
-    assert found == pytest.approx(residual.square().sum().item() / positions, rel=1e-9)
+    actual = ok.ConvOrth()(ok.kernel_of(layer)).sum().item()
+    assert actual == pytest.approx(residual.square().sum().item() / positions, rel=1e-9)
 
 
 def test_a_unitary_upsampler_scores_zero():
@@ -114,17 +114,17 @@ def test_dilation_spreads_the_lags():
         ({"stride": 4, "dilation": 2}, 2),
     ):
         layer = nn.Conv2d(2, 4, 3, **options)
-        wanted = convolution_orthogonality(layer.weight, stride=(plain, plain))
-        assert torch.allclose(ok.ConvOrth()(ok.kernel_of(layer))[0], wanted)
+        expected = convolution_orthogonality(layer.weight, stride=(plain, plain))
+        assert torch.allclose(ok.ConvOrth()(ok.kernel_of(layer))[0], expected)
 
 
 def test_layers_of_other_dilation_are_not_stacked_together():
     m = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3, dilation=2, stride=2), nn.ConvTranspose2d(3, 4, 3), nn.Conv2d(3, 4, 3, stride=2)
     )
-    found = ok.Regularizer(m, ok.ConvOrth(), strength=1.0).per_layer()
+    actual = ok.Regularizer(m, ok.ConvOrth(), strength=1.0).per_layer()
     alone = [ok.ConvOrth()(ok.kernel_of(layer)).item() for layer in m]
-    assert list(found.values()) == pytest.approx(alone, rel=1e-5)
+    assert list(actual.values()) == pytest.approx(alone, rel=1e-5)
 
 
 def test_bad_groups(unchecked):

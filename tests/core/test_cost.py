@@ -51,22 +51,22 @@ def test_both_ways_give_what_each_layer_alone_gives(penalty):
         penalty(ok.kernel_of(layer)).sum() / (1 if getattr(penalty, "squared", True) else layer.groups**0.5) for layer in layers
     )
     alone.backward()
-    wanted = gradients(m)
-    assert max(g.norm() for g in wanted.values()) > 1e-3
+    expected = gradients(m)
+    assert max(g.norm() for g in expected.values()) > 1e-3
     for way in ("loss", "add_grad_"):
-        value, found = penalised(m, way, penalty)
+        value, actual = penalised(m, way, penalty)
         assert torch.allclose(value, alone, rtol=1e-5)
-        for name, gradient in found.items():
-            assert torch.allclose(gradient, wanted[name], rtol=1e-4, atol=1e-6), (way, name)
+        for name, gradient in actual.items():
+            assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-6), (way, name)
 
 
 @pytest.mark.parametrize("size", [1, 2500, 2**40])
 def test_the_size_of_stacks_changes_nothing(size, monkeypatch):
-    wanted = penalised(model(), "add_grad_", ok.Disentangled())
+    expected = penalised(model(), "add_grad_", ok.Disentangled())
     monkeypatch.setattr(engine, "STACKED", size)
-    value, found = penalised(model(), "add_grad_", ok.Disentangled())
-    assert torch.allclose(value, wanted[0])
-    assert all(torch.allclose(found[name], gradient, atol=1e-6) for name, gradient in wanted[1].items())
+    value, actual = penalised(model(), "add_grad_", ok.Disentangled())
+    assert torch.allclose(value, expected[0])
+    assert all(torch.allclose(actual[name], gradient, atol=1e-6) for name, gradient in expected[1].items())
 
 
 @every_penalty
@@ -140,18 +140,18 @@ def test_closed_gradients_are_those_of_autograd(penalty, layout, large, monkeypa
     squared = getattr(penalty, "squared", True)
     alone = 0.3 * sum(penalty(ok.kernel_of(layer)).sum() / (1 if squared else layer.groups**0.5) for layer in m)
     alone.backward()
-    wanted = gradients(m)
+    expected = gradients(m)
     for way in ("loss", "add_grad_"):
-        value, found = penalised(m, way, penalty)
+        value, actual = penalised(m, way, penalty)
         assert torch.allclose(value, alone, rtol=1e-5)
-        for name, gradient in found.items():
-            assert torch.allclose(gradient, wanted[name], rtol=1e-4, atol=1e-6), (way, name)
+        for name, gradient in actual.items():
+            assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-6), (way, name)
     for layer in m:
         assert layer.weight.grad.stride() == layer.weight.stride()
     ok.Regularizer(m, penalty, strength=0.3).add_grad_(2.0, only=[m[0].weight, m[8].weight])
     for name, gradient in gradients(m).items():
         times = 3 if name in ("0.weight", "8.weight") else 1
-        assert torch.allclose(gradient, times * wanted[name], rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(gradient, times * expected[name], rtol=1e-4, atol=1e-6), name
 
 
 def test_autograd_is_left_out(monkeypatch):
@@ -174,8 +174,8 @@ def test_second_derivatives_of_a_regularizer():
     direction = [torch.randn_like(weight) for weight in weights]
 
     def slope():
-        found = torch.autograd.grad(ortho(), weights, create_graph=True)
-        return sum((g * d).sum() for g, d in zip(found, direction, strict=True))
+        actual = torch.autograd.grad(ortho(), weights, create_graph=True)
+        return sum((g * d).sum() for g, d in zip(actual, direction, strict=True))
 
     curvature = torch.autograd.grad(slope(), weights)
     for weight, second in zip(weights, curvature, strict=True):
@@ -200,9 +200,9 @@ class Halved(ok.SO):
 def test_an_overridden_call_has_no_inherited_rule():
     m = wide()
     for way in ("loss", "add_grad_"):
-        (value, found), (whole, twice) = penalised(m, way, Halved()), penalised(m, way, ok.SO())
+        (value, actual), (whole, twice) = penalised(m, way, Halved()), penalised(m, way, ok.SO())
         assert torch.allclose(2 * value, whole)
-        assert all(torch.allclose(2 * found[name], gradient, atol=1e-6) for name, gradient in twice.items())
+        assert all(torch.allclose(2 * actual[name], gradient, atol=1e-6) for name, gradient in twice.items())
 
 
 @pytest.mark.parametrize("way", ["loss", "add_grad_"])
@@ -326,7 +326,7 @@ def test_the_gradient_near_orthogonality(penalty, kind):
         ok.Regularizer(layer, penalty, strength=1.0)().backward()
     exact = kernel.weight.detach().double().requires_grad_()
     penalty(ok.Kernel(exact, kernel.stride)).sum().backward()
-    found, wanted = layer.weight.grad.double().flatten(), exact.grad.flatten()
-    assert wanted.norm() > 0
-    assert torch.cosine_similarity(found, wanted, dim=0) > 0.9999
-    assert math.isclose(found.norm(), wanted.norm(), rel_tol=1e-2)
+    actual, expected = layer.weight.grad.double().flatten(), exact.grad.flatten()
+    assert expected.norm() > 0
+    assert torch.cosine_similarity(actual, expected, dim=0) > 0.9999
+    assert math.isclose(actual.norm(), expected.norm(), rel_tol=1e-2)

@@ -24,25 +24,25 @@ def test_several_ranks_train_as_one(tmp_path):
     unpenalised = here.train("none", "strict")
     part = here.train_a_part("loss")
     for rank, ranks in [(r, n) for n in here.RANKS for r in range(n)]:
-        found = torch.load(tmp_path / f"{rank} of {ranks}.pt")
-        assert list(found["trained"]) == combinations
-        for key, weights in found["trained"].items():
+        actual = torch.load(tmp_path / f"{rank} of {ranks}.pt")
+        assert list(actual["trained"]) == combinations
+        for key, weights in actual["trained"].items():
             assert torch.allclose(weights, trained[key[1:]], atol=1e-6, rtol=0), (rank, ranks, key)
             assert (weights - unpenalised).abs().max() > 1e-2, (rank, ranks, key)
-        assert list(found["read"]) == [*here.WRAPS, "FSDP2 in bfloat16"]
-        for wrap, values in found["read"].items():
+        assert list(actual["read"]) == [*here.WRAPS, "FSDP2 in bfloat16"]
+        for wrap, values in actual["read"].items():
             assert values.keys() == read.keys()
             for name, value in values.items():
                 assert value.dtype == torch.float32
                 assert torch.allclose(value, read[name], atol=1e-6), (rank, ranks, wrap, name)
         # With find_unused_parameters=True the parts that no forward pass used must not come in by the loss.
         for way in ("add_grad_", "attach"):
-            assert torch.allclose(found["parts"][way], part, atol=1e-6), (rank, ranks, way)
-        assert "mark a variable ready only once" in found["parts"]["loss"]
+            assert torch.allclose(actual["parts"][way], part, atol=1e-6), (rank, ranks, way)
+        assert "mark a variable ready only once" in actual["parts"]["loss"]
         # Each selected layer once, the tied one not again, the parametrized one in its two parts.
-        assert found["whole"]["gathers"] == 9
-        assert found["whole"]["message"].startswith("layer 3: disentangled_orthogonality is not finite")
-        assert found["whole"]["rows"] == ["0", "3", "5", "6", "7", "8", "9", "10", "13"]
+        assert actual["whole"]["gathers"] == 9
+        assert actual["whole"]["message"].startswith("layer 3: disentangled_orthogonality is not finite")
+        assert actual["whole"]["rows"] == ["0", "3", "5", "6", "7", "8", "9", "10", "13"]
 
 
 def test_the_first_fsdp_is_refused():

@@ -75,11 +75,11 @@ def test_every_layer_against_a_plain_pca(kind, energy):
     places = len(kernel.stride)
     rows = torch.cat([y.movedim(-1 - places, -1).reshape(-1, kernel.groups * kernel.o) for y in outputs])
     groups = rows.reshape(-1, kernel.groups, kernel.o).unbind(1)
-    wanted = max(rank_of(group, energy) for group in groups)
+    expected = max(rank_of(group, energy) for group in groups)
     with nullcontext() if len(rows) > min(kernel.o, kernel.n) else pytest.warns(UserWarning, match="more batches"):
-        found = ok.estimate(nn.Sequential(layer), batches, energy, where=ok.layers, positions=None)
-    assert found == {"0": wanted}
-    assert type(found["0"]) is int
+        actual = ok.estimate(nn.Sequential(layer), batches, energy, where=ok.layers, positions=None)
+    assert actual == {"0": expected}
+    assert type(actual["0"]) is int
 
 
 def test_tall_layers_are_measured_by_their_patches_whatever_the_filters():
@@ -87,8 +87,8 @@ def test_tall_layers_are_measured_by_their_patches_whatever_the_filters():
     patches = F.unfold(x, 3).mT.reshape(-1, 18)
     for energy in (0.5, 0.9, 0.99):
         for seed in (0, 1):
-            found = ok.estimate(nn.Conv2d(2, 30, 3).double(), [x], energy, seed=seed)
-            assert found == {"Conv2d": rank_of(patches, energy)}
+            actual = ok.estimate(nn.Conv2d(2, 30, 3).double(), [x], energy, seed=seed)
+            assert actual == {"Conv2d": rank_of(patches, energy)}
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
@@ -125,10 +125,10 @@ def test_it_does_not_follow_the_rank_of_the_layer_itself():
 
 def test_scale_and_bias_play_no_part():
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(40, 3, 6, 6)
-    found = ok.estimate(model, [x])
+    actual = ok.estimate(model, [x])
     nn.init.constant_(model[0].weight, 7.0)
     nn.init.constant_(model[0].bias, 1e3)
-    assert ok.estimate(model, [x]) == ok.estimate(model, [100 * x]) == found
+    assert ok.estimate(model, [x]) == ok.estimate(model, [100 * x]) == actual
 
 
 def test_more_energy_more_components_and_constant_outputs_none():
@@ -179,8 +179,8 @@ def test_moments_of_vectors_that_differ_by_rounding_only():
 
 
 def test_components_over_a_batch():
-    found = components(torch.diag_embed(torch.tensor([[5.0, 4.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])), 0.9)
-    assert found.tolist() == [2, 3, 1]
+    actual = components(torch.diag_embed(torch.tensor([[5.0, 4.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])), 0.9)
+    assert actual.tolist() == [2, 3, 1]
 
 
 def test_memory_is_bounded():
@@ -260,36 +260,36 @@ def test_a_layer_does_not_depend_on_which_others_are_measured():
 
 def test_loaders():
     model, x = nn.Sequential(nn.Conv2d(1, 4, 3)), torch.randn(12, 1, 6, 6)
-    wanted = ok.estimate(model, [x])
+    expected = ok.estimate(model, [x])
     data = DataLoader(TensorDataset(x, torch.zeros(12)), batch_size=5, shuffle=True)
-    assert ok.estimate(model, data) == wanted
-    assert ok.estimate(model, [{"image": x, "label": 0}], key="image") == wanted
-    assert ok.estimate(model, [(0, x)], key=1) == ok.estimate(model, iter([[x]])) == wanted
+    assert ok.estimate(model, data) == expected
+    assert ok.estimate(model, [{"image": x, "label": 0}], key="image") == expected
+    assert ok.estimate(model, [(0, x)], key=1) == ok.estimate(model, iter([[x]])) == expected
     read = iter([x[:6], x[6:], "no batch"])
-    assert ok.estimate(model, read, batches=2) == wanted
+    assert ok.estimate(model, read, batches=2) == expected
     assert next(read) == "no batch"
 
 
 def test_wrappers_are_looked_through():
     model, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)), torch.randn(12, 1, 6, 6)
-    wanted = ok.estimate(model, [x])
-    assert ok.estimate(DataParallel(model), [x]) == wanted
+    expected = ok.estimate(model, [x])
+    assert ok.estimate(DataParallel(model), [x]) == expected
     compiled = torch.compile(model, backend="eager")
     compiled(x)
-    assert ok.estimate(compiled, [x]) == wanted
-    assert ok.estimate(nn.Sequential(compiled), [x]) == {f"0.{name}": r for name, r in wanted.items()}
+    assert ok.estimate(compiled, [x]) == expected
+    assert ok.estimate(nn.Sequential(compiled), [x]) == {f"0.{name}": r for name, r in expected.items()}
     compiled(x)
 
 
 def test_half_precision_and_autocast():
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(30, 3, 6, 6)
-    wanted = ok.estimate(model, [x])
+    expected = ok.estimate(model, [x])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ok.estimate(model, [x]) == wanted
+        assert ok.estimate(model, [x]) == expected
     low = ok.estimate(copy.deepcopy(model).bfloat16(), [x.bfloat16()])
-    assert abs(low["0"] - wanted["0"]) <= 1
+    assert abs(low["0"] - expected["0"]) <= 1
     with torch.inference_mode():
-        assert ok.estimate(model, [x]) == wanted
+        assert ok.estimate(model, [x]) == expected
 
 
 class Restless(nn.Module):
@@ -482,8 +482,8 @@ def test_plan_on_data(saved, capsys):
     assert main(["plan", str(saved), "--data", "digits", "--energy", "0.8", "--floor", "10", "--format", "csv"]) == 0
     network = ResNet.from_checkpoint(torch.load(saved))
     data = load("digits")
-    found = ok.estimate(network, [data.normalise(data.train.pixels)], 0.8)
-    assert capsys.readouterr().out == ok.plan(network, ok.ranks(found, floor=10)).to_csv()
+    actual = ok.estimate(network, [data.normalise(data.train.pixels)], 0.8)
+    assert capsys.readouterr().out == ok.plan(network, ok.ranks(actual, floor=10)).to_csv()
 
 
 @pytest.mark.parametrize("depth", [8, 20])

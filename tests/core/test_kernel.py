@@ -180,10 +180,10 @@ def test_every_parameter_behind_a_kernel_of_ones_own():
     layer = Gain()
     ortho = ok.Regularizer(layer, ok.SO(), strength=1.0, where=ok.layers)
     ortho().backward()
-    wanted = layer.gain.grad.clone()
+    expected = layer.gain.grad.clone()
     layer.zero_grad()
     ortho.add_grad_()
-    assert torch.allclose(layer.gain.grad, wanted)
+    assert torch.allclose(layer.gain.grad, expected)
     assert {id(p) for p in sources(layer)} == {id(layer.weight), id(layer.gain)}
     layer.weight.requires_grad_(False)
     assert ortho().item() > 0
@@ -218,8 +218,8 @@ def test_kernels_with_a_batch():
     model = nn.Sequential(Experts(), Experts())
     values = [ok.SO()(ok.kernel_of(layer)) for layer in model]
     assert values[0].shape == (3, 2)
-    found = ok.Regularizer(model, ok.SO(), strength=1.0, where=ok.layers).per_layer()
-    assert list(found.values()) == pytest.approx([value.sum().item() for value in values])
+    actual = ok.Regularizer(model, ok.SO(), strength=1.0, where=ok.layers).per_layer()
+    assert list(actual.values()) == pytest.approx([value.sum().item() for value in values])
     relaxed = ok.Disentangled(relax=ok.ranks({"0": 2, "1": 3}), form="welch")
     ok.Regularizer(model, relaxed, strength=1.0, where=ok.layers)().backward()
     assert ok.report(model).rows[0]["pairs"] == 6 * 6

@@ -142,10 +142,10 @@ def test_same_weights_as_the_penalty_in_the_loss(options, tolerance):
     if "dtype" in options:
         settings["precision"] = {torch.bfloat16: "bf16-true", torch.float64: "64-true"}[options["dtype"]]
     fit(module, callback(step=options.get("unit", "epoch")), **settings)
-    wanted = plain(**options)
-    error = (weights(module) - wanted).abs().max().item()
+    expected = plain(**options)
+    error = (weights(module) - expected).abs().max().item()
     assert error <= tolerance
-    assert (plain(penalty=False, **options) - wanted).abs().max().item() > 10 * max(tolerance, 1e-3)
+    assert (plain(penalty=False, **options) - expected).abs().max().item() > 10 * max(tolerance, 1e-3)
 
 
 @pytest.mark.parametrize(  # Lightning refuses to clip what a fused optimizer unscales
@@ -165,10 +165,10 @@ def test_a_gradient_scaler(fused, clip):
         fit(module, *callbacks, plugins=[plugin], gradient_clip_val=clip)
         return weights(module)
 
-    wanted = plain(optimizer=optimizer, precision=torch.bfloat16, clip=clip)
-    error = (run(callback()) - wanted).abs().max().item()
+    expected = plain(optimizer=optimizer, precision=torch.bfloat16, clip=clip)
+    error = (run(callback()) - expected).abs().max().item()
     assert error < 1e-5
-    assert (run() - wanted).abs().max().item() > 1e-2
+    assert (run() - expected).abs().max().item() > 1e-2
 
 
 def test_a_closure_that_is_called_more_than_once():
@@ -179,13 +179,13 @@ def test_a_closure_that_is_called_more_than_once():
         def training_step(self, batch, index):
             return super().training_step(batch, index) + ok.Regularizer(self, ok.SO(), strength=0.01)()
 
-    through, wanted = Module(lbfgs), InLoss(lbfgs)
+    through, expected = Module(lbfgs), InLoss(lbfgs)
     fit(through, OrthoCallback(ok.SO(), strength=0.01), max_epochs=1)
-    fit(wanted, max_epochs=1)
-    assert torch.allclose(weights(through), weights(wanted), atol=1e-4)
+    fit(expected, max_epochs=1)
+    assert torch.allclose(weights(through), weights(expected), atol=1e-4)
     without = Module(lbfgs)
     fit(without, max_epochs=1)
-    assert not torch.allclose(weights(without), weights(wanted), atol=1e-3)
+    assert not torch.allclose(weights(without), weights(expected), atol=1e-3)
 
 
 class TwoOptimizers(Module):
@@ -213,13 +213,13 @@ class TwoOptimizers(Module):
 
 
 def test_manual_optimization_with_two_optimizers():
-    through, wanted, without = TwoOptimizers(), TwoOptimizers(in_loss=True), TwoOptimizers()
+    through, expected, without = TwoOptimizers(), TwoOptimizers(in_loss=True), TwoOptimizers()
     ortho = callback(step="batch")
     fit(through, ortho, max_epochs=1)
-    fit(wanted, max_epochs=1)
+    fit(expected, max_epochs=1)
     fit(without, max_epochs=1)
-    assert torch.allclose(weights(through), weights(wanted), atol=2e-6)
-    assert not torch.allclose(weights(without), weights(wanted), atol=1e-2)
+    assert torch.allclose(weights(through), weights(expected), atol=2e-6)
+    assert not torch.allclose(weights(without), weights(expected), atol=1e-2)
     assert ortho.ortho.steps == 3
 
 
@@ -308,10 +308,10 @@ def test_logs(tmp_path):
     rows = logged(logger)
     assert [row["step"] for row in rows] == [1, 3, 5]
     assert [row["ortho/strength"] for row in rows] == pytest.approx([STRENGTH(step) for step in (1, 3, 5)])
-    last, found = rows[-1], ok.Regularizer(module, PENALTY, strength=STRENGTH(5))
-    assert {key: last[f"ortho/{key}"] for key in found.per_layer()} == pytest.approx(found.per_layer())
-    assert list(found.per_layer()) == ["net.0", "net.2"]
-    assert last["ortho/total"] == pytest.approx(found().item())
+    last, actual = rows[-1], ok.Regularizer(module, PENALTY, strength=STRENGTH(5))
+    assert {key: last[f"ortho/{key}"] for key in actual.per_layer()} == pytest.approx(actual.per_layer())
+    assert list(actual.per_layer()) == ["net.0", "net.2"]
+    assert last["ortho/total"] == pytest.approx(actual().item())
     assert trainer.callback_metrics["ortho/net.0"].item() == pytest.approx(last["ortho/net.0"])
 
     logger = CSVLogger(tmp_path, name="third")
@@ -319,7 +319,7 @@ def test_logs(tmp_path):
     fit(module, callback(log_every=3, report=True), logger=logger)
     assert [row["step"] for row in logged(logger)] == [2, 5]
     assert last.keys().isdisjoint({"ortho/wide/mean_cos", "ortho/tall/mean_cos"})
-    summary = {key: value for key, value in ok.log(found, None, 0).items() if key.count("/") == 2}
+    summary = {key: value for key, value in ok.log(actual, None, 0).items() if key.count("/") == 2}
     assert summary.keys() <= logged(logger)[-1].keys()
     assert not any("ortho" in key for key in fit(Module(), callback(log_every=0)).callback_metrics)
 

@@ -293,20 +293,20 @@ def test_tensorboard_of_a_run(tmp_path):
 def test_wandb_of_a_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run, said = run_in(tmp_path, epochs=2), []
+    run, text = run_in(tmp_path, epochs=2), []
     listener = Watch()
-    listener.say = said.append
+    listener.say = text.append
     with pytest.raises(Interruption), Once("wandb", listener) as watch:
         fit(run, watch)
     time.sleep(1.1)  # its folder is named after the second
     with Log("wandb", listener) as watch:
         fit(run, watch)
     (folder,) = run.folder.glob("wandb/offline-run-*")
-    assert said[-1] == f"W&B, offline; to upload it: wandb sync {folder}"
+    assert text[-1] == f"W&B, offline; to upload it: wandb sync {folder}"
     assert next(folder.glob("*.wandb")).read_bytes().count(b"images_per_second") >= 2
     with Log("wandb", listener) as watch:
         watch.update(run, before=True)
-    assert len(said) == 2
+    assert len(text) == 2
 
 
 def command(tmp_path, *options):

@@ -67,8 +67,8 @@ def test_a_squared_penalty_warns_once_with_the_numbers(penalty):
         ortho = ok.Regularizer(m, penalty, strength=0.1)
     assert len(caught) == 1
     message = str(caught[0].message)
-    for wanted in (repr(penalty), "median length is", "largest", f"adds {ortho().item():.3g} to the loss", "weights=(0, 1)"):
-        assert wanted in message
+    for expected in (repr(penalty), "median length is", "largest", f"adds {ortho().item():.3g} to the loss", "weights=(0, 1)"):
+        assert expected in message
     ok.Regularizer(m, penalty, strength=0.1)  # the second time in silence
 
 

@@ -38,11 +38,11 @@ def test_blocks_change_nothing(penalty, way, monkeypatch):
     with torch.no_grad():
         layers[0].weight[3] = layers[0].weight[7]  # ties
         layers[0].weight[5] = 0
-    value, wanted = gradient(layers, penalty, way)
+    value, expected = gradient(layers, penalty, way)
     monkeypatch.setattr(gram, "LARGE", 100)
-    again, found = gradient(layers, penalty, way)
+    again, actual = gradient(layers, penalty, way)
     assert again == pytest.approx(value, rel=1e-12)
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-10)
 
 

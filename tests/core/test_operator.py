@@ -45,24 +45,24 @@ def test_equal_to_the_dense_operator(name):
     make, size = LAYERS[name]
     layer = make().double()
     dense = wrapped(layer.weight.detach(), size, layer.stride, layer.dilation, layer.groups, layer.in_channels)
-    wanted = np.linalg.svd(dense.numpy(), compute_uv=False)
+    expected = np.linalg.svd(dense.numpy(), compute_uv=False)
     sigma = operator_singular_values(ok.kernel_of(layer), size).numpy()
-    assert len(sigma) == len(wanted)
-    assert np.abs(sigma - wanted).max() < 1e-9
+    assert len(sigma) == len(expected)
+    assert np.abs(sigma - expected).max() < 1e-9
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_transposed_convolutions_have_those_of_their_adjoint(stride):
     layer = nn.ConvTranspose2d(4, 6, 2, stride=stride, groups=2).double()
     dense = wrapped(layer.weight.detach(), (4, 4), layer.stride, layer.dilation, 2, 6)
-    wanted = np.linalg.svd(dense.numpy(), compute_uv=False)
-    assert np.abs(operator_singular_values(ok.kernel_of(layer), (4, 4)).numpy() - wanted).max() < 1e-9
+    expected = np.linalg.svd(dense.numpy(), compute_uv=False)
+    assert np.abs(operator_singular_values(ok.kernel_of(layer), (4, 4)).numpy() - expected).max() < 1e-9
 
 
 def test_linear_layers_and_chunks(monkeypatch):
     layer = nn.Linear(5, 3)
-    wanted = np.linalg.svd(layer.weight.detach().double().numpy(), compute_uv=False)
-    assert np.allclose(operator_singular_values(ok.kernel_of(layer)).numpy(), wanted)
+    expected = np.linalg.svd(layer.weight.detach().double().numpy(), compute_uv=False)
+    assert np.allclose(operator_singular_values(ok.kernel_of(layer)).numpy(), expected)
     kernel = ok.kernel_of(nn.Conv2d(3, 4, 3, stride=2))
     whole = operator_singular_values(kernel, (8, 8))
     monkeypatch.setattr("orthokit.diagnostics.operator.ENTRIES", 1)

@@ -177,8 +177,8 @@ def test_muon_beside_sgd(way):
     def make(parameters):
         return torch.optim.Muon([p for p in parameters if p.ndim == 2], lr=0.01)
 
-    found, by_loss, none = [train(make, w, where=ok.linears) for w in (way, "loss", "none")]
-    assert torch.allclose(found, by_loss, atol=1e-4)  # Muon computes in bfloat16
+    actual, by_loss, none = [train(make, w, where=ok.linears) for w in (way, "loss", "none")]
+    assert torch.allclose(actual, by_loss, atol=1e-4)  # Muon computes in bfloat16
     assert (none - by_loss).abs().max() > 1e-3
 
 
@@ -187,8 +187,8 @@ def test_optimizers_of_torch(kind):
     def make(parameters):
         return getattr(torch.optim, kind)(parameters, lr=1e-2)
 
-    found, by_loss = [train(make, way, parameters=kernels) for way in ("attach", "loss")]
-    assert torch.allclose(found, by_loss, atol=1e-6)
+    actual, by_loss = [train(make, way, parameters=kernels) for way in ("attach", "loss")]
+    assert torch.allclose(actual, by_loss, atol=1e-6)
 
 
 def test_schedule_free():
@@ -199,8 +199,8 @@ def test_schedule_free():
         optimizer.train()
         return optimizer
 
-    found, by_loss = [train(make, way) for way in ("attach", "loss")]
-    assert torch.allclose(found, by_loss, atol=1e-9)
+    actual, by_loss = [train(make, way) for way in ("attach", "loss")]
+    assert torch.allclose(actual, by_loss, atol=1e-9)
 
 
 def test_two_networks_with_an_optimizer_each():
@@ -262,10 +262,10 @@ def test_biases_and_norms_without_decay():
     ortho = ok.Regularizer(m, ok.SO(), strength=0.1)
     groups = ok.param_groups(m, ortho, weight_decay=0.1, decay_biases_and_norms=False)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
-    wanted = [[m[2].weight], [m[0].weight], [m[0].bias, m[1].weight, m[1].bias, m[2].bias]]
-    assert [list(map(id, group["params"])) for group in groups] == [list(map(id, group)) for group in wanted]
+    expected = [[m[2].weight], [m[0].weight], [m[0].bias, m[1].weight, m[1].bias, m[2].bias]]
+    assert [list(map(id, group["params"])) for group in groups] == [list(map(id, group)) for group in expected]
     by_method = ortho.param_groups(m, weight_decay=0.1, decay_biases_and_norms=False)
-    assert [list(map(id, group["params"])) for group in by_method] == [list(map(id, group)) for group in wanted]
+    assert [list(map(id, group["params"])) for group in by_method] == [list(map(id, group)) for group in expected]
 
 
 @pytest.mark.parametrize(

@@ -150,11 +150,11 @@ def test_the_largest_are_found_as_by_sorting(kind, share):
     count = round(share * pairs)
     rows, columns = torch.tril_indices(o, o, offset=-1)
     freed = c.abs()[rows, columns].argsort(descending=True, stable=True)[:count]
-    wanted = c.clone()
-    wanted[rows[freed], columns[freed]] = 0
-    assert torch.equal(disentangled._without_largest(c + c.mT, count), wanted + wanted.mT)
+    expected = c.clone()
+    expected[rows[freed], columns[freed]] = 0
+    assert torch.equal(disentangled._without_largest(c + c.mT, count), expected + expected.mT)
     both = disentangled._without_largest(torch.stack([c + c.mT] * 2), torch.tensor([count, 3]))
-    assert torch.equal(both[0], wanted + wanted.mT)
+    assert torch.equal(both[0], expected + expected.mT)
     assert torch.equal(both[1], disentangled._without_largest(c + c.mT, 3))
 
 

@@ -84,10 +84,10 @@ def test_scale_by_filters():
 def test_each_layer_of_a_stack_has_its_own_rank():
     m = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1))
     given = {"0": 2, "1": 4, "2": 6}
-    found = ok.Regularizer(m, ok.Disentangled(relax=ok.ranks(given)), strength=1.0).per_layer()
+    actual = ok.Regularizer(m, ok.Disentangled(relax=ok.ranks(given)), strength=1.0).per_layer()
     for name, r in given.items():
         alone = ok.disentangled_orthogonality(ok.kernel_of(m[int(name)]).matrix, r).item()
-        assert found[name] == pytest.approx(alone, rel=1e-5)
+        assert actual[name] == pytest.approx(alone, rel=1e-5)
 
 
 def test_any_callable_is_a_penalty():
@@ -228,10 +228,10 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("way", ["add_grad_", "attach"])
 def test_every_way_gives_the_same_weights(way, optimizer, scaler):
     # In float64, as Adam turns the rounding errors of a gradient that is zero into steps.
-    found, through_loss, unpenalised = [
+    actual, through_loss, unpenalised = [
         train(OPTIMIZERS[optimizer], way, scaler=scaler, m=model().double()) for way in (way, "loss", "none")
     ]
-    assert (found - through_loss).abs().max().item() < 1e-8
+    assert (actual - through_loss).abs().max().item() < 1e-8
     assert (unpenalised - through_loss).abs().max().item() > 1e-3
 
 
@@ -402,9 +402,9 @@ def test_bad_penalties_of_ones_own(unchecked):
 
 def test_numbers_of_other_kinds(unchecked):
     m = model()
-    wanted = ok.Regularizer(m, STRICT, strength=0.5)().item()
+    expected = ok.Regularizer(m, STRICT, strength=0.5)().item()
     for strength in (np.float32(0.5), Fraction(1, 2), lambda step: Fraction(1, 2)):
-        assert ok.Regularizer(m, STRICT, strength=strength)().item() == pytest.approx(wanted)
+        assert ok.Regularizer(m, STRICT, strength=strength)().item() == pytest.approx(expected)
 
 
 def test_layers_the_optimizer_does_not_train_gather_no_gradient():
@@ -444,11 +444,11 @@ def test_bad_states(unchecked, state):
 
 
 def test_a_default_device_and_dtype_of_ones_own():
-    wanted = ok.Regularizer(model(), ok.SRIP(), strength=1.0)().item()
+    expected = ok.Regularizer(model(), ok.SRIP(), strength=1.0)().item()
     srip._start.cache_clear()
     with torch.device("meta"):
         ok.spectral_restricted_isometry(torch.eye(5, device="cpu"))
-    assert ok.Regularizer(model(), ok.SRIP(), strength=1.0)().item() == wanted
+    assert ok.Regularizer(model(), ok.SRIP(), strength=1.0)().item() == expected
     m = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)).double()
     for form in ("pairs", "welch", "budget"):
         both = ok.Regularizer(m, ok.Disentangled(relax=ok.ranks({"0": 2, "1": 3}), form=form), strength=1.0).per_layer()

@@ -28,10 +28,10 @@ def test_expected_cardinality_is_the_mean_of_a_simulation(o, r):
 @pytest.mark.parametrize("count", ["expected", "fewest"])
 def test_cardinality(o, count):
     for r in range(1, o + 1):
-        found = ok.cardinality(o, r, count)
-        assert found == slow.free_pairs(o, r, count)
-        assert type(found) is int
-        assert found == ok.cardinality(o, torch.tensor(r), count)
+        actual = ok.cardinality(o, r, count)
+        assert actual == slow.free_pairs(o, r, count)
+        assert type(actual) is int
+        assert actual == ok.cardinality(o, torch.tensor(r), count)
     assert ok.cardinality(o, o, count) == 0
     assert ok.cardinality(o, 1, count) == o * (o - 1) // 2
 

@@ -33,7 +33,7 @@ def test_every_figure_against_numpy(place):
         blocks[g * o : (g + 1) * o, g * n : (g + 1) * n] = k
     sigma = np.concatenate([np.linalg.svd(k, compute_uv=False) for k in groups])
     p = sigma / sigma.sum()
-    wanted = {
+    expected = {
         "pairs": len(cosines),
         "mean_cos": cosines.mean(),
         "max_cos": cosines.max(),
@@ -48,12 +48,12 @@ def test_every_figure_against_numpy(place):
     }
     if o <= n:
         residual = blocks @ blocks.T - np.eye(len(blocks))
-        wanted["residual"] = np.linalg.norm(residual) / math.sqrt(len(blocks))
+        expected["residual"] = np.linalg.norm(residual) / math.sqrt(len(blocks))
     else:
         u = groups[0] / lengths[0][:, None]
-        wanted["tightness"] = np.linalg.norm(u.T @ u - o / n * np.eye(n)) / (o * math.sqrt(1 - 1 / n))
-        wanted["welch_ratio"] = cosines.max() / slow.welch(o, n)
-    assert {key: row[key] for key in wanted} == pytest.approx(wanted, rel=1e-9)
+        expected["tightness"] = np.linalg.norm(u.T @ u - o / n * np.eye(n)) / (o * math.sqrt(1 - 1 / n))
+        expected["welch_ratio"] = cosines.max() / slow.welch(o, n)
+    assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-9)
     assert row["shape"] == ("wide" if o <= n else "tall")
     assert row["x_random"] == pytest.approx(cosines.mean() / diagnostics.random_cosine(n))
     assert row["mean_length"] == pytest.approx(lengths.mean())

@@ -271,9 +271,9 @@ def test_the_gate(file, capsys, tmp_path):
     junit = tmp_path / "junit.xml"
     arguments = ["--fail-if", "copies > 0", "--annotations", "github", "--junit", str(junit), "--format", "json"]
     assert main(["report", str(file), *arguments]) == 1
-    told = capsys.readouterr()
-    assert "::error title=orthokit report net.pt::twice: copies > 0 (copies = 1)" in told.err
-    assert json.loads(told.out)  # failures leave it what it is
+    message = capsys.readouterr()
+    assert "::error title=orthokit report net.pt::twice: copies > 0 (copies = 1)" in message.err
+    assert json.loads(message.out)  # failures leave it what it is
     suite = ElementTree.parse(junit).getroot()
     assert suite.attrib["failures"] == "1"
     assert len(suite) == 4
@@ -320,9 +320,9 @@ def test_hostile_names_in_a_gate(capsys, tmp_path):
     torch.save({f"{name}.weight": torch.eye(3)}, tmp_path / "net.pt")
     arguments = ["--fail-if", "layer != ''", "--junit", str(tmp_path / "j.xml"), "--annotations", "github"]
     assert main(["report", str(tmp_path / "net.pt"), *arguments]) == 1
-    said = capsys.readouterr()
-    assert not re.search(r"[\x00\x1b\ud800]", said.out + said.err)
-    assert sum(line.startswith("::error") for line in said.out.splitlines()) == 1
+    text = capsys.readouterr()
+    assert not re.search(r"[\x00\x1b\ud800]", text.out + text.err)
+    assert sum(line.startswith("::error") for line in text.out.splitlines()) == 1
     assert ElementTree.parse(tmp_path / "j.xml").getroot().attrib["failures"] == "1"
 
 

@@ -86,13 +86,13 @@ SHAPES = [(5, 9), (9, 5), (6, 6), (24, 6), (64, 576), (1, 4), (4, 1)]
 def test_the_polar_factor_is_orthonormal_whatever_the_rank(shape, polar_of):
     kinds = degenerate(*shape)
     for kind, m in kinds.items():
-        found = polar_of(m)
-        assert found.dtype == torch.float32
-        assert orthonormal_error(found) < (2e-6 if polar_of is polar else 1e-5), kind
-        assert torch.equal(found, polar_of(m)), kind
+        actual = polar_of(m)
+        assert actual.dtype == torch.float32
+        assert orthonormal_error(actual) < (2e-6 if polar_of is polar else 1e-5), kind
+        assert torch.equal(actual, polar_of(m)), kind
     together = polar_of(torch.stack(list(kinds.values())))
-    for (kind, m), found in zip(kinds.items(), together, strict=True):
-        assert torch.allclose(found, polar_of(m), atol=1e-5), kind
+    for (kind, m), actual in zip(kinds.items(), together, strict=True):
+        assert torch.allclose(actual, polar_of(m), atol=1e-5), kind
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -48,10 +48,10 @@ def weighted_norm(k):
 @pytest.mark.parametrize(("o", "n"), [(6, 9), (9, 4), (300, 20)])  # the last by way of the columns' Gram matrix
 def test_values_and_gradients_are_those_of_the_definition(o, n):
     k = filters(o, n, spread(o)).requires_grad_()
-    value, wanted = ok.disentangled_orthogonality(k), weighted_norm(k)
-    assert value.item() == pytest.approx(wanted.item(), rel=1e-12)
-    found, reference = (torch.autograd.grad(v, k)[0] for v in (value, wanted))
-    assert torch.allclose(found, reference, rtol=1e-9, atol=1e-9)
+    value, expected = ok.disentangled_orthogonality(k), weighted_norm(k)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    actual, reference = (torch.autograd.grad(v, k)[0] for v in (value, expected))
+    assert torch.allclose(actual, reference, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("form", ["pairs", "welch", "budget"])
@@ -69,8 +69,8 @@ def test_the_pull_on_a_direction_is_bounded_and_perpendicular(form, length):
 def test_nothing_changes_for_filters_that_are_long_enough():
     k = filters(8, 12, [SHORT * (1 + 1e-12)] * 4 + [0.5, 1.0, 2.0, 20.0])
     c = (F.normalize(k, dim=-1) @ F.normalize(k, dim=-1).mT).tril(-1)
-    wanted = (k.square().sum(-1) - 1).norm() + c.norm()
-    assert ok.disentangled_orthogonality(k).item() == pytest.approx(wanted.item(), rel=1e-14)
+    expected = (k.square().sum(-1) - 1).norm() + c.norm()
+    assert ok.disentangled_orthogonality(k).item() == pytest.approx(expected.item(), rel=1e-14)
 
 
 def test_continuous_at_the_bound():
@@ -88,14 +88,14 @@ def test_every_way_to_the_gradient_agrees(penalty):
         layer.weight.data.copy_(filters(8, layer.weight[0].numel(), spread(8)).reshape(layer.weight.shape))
     ortho = ok.Regularizer(model, penalty, strength=0.1)
     value = ortho()
-    wanted = torch.autograd.grad(value, list(model.parameters()), allow_unused=True, create_graph=False)
+    expected = torch.autograd.grad(value, list(model.parameters()), allow_unused=True, create_graph=False)
     model.zero_grad()
     assert ortho.add_grad_().item() == pytest.approx(value.item(), rel=1e-6)
     apart = [
         torch.autograd.grad(0.1 * penalty(ok.kernel_of(layer)).sum(), layer.weight)[0] if "relax" not in repr(penalty) else None
         for layer in model
     ]
-    for layer, gradient, alone in zip(model, wanted[::2], apart, strict=True):
+    for layer, gradient, alone in zip(model, expected[::2], apart, strict=True):
         assert torch.allclose(layer.weight.grad, gradient, rtol=1e-4, atol=1e-6)
         assert gradient.isfinite().all()
         if alone is not None:

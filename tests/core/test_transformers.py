@@ -152,10 +152,10 @@ def test_same_weights_as_the_penalty_in_the_loss(make, where, options, tmp_path)
     train(
         model, callback(where=where, step=options.get("unit", "epoch")), out=tmp_path, optim="sgd", learning_rate=RATE, **settings
     )
-    wanted = plain(make, where, **options)
-    error = (weights(model) - wanted).abs().max().item()
+    expected = plain(make, where, **options)
+    error = (weights(model) - expected).abs().max().item()
     assert error < (5e-5 if "precision" in options else 2e-6)  # a sum may round to another bfloat16
-    assert (plain(make, where, penalty=False, **options) - wanted).abs().max().item() > 1e-2
+    assert (plain(make, where, penalty=False, **options) - expected).abs().max().item() > 1e-2
 
 
 # Checkpoints
@@ -233,10 +233,10 @@ def test_logs(tmp_path):
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert [row["step"] for row in rows] == [2, 4]
     assert [row["ortho/strength"] for row in rows] == pytest.approx([STRENGTH(1), STRENGTH(3)])
-    last, found = rows[-1], ok.Regularizer(model, PENALTY, strength=STRENGTH(3))
-    assert {key: last[f"ortho/{key}"] for key in found.per_layer()} == pytest.approx(found.per_layer())
-    assert last["ortho/total"] == pytest.approx(found().item())
-    assert last["ortho/wide/mean_cos"] == pytest.approx(ok.log(found, None, 0)["ortho/wide/mean_cos"])
+    last, actual = rows[-1], ok.Regularizer(model, PENALTY, strength=STRENGTH(3))
+    assert {key: last[f"ortho/{key}"] for key in actual.per_layer()} == pytest.approx(actual.per_layer())
+    assert last["ortho/total"] == pytest.approx(actual().item())
+    assert last["ortho/wide/mean_cos"] == pytest.approx(ok.log(actual, None, 0)["ortho/wide/mean_cos"])
     assert [row.get("ortho/total") for row in Reporter.seen if "loss" in row] == [row["ortho/total"] for row in rows]
 
 

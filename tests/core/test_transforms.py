@@ -35,11 +35,11 @@ def test_transforms_give_the_plain_values_and_gradients(penalty, shape):
     value, w, direction = value_of(penalty), weight(shape), weight(shape, 1)
     plain = value(w)
     leaf = w.clone().requires_grad_()
-    (wanted,) = torch.autograd.grad(value(leaf), leaf)
-    assert torch.allclose(grad(value)(w), wanted, atol=1e-9)
+    (expected,) = torch.autograd.grad(value(leaf), leaf)
+    assert torch.allclose(grad(value)(w), expected, atol=1e-9)
     forward, slope = jvp(value, (w,), (direction,))
     assert torch.allclose(forward, plain)
-    assert slope.item() == pytest.approx((wanted * direction).sum().item(), abs=1e-8)
+    assert slope.item() == pytest.approx((expected * direction).sum().item(), abs=1e-8)
     with forward_ad.dual_level():
         dual = forward_ad.unpack_dual(value(forward_ad.make_dual(w, direction)))
         assert torch.allclose(dual.primal, plain)
@@ -47,15 +47,15 @@ def test_transforms_give_the_plain_values_and_gradients(penalty, shape):
     many = torch.stack([w, 0.5 * w, direction])
     assert torch.allclose(vmap(value)(many), torch.stack([value(each) for each in many]))
     gradients = vmap(grad(value))(many)
-    assert torch.allclose(gradients[0], wanted, atol=1e-9)
+    assert torch.allclose(gradients[0], expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("penalty", [ok.SO(), ok.Disentangled(), ok.SRIP(), ok.ConvOrth(), ok.EADK()], ids=repr)
 def test_second_derivatives_by_transforms(penalty):
     value, w = value_of(penalty), weight((3, 2, 2))
-    wanted = torch.autograd.functional.hessian(value, w)
-    assert torch.allclose(hessian(value)(w), wanted, atol=1e-7)
-    assert torch.allclose(jacrev(grad(value))(w), wanted, atol=1e-7)
+    expected = torch.autograd.functional.hessian(value, w)
+    assert torch.allclose(hessian(value)(w), expected, atol=1e-7)
+    assert torch.allclose(jacrev(grad(value))(w), expected, atol=1e-7)
 
 
 class Penalised(nn.Module):
@@ -72,9 +72,9 @@ class Penalised(nn.Module):
 def test_a_regularizer_inside_of_a_functional_call():
     m, x = Penalised(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     m(x).backward()
-    found = grad(lambda parameters: functional_call(m, parameters, (x,)))({k: v.detach() for k, v in m.named_parameters()})
+    actual = grad(lambda parameters: functional_call(m, parameters, (x,)))({k: v.detach() for k, v in m.named_parameters()})
     for name, parameter in m.named_parameters():
-        assert torch.allclose(found[name], parameter.grad, atol=1e-9), name
+        assert torch.allclose(actual[name], parameter.grad, atol=1e-9), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -152,10 +152,10 @@ def test_filters_of_one_weight_cannot_turn(penalty, dtype, groups):
 def test_filters_of_one_weight_have_lengths(penalty):
     k = torch.tensor([[0.3], [-2.0], [0.7]], dtype=torch.float64, requires_grad=True)
     value = penalty(ok.kernel_of(k)).sum()
-    (found,) = torch.autograd.grad(value, k)
+    (actual,) = torch.autograd.grad(value, k)
     d = k.detach().square() - 1
-    wanted = 2 * k.detach() * d / d.norm() if type(penalty) is ok.Disentangled else 4 * k.detach() * d
-    assert torch.allclose(found, wanted, atol=1e-12)
+    expected = 2 * k.detach() * d / d.norm() if type(penalty) is ok.Disentangled else 4 * k.detach() * d
+    assert torch.allclose(actual, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("parametrized", [False, True])

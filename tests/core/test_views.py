@@ -81,9 +81,9 @@ def test_the_penalty_is_that_of_plain_layers(make, penalty):
             twins.append(twin)
             factors.append(1 if penalty.squared else layer.kernel.groups**-0.5)
     values = ok.Regularizer(nn.ModuleList(twins), penalty, strength=1.0, where=ok.linears).per_layer().values()
-    wanted = sum(factor * each for factor, each in zip(factors, values, strict=True))
-    assert value(ortho) == pytest.approx(0.5 * wanted)
-    assert sum(ortho.per_layer().values()) == pytest.approx(wanted)
+    expected = sum(factor * each for factor, each in zip(factors, values, strict=True))
+    assert value(ortho) == pytest.approx(0.5 * expected)
+    assert sum(ortho.per_layer().values()) == pytest.approx(expected)
 
     for twin, factor in zip(twins, factors, strict=True):
         ok.Regularizer(twin, penalty, strength=0.5 * factor, where=ok.linears).add_grad_()

@@ -66,10 +66,10 @@ def penalty_alone(penalty, m, backend="aot_eager"):
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(lambda: ortho(), fullgraph=True, backend=counter)
     for _ in range(3):
-        value, wanted = compiled(), ortho()
-        assert torch.allclose(value, wanted, rtol=1e-4), (penalty, value, wanted)
-        for found, expected in zip(gradients(m, value), gradients(m, wanted), strict=True):
-            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5), penalty
+        value, target = compiled(), ortho()
+        assert torch.allclose(value, target, rtol=1e-4), (penalty, value, target)
+        for actual, expected in zip(gradients(m, value), gradients(m, target), strict=True):
+            assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-5), penalty
         with torch.no_grad():
             for parameter in m.parameters():
                 parameter.add_(0.01)

@@ -180,14 +180,14 @@ def tried(arguments: list[str], seconds: float = LIMIT) -> tuple[str, str]:
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__} in {Path(last.filename).name}:{last.name}", out.getvalue() + err.getvalue()
-    said = out.getvalue() + err.getvalue()
-    if bad := {c for c in said if not c.isprintable() and c != "\n" and c != "\xa0"}:
-        return f"prints {sorted(bad)!r:.60}", said
+    text = out.getvalue() + err.getvalue()
+    if bad := {c for c in text if not c.isprintable() and c != "\n" and c != "\xa0"}:
+        return f"prints {sorted(bad)!r:.60}", text
     if status not in (0, 2, 4):
-        return f"status {status}", said
-    if status == 2 and "Parsing error" not in said and said.count("\n") > 4:
-        return "several lines", said
-    return "", said
+        return f"status {status}", text
+    if status == 2 and "Parsing error" not in text and text.count("\n") > 4:
+        return "several lines", text
+    return "", text
 
 
 def runs(folder: Path, kind: str, chance: random.Random) -> None:
@@ -233,11 +233,11 @@ def try_runs(seed: int, folder: Path) -> tuple[str, str]:
     chance = random.Random(seed)
     runs(folder, chance.choice(("summary.json", "summary.json", "evaluation.json", "metrics.jsonl")), chance)
     outputs = {"--csv": "c.csv", "--markdown": "c.md", "--latex": "c.tex"} | ({"--html": "c.html"} if seed % 8 == 0 else {})
-    found = tried(["compare", str(folder / "runs"), *(str(x) for k, v in outputs.items() for x in (k, folder / v))])
+    actual = tried(["compare", str(folder / "runs"), *(str(x) for k, v in outputs.items() for x in (k, folder / v))])
     for file in folder.glob("c.*"):
         if bad := {c for c in file.read_text("utf-8") if not c.isprintable() and c != "\n" and c != "\xa0"}:
-            return f"writes {sorted(bad)!r:.40} into {file.suffix}", found[1]
-    return found
+            return f"writes {sorted(bad)!r:.40} into {file.suffix}", actual[1]
+    return actual
 
 
 def recipe_text(chance: random.Random) -> bytes:
@@ -314,8 +314,8 @@ def try_command(seed: int, folder: Path) -> tuple[str, str]:
         value = chance.choice(options[option])
         line += [option] if value is None else [option, value]
     with contextlib.chdir(folder):
-        what, said = tried(line)
-    return what, f"{line!r:.300}\n{said}"
+        what, text = tried(line)
+    return what, f"{line!r:.300}\n{text}"
 
 
 KINDS: dict[str, Callable[[int, Path], tuple[str, str]]] = {"runs": try_runs, "recipe": try_recipe, "command": try_command}
@@ -323,15 +323,15 @@ KINDS: dict[str, Callable[[int, Path], tuple[str, str]]] = {"runs": try_runs, "r
 
 def attack(kind: str, seeds: range) -> Counter[str]:
     """What was wrong in how many cases."""
-    found: Counter[str] = Counter()
+    actual: Counter[str] = Counter()
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            what, said = KINDS[kind](seed, Path(folder))
+            what, text = KINDS[kind](seed, Path(folder))
         if what:
-            found[what] += 1
-            if found[what] == 1 and __name__ == "__main__":
-                print(f"  {kind} {seed}: {what}: {said[-300:]!r}", flush=True)
-    return found
+            actual[what] += 1
+            if actual[what] == 1 and __name__ == "__main__":
+                print(f"  {kind} {seed}: {what}: {text[-300:]!r}", flush=True)
+    return actual
 
 
 if __name__ == "__main__":

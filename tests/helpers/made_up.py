@@ -91,8 +91,8 @@ def _result(
         }
         for epoch in range(1, 21)
     )
-    found = _parts(near, accuracy, gain / 100) if parts else {}
-    return Result(Path(f"runs/ResNet-{depth}-{place}/{seed}/summary.json"), summary, Recipe.of(raw), found, history)
+    actual = _parts(near, accuracy, gain / 100) if parts else {}
+    return Result(Path(f"runs/ResNet-{depth}-{place}/{seed}/summary.json"), summary, Recipe.of(raw), actual, history)
 
 
 def _parts(near: Any, accuracy: float, gain: float) -> dict[str, Any]:

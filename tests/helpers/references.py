@@ -149,10 +149,10 @@ def eadk(k, theta=math.pi / 2, weight=0.1, double=False, target=1.0):
 
 
 def eadc(kernel, theta=math.pi / 2, weight=0.1):
-    found = overlaps(kernel)
-    squares = np.diag(next(g for shift, g in found.items() if not any(shift)))
+    actual = overlaps(kernel)
+    squares = np.diag(next(g for shift, g in actual.items() if not any(shift)))
     value = sum((1 - s) ** 2 for s in squares)
-    for shift, g in found.items():
+    for shift, g in actual.items():
         for i, j in np.ndindex(*g.shape):
             if i != j or any(shift):
                 value += weight * hinge(g[i, j] / (weighing_length(squares[i]) * weighing_length(squares[j])), theta) ** 2

@@ -141,8 +141,8 @@ def weights(m):
 
 
 def gradient(m):
-    found = (p.grad for p in m.parameters() if p.grad is not None)
-    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in found])
+    actual = (p.grad for p in m.parameters() if p.grad is not None)
+    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in actual])
 
 
 def figures(net):
@@ -159,23 +159,23 @@ def reading(wrap=None, half=False):
     else:
         net = m if wrap is None else WRAPS[wrap](m)
     ortho = ok.Regularizer(net, PENALTIES["strict"], strength=0.05, where=ok.layers)
-    found = {"report": figures(net), "per_layer": torch.tensor(list(ortho.per_layer().values()))}
+    actual = {"report": figures(net), "per_layer": torch.tensor(list(ortho.per_layer().values()))}
     with torch.inference_mode():
-        found["in inference mode"] = ortho()
+        actual["in inference mode"] = ortho()
     # After a forward pass FSDP2 leaves the weights of its root gathered, in bfloat16 if so asked.
     loss = 0 * net(batches()[0][0]).float().sum()
-    found["report after forward"] = figures(net)
+    actual["report after forward"] = figures(net)
     value = ortho()
-    found["after forward"] = value.detach()
+    actual["after forward"] = value.detach()
     (loss + value).backward()
-    found["gradient"] = gradient(m)
+    actual["gradient"] = gradient(m)
     for parameter in m.parameters():
         parameter.grad = None
     with torch.no_grad():
         net(batches()[0][0])
     ortho.add_grad_(2.0)
-    found["gradient after validation"] = gradient(m)
-    return found
+    actual["gradient after validation"] = gradient(m)
+    return actual
 
 
 def whole():
@@ -217,13 +217,13 @@ def work(rank, ranks, directory):
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(directory / f"store of {ranks}"), ranks), rank=rank, world_size=ranks
     )
-    found = {
+    actual = {
         (wrap, way, penalty, accumulated): train(way, penalty, wrap, accumulated, rank, ranks)
         for wrap, way, penalty, accumulated in combinations()
     }
     read = {wrap: reading(wrap) for wrap in WRAPS} | {"FSDP2 in bfloat16": reading(half=True)}
     parts = {way: train_a_part(way, rank, ranks) for way in WAYS[:-1]}
-    torch.save({"trained": found, "read": read, "whole": whole(), "parts": parts}, directory / f"{rank} of {ranks}.pt")
+    torch.save({"trained": actual, "read": read, "whole": whole(), "parts": parts}, directory / f"{rank} of {ranks}.pt")
     dist.destroy_process_group()
 
 

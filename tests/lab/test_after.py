@@ -57,10 +57,10 @@ def test_nothing_is_said_twice(command):
 
 def test_only_a_person_is_told(tmp_path, capsys, monkeypatch):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "a.pt")
-    for terminal, form, wanted in (("1", "table", 1), ("1", "json", 0), ("1", "csv", 0), ("0", "table", 0)):
+    for terminal, form, expected in (("1", "table", 1), ("1", "json", 0), ("1", "csv", 0), ("0", "table", 0)):
         monkeypatch.setenv("TTY_COMPATIBLE", terminal)
         assert main(["plan", str(tmp_path / "a.pt"), "--linears", "--format", form]) == 0
-        assert capsys.readouterr().out.count("next: ") == wanted
+        assert capsys.readouterr().out.count("next: ") == expected
 
 
 def test_compare_names_what_can_be_compared(tmp_path, capsys, monkeypatch):
@@ -69,8 +69,8 @@ def test_compare_names_what_can_be_compared(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "orthokit: name folders of runs, such as runs, or a CSV file\n"
     Path("results/ledger").mkdir(parents=True)
     assert main(["compare"]) == 2
-    told = "; a study compares its own runs: orthokit study FILE --no-train\n"
-    assert capsys.readouterr().err.endswith(f"such as runs, or a CSV file{told}")
+    message = "; a study compares its own runs: orthokit study FILE --no-train\n"
+    assert capsys.readouterr().err.endswith(f"such as runs, or a CSV file{message}")
     Path("results/near").mkdir()
     assert main(["compare", "results/near"]) == 2
-    assert capsys.readouterr().err.endswith(f"no finished run (summary.json) in results/near{told}")
+    assert capsys.readouterr().err.endswith(f"no finished run (summary.json) in results/near{message}")

@@ -48,10 +48,10 @@ def test_every_form(tmp_path, published, form, place):
     assert source.is_archive == (place == "archive")
     assert source.is_intact()
     before = sorted(tmp_path.rglob("*"))
-    found = read(source)
+    actual = read(source)
     expected = [part for pair in contents(published) for part in pair]
-    assert all(np.array_equal(a.numpy(), b) for a, b in zip(found, expected, strict=True))
-    assert [str(part.dtype) for part in found] == ["torch.uint8", "torch.int64"] * 2
+    assert all(np.array_equal(a.numpy(), b) for a, b in zip(actual, expected, strict=True))
+    assert [str(part.dtype) for part in actual] == ["torch.uint8", "torch.int64"] * 2
     assert sorted(tmp_path.rglob("*")) == before  # nothing is unpacked
 
 
@@ -61,9 +61,9 @@ def test_text_keys_and_arrays_of_labels_are_fine(tmp_path):
         batch = pickle.loads(path.read_bytes(), encoding="bytes")
         path.write_bytes(pickle.dumps({"data": batch[b"data"], "labels": np.array(batch[b"labels"], np.int32)}, protocol=4))
     images, labels = next(contents(TEN))
-    found = read(find(TEN, tmp_path))
-    assert np.array_equal(found.train_pixels, images)
-    assert np.array_equal(found.train_labels, labels)
+    actual = read(find(TEN, tmp_path))
+    assert np.array_equal(actual.train_pixels, images)
+    assert np.array_equal(actual.train_labels, labels)
 
 
 def test_a_complete_form_is_preferred(tmp_path):
@@ -273,12 +273,12 @@ def server(monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "*")
     monkeypatch.setattr(cifar, "WAITS", (0.0, 0.0))
-    with Server(packed(TEN)[0]) as found:
-        thread = threading.Thread(target=found.serve_forever, args=(0.01,))
+    with Server(packed(TEN)[0]) as actual:
+        thread = threading.Thread(target=actual.serve_forever, args=(0.01,))
         thread.start()
-        yield found
-        found.stalled.set()
-        found.shutdown()
+        yield actual
+        actual.stalled.set()
+        actual.shutdown()
         thread.join()
 
 

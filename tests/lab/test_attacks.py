@@ -60,11 +60,11 @@ def minimal(model, images, labels, order):
     """The dual norm of the way to the nearest border between two classes."""
     weight = model[1].weight.double()
     logits = images.flatten(1).double() @ weight.T + model[1].bias.double()
-    found = []
+    actual = []
     for logit, y in zip(logits, labels.tolist(), strict=True):
         others = [k for k in range(len(weight)) if k != y]
-        found.append(min(((logit[y] - logit[k]) / (weight[k] - weight[y]).norm(p=order)).item() for k in others))
-    return torch.tensor(found)
+        actual.append(min(((logit[y] - logit[k]) / (weight[k] - weight[y]).norm(p=order)).item() for k in others))
+    return torch.tensor(actual)
 
 
 def gaps(sizes, low, high):
@@ -89,14 +89,14 @@ def test_linear_models_fall_at_their_minimal_perturbation(make, attack):
     if attack == "l2":
         sizes = minimal(model, images, labels, 2)
         epsilons = gaps(sizes, 0.99, 1.001)
-        found = pgd(model, images, labels, epsilons, norm="l2")
+        actual = pgd(model, images, labels, epsilons, norm="l2")
     else:
         sizes = minimal(model, images, labels, 1)
         epsilons = gaps(sizes, 0.99, 1.01)
-        found = (fgsm if attack == "fgsm" else pgd)(model, images, labels, epsilons)
+        actual = (fgsm if attack == "fgsm" else pgd)(model, images, labels, epsilons)
     assert len(epsilons) >= 2
-    assert 0.05 < found[-1].float().mean() < found[0].float().mean() < 0.95
-    assert torch.equal(found, sizes > torch.tensor(epsilons)[:, None])
+    assert 0.05 < actual[-1].float().mean() < actual[0].float().mean() < 0.95
+    assert torch.equal(actual, sizes > torch.tensor(epsilons)[:, None])
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -129,8 +129,8 @@ def test_fgsm_uses_one_gradient_at_the_clean_image():
     images.requires_grad_()
     F.cross_entropy(recorder.model(images), labels, reduction="sum").backward()
     sign = images.grad.sign()
-    for epsilon, found in zip([0.01, 0.6], moved, strict=True):
-        assert torch.equal(found, (images + epsilon * sign).clamp(0, 1))
+    for epsilon, actual in zip([0.01, 0.6], moved, strict=True):
+        assert torch.equal(actual, (images + epsilon * sign).clamp(0, 1))
 
 
 def test_starts_are_uniform_in_the_ball():
@@ -200,14 +200,14 @@ def test_monotone_and_independent_of_batches_and_order(norm):
     model, images, labels = trained()
     epsilons = EPSILONS[norm]
     torch.manual_seed(1)
-    found = pgd(model, images, labels, epsilons, norm=norm, steps=5)
+    actual = pgd(model, images, labels, epsilons, norm=norm, steps=5)
     torch.manual_seed(2)
-    assert torch.equal(found, pgd(model, images, labels, epsilons, norm=norm, steps=5))
-    assert torch.equal(found, pgd(model, images, labels, epsilons, norm=norm, steps=5, batch=37))
-    assert torch.equal(found.flip(0), pgd(model, images, labels, epsilons[::-1], norm=norm, steps=5))
+    assert torch.equal(actual, pgd(model, images, labels, epsilons, norm=norm, steps=5))
+    assert torch.equal(actual, pgd(model, images, labels, epsilons, norm=norm, steps=5, batch=37))
+    assert torch.equal(actual.flip(0), pgd(model, images, labels, epsilons[::-1], norm=norm, steps=5))
     clean = noisy(model, images, labels, [0])[0]
     assert 0.8 < clean.float().mean() < 1
-    for larger, smaller in zip(found, (clean, *found), strict=False):
+    for larger, smaller in zip(actual, (clean, *actual), strict=False):
         assert not (larger & ~smaller).any()
     assert torch.equal(pgd(model, images, labels, [0], norm=norm, steps=2)[0], clean)
     assert torch.equal(fgsm(model, images, labels, [0, 0.05]), fgsm(model, images, labels, [0, 0.05], batch=37))
@@ -264,8 +264,8 @@ def test_without_autocast():
 def test_pixels_normalise_inside():
     digits = load("digits")
     model, pixels = nn.Flatten(), digits.test.pixels[:20]
-    found = Pixels(model, digits.mean, digits.std)(pixels.float() / 255)
-    assert torch.allclose(found, digits.normalise(pixels).flatten(1), atol=1e-5)
+    actual = Pixels(model, digits.mean, digits.std)(pixels.float() / 255)
+    assert torch.allclose(actual, digits.normalise(pixels).flatten(1), atol=1e-5)
     assert set(Pixels(model, digits.mean, digits.std).state_dict()) == {"mean", "std"}
 
 
@@ -287,11 +287,11 @@ def test_noise():
 
 def test_noisy():
     model, images, labels = trained()
-    found = noisy(model, images, labels, batch=37)
-    assert found.shape == (len(SIGMAS), len(images))
+    actual = noisy(model, images, labels, batch=37)
+    assert actual.shape == (len(SIGMAS), len(images))
     with attacks.frozen(model), torch.no_grad():
         expected = [model(noise(images, sigma)).argmax(1) == labels for sigma in SIGMAS]
-    assert torch.equal(found, torch.stack(expected))
+    assert torch.equal(actual, torch.stack(expected))
 
 
 def test_grids():

@@ -29,8 +29,8 @@ def test_the_finalizer_is_that_of_splitmix64():
     # The generator's published first output from state 0 is the finalizer of the golden constant.
     assert splitmix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
     numbers = [0, 1, -1, 2**62, -(2**63), 0x1234567890ABCDEF, 0x9E3779B97F4A7C15 - 2**64]
-    found = scramble(torch.tensor(numbers)).tolist()
-    assert [value % 2**64 for value in found] == [splitmix(number % 2**64) for number in numbers]
+    actual = scramble(torch.tensor(numbers)).tolist()
+    assert [value % 2**64 for value in actual] == [splitmix(number % 2**64) for number in numbers]
 
 
 def test_keys_differ():
@@ -51,15 +51,15 @@ def test_crop_and_flip_are_what_they_say():
     got = augment(data.train.pixels, index, key_of(0, 0), data.mean)
     shifts = set()
     for image, result in zip(data.train.pixels.numpy(), got.numpy(), strict=True):
-        found = [
+        actual = [
             (flip, top, left)
             for flip in (False, True)
             for top in range(5)
             for left in range(5)
             if np.array_equal(augmented_slowly(image, flip, top, left, 2), result)
         ]
-        assert len(found) == 1
-        shifts.add(found[0])
+        assert len(actual) == 1
+        shifts.add(actual[0])
     assert len(shifts) > 20
     plain = Augment(pad=0, flip=False)(data.train.pixels, index, key_of(0, 0), data.mean)
     assert torch.equal(plain, data.train.pixels)

@@ -39,23 +39,23 @@ def values(comparison, panel, arm):
 def test_two_arms_are_the_paired_t_over_the_seeds_that_both_have():
     random = np.random.default_rng(1)
     one, two = ({seed: random.normal(90, 1) for seed in seeds} for seeds in (range(7), range(2, 10)))
-    (found,) = blocked_differences({"none": one, "so": two}, "none").values()
+    (actual,) = blocked_differences({"none": one, "so": two}, "none").values()
     both = range(2, 7)
-    wanted = stats.ttest_rel([two[seed] for seed in both], [one[seed] for seed in both])
-    assert (found.p, found.seeds, found.freedom) == (pytest.approx(wanted.pvalue), (5,), 4)
-    assert found.interval == pytest.approx(tuple(wanted.confidence_interval()))
+    expected = stats.ttest_rel([two[seed] for seed in both], [one[seed] for seed in both])
+    assert (actual.p, actual.seeds, actual.freedom) == (pytest.approx(expected.pvalue), (5,), 4)
+    assert actual.interval == pytest.approx(tuple(expected.confidence_interval()))
     same = paired_contrast([1.0], [{seed: two[seed] - one[seed] for seed in both}])
-    assert (same.mean, same.p, same.freedom) == pytest.approx((found.mean, found.p, 4))
+    assert (same.mean, same.p, same.freedom) == pytest.approx((actual.mean, actual.p, 4))
 
 
 def test_several_arms_are_the_two_way_analysis_of_variance():
     block = np.random.default_rng(2).normal(90, 1, (4, 6)) + np.arange(6)
-    found = blocked_differences({str(arm): dict(enumerate(row)) for arm, row in enumerate(block)}, "0")
+    actual = blocked_differences({str(arm): dict(enumerate(row)) for arm, row in enumerate(block)}, "0")
     left = block - block.mean(1, keepdims=True) - block.mean(0) + block.mean()
     error = np.sqrt(2 * (left**2).sum() / 15 / 6)
     for arm in (1, 2, 3):
         mean = block[arm].mean() - block[0].mean()
-        each = found[str(arm)]
+        each = actual[str(arm)]
         assert (each.mean, each.error, each.freedom) == pytest.approx((mean, error, 15))
         assert each.p == pytest.approx(2 * stats.t.sf(abs(mean) / error, 15))
 
@@ -90,8 +90,8 @@ def test_a_seed_is_one_block_in_all_panels():
     draws = random.normal(1, 1, (3, 6))
     weights = [0.5, 0.3, 0.2]
     same = paired_contrast(weights, [dict(enumerate(row)) for row in draws])
-    wanted = stats.ttest_1samp(weights @ draws, 0)
-    assert (same.p, same.freedom, same.mean) == pytest.approx((wanted.pvalue, 5, (weights @ draws).mean()))
+    expected = stats.ttest_1samp(weights @ draws, 0)
+    assert (same.p, same.freedom, same.mean) == pytest.approx((expected.pvalue, 5, (weights @ draws).mean()))
     apart = paired_contrast(weights, [{10 * k + seed: value for seed, value in enumerate(row)} for k, row in enumerate(draws)])
     arms, zero = [Sample(tuple(row)) for row in draws], [Sample((0.0, 0.0))] * 3
     parts = [weight**2 * each.sd**2 / 6 for weight, each in zip(weights, arms, strict=True)]
@@ -117,11 +117,11 @@ def test_seeds_that_hang_together_over_panels_are_not_taken_as_independent(seeds
 def test_what_blocks_could_have_resolved():
     """By simulation: the least difference is found in four of five studies."""
     random = np.random.default_rng(4)
-    (found,) = blocked_differences(
+    (actual,) = blocked_differences(
         {"none": dict(enumerate(random.normal(0, 1, 8))), "so": dict(enumerate(random.normal(0, 1, 8)))}, "none"
     ).values()
-    least = found.detectable(2)
-    draws = random.normal(least, found.error * np.sqrt(8), (20_000, 8))
+    least = actual.detectable(2)
+    draws = random.normal(least, actual.error * np.sqrt(8), (20_000, 8))
     assert (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.025).mean() == pytest.approx(0.8, abs=0.012)
 
 
@@ -148,9 +148,9 @@ def test_the_p_by_seed_stands_beside_welchs():
 def test_the_primary_question_over_all_panels():
     runs = [run for run in sharing(ARMS) if run.seed < 4 or run.summary["study"]["panel"] == "ResNet-8"]
     comparison = compare(runs, blocks="seed", contrasts=["tall - strict", "tall - wide only"])
-    found = comparison.primary_answer.answers
-    assert list(found) == ["tall - strict", "tall - wide only"]
-    for (arm, other), each in zip(comparison.primary_contrasts, found.values(), strict=True):
+    actual = comparison.primary_answer.answers
+    assert list(actual) == ["tall - strict", "tall - wide only"]
+    for (arm, other), each in zip(comparison.primary_contrasts, actual.values(), strict=True):
         pairs = [values(comparison, panel.name, arm) - values(comparison, panel.name, other) for panel in comparison.panels]
         assert each.mean == pytest.approx(np.mean([pair.mean() for pair in pairs]))
         assert each.blocked == paired_contrast([0.5, 0.5], [dict(enumerate(pair)) for pair in pairs])
@@ -158,8 +158,8 @@ def test_the_primary_question_over_all_panels():
         assert each.blocked.seeds == (6, 4)
         samples = [[Sample(tuple(values(comparison, p.name, name))) for p in comparison.panels] for name in (arm, other)]
         assert each.raw == pytest.approx(contrast([0.5, 0.5], *samples).raw)
-    assert [each.holm for each in found.values()] == pytest.approx(holm([each.blocked.p for each in found.values()]))
-    assert [*map(comparison.primary_answer.verdict, found)] == ["better", "better"]
+    assert [each.holm for each in actual.values()] == pytest.approx(holm([each.blocked.p for each in actual.values()]))
+    assert [*map(comparison.primary_answer.verdict, actual)] == ["better", "better"]
     start = "primary question: mean difference, both panels: tall is better than"
     assert all(each.startswith(start) for each in words.verdicts(comparison)[:2])
     assert words.answer(comparison).startswith("In points of test accuracy, over both panels: tall less strict is +0.")
@@ -174,7 +174,7 @@ def test_the_primary_question_over_all_panels():
         if row["panel"].startswith("primary question")
     ]
     assert [(row["arm"], row["n_blocked"], float(row["p_blocked"])) for row in rows] == [
-        (name, "6 4", each.blocked.p) for name, each in found.items()
+        (name, "6 4", each.blocked.p) for name, each in actual.items()
     ]
 
 
@@ -211,8 +211,8 @@ def test_a_study_states_its_question(tmp_path):
     (tmp_path / "base.toml").write_text(TINY)
     file = tmp_path / "one.toml"
     file.write_text(f'{text}contrasts = ["so - none"]\nblocks = "seed"\n{arms}')
-    said = study.plan(file, out=tmp_path / "runs", results=tmp_path / "results").study
-    assert (said.contrasts, said.blocks) == (["so - none"], "seed")
+    words_said = study.plan(file, out=tmp_path / "runs", results=tmp_path / "results").study
+    assert (words_said.contrasts, words_said.blocks) == (["so - none"], "seed")
     for wrong, message in (
         ('contrasts = ["so - nothing"]', "a contrast must be"),
         ('contrasts = ["so - none", "so  - none"]', "contrasts must differ"),
@@ -225,11 +225,11 @@ def test_a_study_states_its_question(tmp_path):
 
 def test_families_are_named():
     comparison = compare(made_up(ARMS, depths=(8, 14, 20)))
-    said = words.explanation(comparison)
+    text = words.explanation(comparison)
     for part in ("cells (9: ", "means (3: ", "trends (3: ", "each adjusted by itself"):
-        assert part in said
+        assert part in text
     assert "One family of tests: cells (3: " in words.explanation(compare(made_up(ARMS, depths=[8])))
-    assert said in markup.markdown(comparison)
+    assert text in markup.markdown(comparison)
 
 
 def test_how_well_networks_fit():

@@ -36,9 +36,9 @@ def test_report(tmp_path, network, capsys, suffix):
     path = tmp_path / f"net{suffix}"
     save_file(network.state_dict(), path) if suffix == ".safetensors" else torch.save(network.state_dict(), path)
     assert main(["report", str(path), "--format", "json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    wanted = json.loads(ok.report(network).to_json())
-    assert found["layers"] == wanted["layers"]
+    actual = json.loads(capsys.readouterr().out)
+    expected = json.loads(ok.report(network).to_json())
+    assert actual["layers"] == expected["layers"]
 
 
 def test_report_formats(checkpoint, capsys, tmp_path):
@@ -246,8 +246,8 @@ def test_an_extra_is_installed_from_a_clone_and_from_a_wheel(tmp_path):
     assert install("lab", wheel) == "pip install 'orthokit[lab]'"  # pip keeps what is installed, and adds what is missing
     clone.mkdir(parents=True)
     (tmp_path / "my clone/pyproject.toml").touch()
-    pip, verb, editable, wanted = shlex.split(install("lab", clone))
-    assert (pip, verb, editable, wanted) == ("pip", "install", "-e", f"{tmp_path}/my clone[lab]")
+    pip, verb, editable, expected = shlex.split(install("lab", clone))
+    assert (pip, verb, editable, expected) == ("pip", "install", "-e", f"{tmp_path}/my clone[lab]")
 
 
 def test_every_message_about_an_extra_asks_for_that_command():

@@ -73,7 +73,7 @@ def test_a_sample_by_hand():
 def test_differences_are_those_of_scipy_and_of_the_formula():
     random = np.random.default_rng(1)
     values = {name: tuple(random.normal(90, sd, n)) for name, sd, n in (("none", 1, 5), ("a", 0.2, 3), ("b", 3, 8))}
-    found = differences({name: Sample(each) for name, each in values.items()}, "none")
+    actual = differences({name: Sample(each) for name, each in values.items()}, "none")
     dunnett = stats.dunnett(values["a"], values["b"], control=values["none"], rng=np.random.default_rng(7)).pvalue
     for name, p in zip(("a", "b"), dunnett, strict=True):
         x, y = np.array(values[name]), np.array(values["none"])
@@ -81,19 +81,19 @@ def test_differences_are_those_of_scipy_and_of_the_formula():
         freedom = sum(parts) ** 2 / (parts[0] ** 2 / (len(x) - 1) + parts[1] ** 2 / (len(y) - 1))
         t = (x.mean() - y.mean()) / math.sqrt(sum(parts))
         half = stats.t.ppf(0.975, freedom) * math.sqrt(sum(parts))
-        assert found[name].mean == pytest.approx(x.mean() - y.mean())
-        assert found[name].interval == pytest.approx((found[name].mean - half, found[name].mean + half))
-        assert found[name].welch == pytest.approx(2 * stats.t.sf(abs(t), freedom))
-        assert found[name].dunnett == pytest.approx(p, abs=2e-3)  # it integrates by chance
+        assert actual[name].mean == pytest.approx(x.mean() - y.mean())
+        assert actual[name].interval == pytest.approx((actual[name].mean - half, actual[name].mean + half))
+        assert actual[name].welch == pytest.approx(2 * stats.t.sf(abs(t), freedom))
+        assert actual[name].dunnett == pytest.approx(p, abs=2e-3)  # it integrates by chance
 
 
 def test_dunnett_of_the_textbook():
     """Dunnett 1955, blood counts: SciPy's own example gives p = 0.6201 and 0.0058."""
     control = (7.40, 8.50, 7.20, 8.24, 9.84, 8.32)
     drugs = {"a": (9.76, 8.80, 7.68, 9.36), "b": (12.80, 9.68, 12.16, 9.20, 10.55)}
-    found = differences({"none": Sample(control)} | {name: Sample(v) for name, v in drugs.items()}, "none")
-    assert found["a"].dunnett == pytest.approx(0.6201, abs=2e-3)
-    assert found["b"].dunnett == pytest.approx(0.0058, abs=5e-4)
+    actual = differences({"none": Sample(control)} | {name: Sample(v) for name, v in drugs.items()}, "none")
+    assert actual["a"].dunnett == pytest.approx(0.6201, abs=2e-3)
+    assert actual["b"].dunnett == pytest.approx(0.0058, abs=5e-4)
 
 
 def test_no_spread_and_single_runs():
@@ -162,14 +162,14 @@ def trend(arm, none):
 def test_a_trend_by_hand():
     random = np.random.default_rng(2)
     arm, none = ({x: Sample(tuple(random.normal(0, sd, n))) for x, sd, n in ((3, 1, 4), (6, 2, 5), (12, 3, 6))} for _ in "ab")
-    found = trend(arm, none)
+    actual = trend(arm, none)
     ends = [arm[12], none[12], arm[3], none[3]]  # the middle one has no weight
     parts = [each.sd**2 / each.n / 4 for each in ends]
     freedom = sum(parts) ** 2 / sum(part**2 / (each.n - 1) for part, each in zip(parts, ends, strict=True))
-    wanted = (arm[12].mean - none[12].mean - arm[3].mean + none[3].mean) / 2
-    assert found.mean == pytest.approx(wanted)
-    assert found.interval == pytest.approx(stats.t.interval(0.95, freedom, loc=wanted, scale=math.sqrt(sum(parts))))
-    assert found.raw == pytest.approx(2 * stats.t.sf(abs(wanted) / math.sqrt(sum(parts)), freedom))
+    expected = (arm[12].mean - none[12].mean - arm[3].mean + none[3].mean) / 2
+    assert actual.mean == pytest.approx(expected)
+    assert actual.interval == pytest.approx(stats.t.interval(0.95, freedom, loc=expected, scale=math.sqrt(sum(parts))))
+    assert actual.raw == pytest.approx(2 * stats.t.sf(abs(expected) / math.sqrt(sum(parts)), freedom))
     for other in ({x: Sample((1.0,)) for x in none}, {x: Sample((1.0, 1.0)) for x in none}):
         assert trend(other, other).raw is None
 
@@ -201,10 +201,10 @@ def test_what_seeds_have_in_common_is_the_anova_of_arms_and_seeds():
     total, arms, seeds = ((block - mean) ** 2 for mean in (block.mean(), block.mean(0), block.mean(1, keepdims=True)))
     error = (arms.sum() + seeds.sum() - total.sum()) / 8
     of_seeds = (total.sum() - arms.sum()) / 4
-    wanted = (of_seeds - error) / (of_seeds + 2 * error), stats.f.sf(of_seeds / error, 4, 8)
-    assert intraclass([block.tolist()]) == pytest.approx(wanted)
-    assert intraclass([block.tolist(), [], [[1.0], [2.0]], [[1.0, 2.0]]]) == pytest.approx(wanted)
-    assert intraclass([(block + 7).tolist()] * 2)[0] == pytest.approx(wanted[0])
+    expected = (of_seeds - error) / (of_seeds + 2 * error), stats.f.sf(of_seeds / error, 4, 8)
+    assert intraclass([block.tolist()]) == pytest.approx(expected)
+    assert intraclass([block.tolist(), [], [[1.0], [2.0]], [[1.0, 2.0]]]) == pytest.approx(expected)
+    assert intraclass([(block + 7).tolist()] * 2)[0] == pytest.approx(expected[0])
     for nothing in ([], [[]], [[[1.0], [2.0]]], [[[1.0, 2.0]]], [[[1.0, 1.0], [1.0, 1.0]]]):
         assert intraclass(nothing) is None
 
@@ -212,9 +212,9 @@ def test_what_seeds_have_in_common_is_the_anova_of_arms_and_seeds():
 @pytest.mark.parametrize("correlation", [0.0, 0.4])
 def test_what_seeds_have_in_common_is_found_as_it_was_planted(correlation):
     random = np.random.default_rng(5)
-    found = [intraclass([seeded(random, correlation, arms), seeded(random, correlation, 5)]) for arms in (2, 4) * 200]
-    assert np.mean([each for each, _ in found]) == pytest.approx(correlation, abs=0.05)
-    called = np.mean([p < 0.05 for _, p in found])
+    actual = [intraclass([seeded(random, correlation, arms), seeded(random, correlation, 5)]) for arms in (2, 4) * 200]
+    assert np.mean([each for each, _ in actual]) == pytest.approx(correlation, abs=0.05)
+    called = np.mean([p < 0.05 for _, p in actual])
     assert called > 0.6 if correlation else 0.02 < called < 0.08
 
 
@@ -231,7 +231,7 @@ def test_simulated_studies(gain, seeds, low, high):
     random = np.random.default_rng(seeds)
     template = compare(made_up({"none": 0.0, "so": 0.0, "strict": 0.0, "welch": 0.0}, depths=[8], seeds=seeds, parts=False))
     (panel,) = template.panels
-    found = wrong = 0
+    actual = wrong = 0
 
     def drawn(run, mean):
         test = {"accuracy": 0.9 + (mean + random.normal(0, 0.3)) / 100}
@@ -243,9 +243,9 @@ def test_simulated_studies(gain, seeds, low, high):
         cells = comparison.cells(comparison.primary)["ResNet-8"]
         verdicts = {arm: cell.verdict for arm, cell in cells.items() if cell.difference}
         assert set(verdicts.values()) <= {"better", "worse", "not resolved"}
-        found += verdicts.pop("so") == "better"
+        actual += verdicts.pop("so") == "better"
         wrong += any(verdict != "not resolved" for verdict in verdicts.values())
-    assert low <= found / 200 <= high
+    assert low <= actual / 200 <= high
     assert wrong / 200 <= 0.09  # 5%, and three standard errors
 
 
@@ -265,14 +265,14 @@ def test_planted_gains_and_what_is_said():
             "welch": "worse",
         }
     assert comparison.comparisons(comparison.primary) == 6
-    said = words.verdicts(comparison)
-    assert len(said) == 9
-    assert said[0].startswith("mean difference, both panels: SO is better than none: +1.98 [+1.67, +2.28] points of ")
+    text = words.verdicts(comparison)
+    assert len(text) == 9
+    assert text[0].startswith("mean difference, both panels: SO is better than none: +1.98 [+1.67, +2.28] points of ")
     assert re.fullmatch(
         r"ResNet-8: SO is better than none: \+[\d.]+ \[\+[\d.]+, \+[\d.]+\] points of test accuracy, adjusted p = \S+, n = 6",
-        said[3],
+        text[3],
     )
-    assert said[4].startswith("ResNet-8: strict against none is not resolved: ")
+    assert text[4].startswith("ResNet-8: strict against none is not resolved: ")
     assert not comparison.flags
     nll = comparison.cells(metric_of("nll"))["ResNet-20"]
     assert nll["so"].verdict == "better"  # a smaller one
@@ -293,9 +293,9 @@ def test_what_arms_of_one_seed_share_is_told():
 
     shared = re.compile(r"Arms share seeds: .* results of one seed correlate by ([+-][\d.]+) \(intraclass; F test p = (\S+)\)")
     assert float(shared.search(words.explanation(compare(runs)))[2]) > 0.05
-    found = shared.search(words.explanation(compare([*map(lifted, runs)])))
-    assert found[1] == "+1.00"
-    assert float(found[2]) < 1e-9
+    actual = shared.search(words.explanation(compare([*map(lifted, runs)])))
+    assert actual[1] == "+1.00"
+    assert float(actual[2]) < 1e-9
     apart = [run for run in runs if (run.seed < 3) == (run.summary["study"]["arm"] == "none")]
     assert "Arms share seeds" not in words.explanation(compare(apart))
     lacking = [changed(run, test={"loss": 1.0, "accuracy": None}) if run.summary["study"]["arm"] == "so" else run for run in runs]
@@ -559,18 +559,18 @@ def saved(runs, folder):
 
 def test_runs_are_read_and_kept_small(tmp_path):
     runs = made_up({"none": 0, "so": 1}, depths=[8])
-    found, said = collect.read([saved(runs, tmp_path / "runs")])
-    assert (len(found), said) == (6, [])
-    assert found[0].parts == runs[0].parts
-    assert len(found[0].history) <= 25
-    assert found[0].history[-1] == {"epoch": 60, "validation": None, "under": 0.00167}
-    assert len(json.dumps(found[0].small())) < 12_000
-    for run in found:
+    actual, text = collect.read([saved(runs, tmp_path / "runs")])
+    assert (len(actual), text) == (6, [])
+    assert actual[0].parts == runs[0].parts
+    assert len(actual[0].history) <= 25
+    assert actual[0].history[-1] == {"epoch": 60, "validation": None, "under": 0.00167}
+    assert len(json.dumps(actual[0].small())) < 12_000
+    for run in actual:
         place = tmp_path / "kept" / run.summary["name"] / str(run.seed)
         place.mkdir(parents=True)
         (place / "summary.json").write_text(to_json(run.small()))
     again, _ = collect.read([tmp_path / "kept", tmp_path / "kept/ResNet-8-0/0"])
-    assert [(run.summary, run.parts, run.history) for run in again] == [(run.summary, run.parts, run.history) for run in found]
+    assert [(run.summary, run.parts, run.history) for run in again] == [(run.summary, run.parts, run.history) for run in actual]
 
 
 def test_unfinished_and_broken_runs_are_told(tmp_path, capsys):
@@ -580,9 +580,9 @@ def test_unfinished_and_broken_runs_are_told(tmp_path, capsys):
     (folder / "ResNet-8-1/0/failed.txt").touch()
     (folder / "ResNet-8-1/1/summary.json").unlink()
     (folder / "ResNet-8-1/1/recipe.toml").touch()
-    _, said = collect.read([folder])
-    assert said[0] == "failed, hence left out: ResNet-8-1/0; what remains of its arm may be a lucky choice"
-    assert said[1] == "not finished, hence left out: ResNet-8-1/1"
+    _, text = collect.read([folder])
+    assert text[0] == "failed, hence left out: ResNet-8-1/0; what remains of its arm may be a lucky choice"
+    assert text[1] == "not finished, hence left out: ResNet-8-1/1"
     assert main(["compare", str(folder)]) == 0
     assert "failed, hence left out" in " ".join(capsys.readouterr().out.split())
     ok = json.loads((folder / "ResNet-8-1/2/summary.json").read_text())
@@ -591,8 +591,8 @@ def test_unfinished_and_broken_runs_are_told(tmp_path, capsys):
     ]
     for content in (*odd, "{", "[]", "{}", '{"recipe": {}, "seed": 0, "test": {}, "orthogonality": {}, "fingerprint": ""}'):
         (folder / "ResNet-8-1/2/summary.json").write_text(content)
-        _, said = collect.read([folder])
-        assert re.match(r"left out, .*: \S*ResNet-8-1/2/summary.json is (damaged|not what a run writes) \(", said[0])
+        _, text = collect.read([folder])
+        assert re.match(r"left out, .*: \S*ResNet-8-1/2/summary.json is (damaged|not what a run writes) \(", text[0])
         with pytest.raises(ValueError, match=r"ResNet-8-1/2/summary.json is (damaged|not what a run writes) \("):
             collect.read([folder / "ResNet-8-1/2"])
     assert main(["compare", str(folder)]) == 2
@@ -602,8 +602,8 @@ def test_unfinished_and_broken_runs_are_told(tmp_path, capsys):
     (folder / "ResNet-8-1/2/summary.json").write_text(json.dumps(ok))
     for content in ("{", '{"epoch": 1}', '{"epoch": 1, "validation": null, "orthogonality": {"under": null}}'):
         (folder / "ResNet-8-1/2/metrics.jsonl").write_text(content)
-        _, said = collect.read([folder])
-        assert re.search(r"ResNet-8-1/2/metrics.jsonl.* is (damaged|not what a run writes) \(", said[0])
+        _, text = collect.read([folder])
+        assert re.search(r"ResNet-8-1/2/metrics.jsonl.* is (damaged|not what a run writes) \(", text[0])
     assert main(["compare", str(tmp_path / "nothing")]) == 2
 
 

@@ -91,14 +91,14 @@ TWINS = {
 @pytest.mark.parametrize("images", [photographs, colours, digits])
 def test_equals_its_definition(images, name, severity):
     images = images()
-    found = corrupt(images, name, severity)
-    assert found.dtype == torch.uint8
-    assert found.shape == images.shape
-    assert found.is_contiguous()
+    actual = corrupt(images, name, severity)
+    assert actual.dtype == torch.uint8
+    assert actual.shape == images.shape
+    assert actual.is_contiguous()
     pictures = [np.ascontiguousarray(image.permute(1, 2, 0).numpy()) for image in images]
     twins = [np.uint8(TWINS[name](picture, severity - 1)) for picture in pictures]
     expected = np.stack(twins).reshape(len(images), *images.shape[2:], images.shape[1]).transpose(0, 3, 1, 2)
-    assert np.array_equal(found, expected)
+    assert np.array_equal(actual, expected)
 
 
 def test_every_corruption_has_a_test():
@@ -123,22 +123,22 @@ def test_gaussian_noise(severity, sigma):
 def test_shot_noise(severity, photons):
     for grey in (0, 20, 100):
         images = torch.full((200, 3, 16, 16), grey, dtype=torch.uint8)
-        found = corrupt(images, "shot_noise", severity).flatten().numpy()
+        actual = corrupt(images, "shot_noise", severity).flatten().numpy()
         counts = np.arange(photons + 1)
         levels = np.minimum(counts / photons * 255, 255).astype(int)
         expected = np.zeros(256)
         np.add.at(expected, levels, scipy.stats.poisson.pmf(counts, grey / 255 * photons))
-        assert np.bincount(found, minlength=256) / found.size == pytest.approx(expected, abs=0.005)
+        assert np.bincount(actual, minlength=256) / actual.size == pytest.approx(expected, abs=0.005)
 
 
 @pytest.mark.parametrize(("severity", "amount"), list(zip(SEVERITIES, (0.01, 0.02, 0.03, 0.05, 0.07), strict=True)))
 def test_impulse_noise(severity, amount):
     images = torch.full((250, 3, 32, 32), 77, dtype=torch.uint8)
-    found = corrupt(images, "impulse_noise", severity)
+    actual = corrupt(images, "impulse_noise", severity)
     for level in (0, 255):
-        assert (found == level).double().mean().item() == pytest.approx(amount / 2, rel=0.05)
-    hit = found != images
-    assert ((found == 0) | (found == 255) | ~hit).all()
+        assert (actual == level).double().mean().item() == pytest.approx(amount / 2, rel=0.05)
+    hit = actual != images
+    assert ((actual == 0) | (actual == 255) | ~hit).all()
     assert (hit[:, 0] & hit[:, 1]).double().mean().item() == pytest.approx(amount**2, rel=0.25)  # each channel by itself
     twin = skimage.util.random_noise(images[:200].permute(0, 2, 3, 1).numpy() / 255, "s&p", amount=amount, rng=0)
     assert hit.double().mean().item() == pytest.approx((twin != 77 / 255).mean(), rel=0.05)
@@ -168,22 +168,22 @@ def test_the_first_images_stay_whatever_follows_them(name, images, monkeypatch):
     images = images()
     before = images.clone()
     np.random.seed(1)  # noqa: NPY002
-    found = corrupt(images, name, 3)
+    actual = corrupt(images, name, 3)
     for count in (1, 7, 33):
-        assert torch.equal(corrupt(images[:count], name, 3), found[:count])
+        assert torch.equal(corrupt(images[:count], name, 3), actual[:count])
     monkeypatch.setattr(corruptions, "PART", 7)
     np.random.seed(2)  # noqa: NPY002
-    assert torch.equal(corrupt(images, name, 3), found)
+    assert torch.equal(corrupt(images, name, 3), actual)
     if name in FIXED:
-        assert torch.equal(corrupt(images[5:9], name, 3), found[5:9])
+        assert torch.equal(corrupt(images[5:9], name, 3), actual[5:9])
     assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_images_differ_in_their_noise(name):
     grey = torch.full((50, 3, 8, 8), 128, dtype=torch.uint8)
-    found = corrupt(grey, name, 5)
-    assert len({image.numpy().tobytes() for image in found}) == 50
+    actual = corrupt(grey, name, 5)
+    assert len({image.numpy().tobytes() for image in actual}) == 50
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)

@@ -51,25 +51,26 @@ LARGE = {"digits": (300, 1497, 1, 8), "patches": (5000, 1000, 3, 32), "synthetic
 
 @pytest.mark.parametrize("name", LARGE)
 def test_sets_without_files(name, offline):
-    found, (train, test, channels, side) = once(name), LARGE[name]
-    assert (found.name, found.classes, found.validation) == (name, 10, None)
-    for images, count in ((found.train, train), (found.test, test)):
+    actual, (train, test, channels, side) = once(name), LARGE[name]
+    assert (actual.name, actual.classes, actual.validation) == (name, 10, None)
+    for images, count in ((actual.train, train), (actual.test, test)):
         assert len(images) == count
         assert images.pixels.shape == (count, channels, side, side)
         assert images.labels.dtype == torch.int64
         assert images.labels.bincount().tolist() == pytest.approx([count / 10] * 10, abs=0 if name != "digits" else 8)
-    assert not set(rows(found.train)) & set(rows(found.test))
-    assert len(set(rows(found.train))) == train
-    x = found.normalise(found.train.pixels)
+    assert not set(rows(actual.train)) & set(rows(actual.test))
+    assert len(set(rows(actual.train))) == train
+    x = actual.normalise(actual.train.pixels)
     assert x.dtype == torch.float32
     assert x.mean((0, 2, 3)).tolist() == pytest.approx([0] * channels, abs=1e-4)
     assert x.square().mean((0, 2, 3)).tolist() == pytest.approx([1] * channels, abs=1e-4)
     assert torch.allclose(
-        found.normalise(found.test.pixels[:3]), (found.test.pixels[:3] - found.mean.view(-1, 1, 1)) / found.std.view(-1, 1, 1)
+        actual.normalise(actual.test.pixels[:3]),
+        (actual.test.pixels[:3] - actual.mean.view(-1, 1, 1)) / actual.std.view(-1, 1, 1),
     )
     toy.synthetic.cache_clear()
     torch.manual_seed(5)
-    assert load(name).fingerprint == found.fingerprint
+    assert load(name).fingerprint == actual.fingerprint
 
 
 def test_fingerprints_do_not_change():
@@ -88,23 +89,23 @@ def test_the_list():
 def test_digits():
     images, labels = load_digits(return_X_y=True)
     train, test, train_labels, test_labels = train_test_split(images, labels, train_size=300, stratify=labels, random_state=0)
-    found = once("digits")
-    assert np.array_equal(found.train.pixels.flatten(1), 15 * train)
-    assert np.array_equal(found.test.pixels.flatten(1), 15 * test)
-    assert np.array_equal(found.train.labels, train_labels)
-    assert np.array_equal(found.test.labels, test_labels)
+    actual = once("digits")
+    assert np.array_equal(actual.train.pixels.flatten(1), 15 * train)
+    assert np.array_equal(actual.test.pixels.flatten(1), 15 * test)
+    assert np.array_equal(actual.train.labels, train_labels)
+    assert np.array_equal(actual.test.labels, test_labels)
 
 
 def test_patches_are_of_their_photographs_and_share_no_pixel():
     import skimage.io
 
-    found, generator = once("patches"), torch.Generator().manual_seed(0)
+    actual, generator = once("patches"), torch.Generator().manual_seed(0)
     for label, name in enumerate(toy.PHOTOGRAPHS):
         photograph = skimage.io.imread(Path(skimage.__file__).parent / f"data/{name}.png")
         photograph = np.broadcast_to(np.atleast_3d(photograph), (*photograph.shape[:2], 3))
         covered = np.zeros((2, *photograph.shape[:2]), bool)
         corners = toy._corners(*photograph.shape[:2], generator)
-        for part, (images, places) in enumerate(zip((found.train, found.test), corners, strict=True)):
+        for part, (images, places) in enumerate(zip((actual.train, actual.test), corners, strict=True)):
             for image, (y, x) in zip(images.pixels[images.labels == label], places.tolist(), strict=True):
                 assert np.array_equal(image.permute(1, 2, 0), photograph[y : y + 32, x : x + 32])
                 covered[part, y : y + 32, x : x + 32] = True
@@ -114,17 +115,17 @@ def test_patches_are_of_their_photographs_and_share_no_pixel():
 
 def test_synthetic_is_neither_trivial_nor_hopeless():
     """The class is in the pattern's spectrum, whatever its shift; not in the mean picture."""
-    found = once("synthetic")
+    actual = once("synthetic")
 
     def powers(images):
-        return torch.fft.fft2(found.normalise(images.pixels)).abs()[..., :5, :5].flatten(1)
+        return torch.fft.fft2(actual.normalise(images.pixels)).abs()[..., :5, :5].flatten(1)
 
     def nearest(features):
-        train, test = features(found.train), features(found.test)
-        means = torch.stack([train[found.train.labels == k].mean(0) for k in range(10)])
-        return (torch.cdist(test, means).argmin(1) == found.test.labels).float().mean().item()
+        train, test = features(actual.train), features(actual.test)
+        means = torch.stack([train[actual.train.labels == k].mean(0) for k in range(10)])
+        return (torch.cdist(test, means).argmin(1) == actual.test.labels).float().mean().item()
 
-    assert nearest(lambda images: found.normalise(images.pixels).flatten(1)) < 0.5
+    assert nearest(lambda images: actual.normalise(images.pixels).flatten(1)) < 0.5
     assert 0.3 < nearest(powers) < 0.98
 
 
@@ -134,14 +135,14 @@ def test_cifar(small, name, published):
         unpacked(HUNDRED, small, 1)
     (images, labels), (test_images, test_labels) = contents(published)
     for _ in range(2):  # decoded, cached
-        found = load(name, root=str(small))
-        assert (found.name, found.classes) == (name, published.classes)
-        assert np.array_equal(found.train.pixels, images)
-        assert np.array_equal(found.train.labels, labels)
-        assert np.array_equal(found.test.pixels, test_images)
-        assert np.array_equal(found.test.labels, test_labels)
-        assert found.mean.tolist() == pytest.approx(images.mean((0, 2, 3)).tolist())
-        assert found.std.tolist() == pytest.approx(images.std((0, 2, 3)).tolist())
+        actual = load(name, root=str(small))
+        assert (actual.name, actual.classes) == (name, published.classes)
+        assert np.array_equal(actual.train.pixels, images)
+        assert np.array_equal(actual.train.labels, labels)
+        assert np.array_equal(actual.test.pixels, test_images)
+        assert np.array_equal(actual.test.labels, test_labels)
+        assert actual.mean.tolist() == pytest.approx(images.mean((0, 2, 3)).tolist())
+        assert actual.std.tolist() == pytest.approx(images.std((0, 2, 3)).tolist())
         assert (small / f".orthokit-{name}.safetensors").is_file()
 
 
@@ -163,15 +164,15 @@ def test_every_form_has_the_same_fingerprint(small, tmp_path_factory, monkeypatc
 
 def test_splits(small):
     everything = load("cifar10", root=small)
-    found = load("cifar10", root=small, validation=50, train=100)
-    assert found.train.labels.bincount().tolist() == [10] * 10
-    assert found.validation.labels.bincount().tolist() == [5] * 10
-    assert torch.equal(found.test.pixels, everything.test.pixels)
-    train, validation, published = set(rows(found.train)), set(rows(found.validation)), rows(everything.train)
+    actual = load("cifar10", root=small, validation=50, train=100)
+    assert actual.train.labels.bincount().tolist() == [10] * 10
+    assert actual.validation.labels.bincount().tolist() == [5] * 10
+    assert torch.equal(actual.test.pixels, everything.test.pixels)
+    train, validation, published = set(rows(actual.train)), set(rows(actual.validation)), rows(everything.train)
     assert not train & validation
     assert train | validation < set(published)
     label = dict(zip(published, everything.train.labels.tolist(), strict=True))
-    for images in (found.train, found.validation):
+    for images in (actual.train, actual.validation):
         assert [label[row] for row in rows(images)] == images.labels.tolist()
     rest = load("cifar10", root=small, validation=50)
     assert set(rows(rest.train)) == set(published) - validation
@@ -181,9 +182,9 @@ def test_splits(small):
         load("cifar10", root=small, validation=50, train=150),
         load("cifar10", root=small, validation=50, train=10),
     ):
-        assert torch.equal(other.validation.pixels, found.validation.pixels)
+        assert torch.equal(other.validation.pixels, actual.validation.pixels)
     again = load("cifar10", root=small, validation=50, train=100)
-    assert torch.equal(again.train.pixels, found.train.pixels)
+    assert torch.equal(again.train.pixels, actual.train.pixels)
     few = load("cifar10", root=small, train=20)
     assert torch.equal(few.mean, few.train.pixels.float().mean((0, 2, 3)))
     assert not torch.equal(few.mean, everything.mean)
@@ -193,12 +194,12 @@ def test_sizes(small):
     native = load("cifar10", root=small, validation=50)
     assert torch.equal(load("cifar10", root=small, size=32, validation=50).train.pixels, native.train.pixels)
     for size in (16, 4, 1):
-        found = load("cifar10", root=small, size=size, validation=50)
-        for images, large in ((found.train, native.train), (found.validation, native.validation), (found.test, native.test)):
+        actual = load("cifar10", root=small, size=size, validation=50)
+        for images, large in ((actual.train, native.train), (actual.validation, native.validation), (actual.test, native.test)):
             k = 32 // size
             sums = large.pixels.long().reshape(-1, 3, size, k, size, k).sum((3, 5))
             assert torch.equal(images.pixels.long(), (2 * sums + k * k) // (2 * k * k))  # the nearest, halves up
-        assert found.mean.tolist() == pytest.approx(found.train.pixels.double().mean((0, 2, 3)).tolist())
+        assert actual.mean.tolist() == pytest.approx(actual.train.pixels.double().mean((0, 2, 3)).tolist())
     assert load("digits", size=4).test.pixels.shape == (1497, 1, 4, 4)
 
 
@@ -241,13 +242,13 @@ def test_missing_libraries(monkeypatch, name, module):
 
 
 def test_devices():
-    found = once("digits")
+    actual = once("digits")
     moved = load("digits", validation=100).to("meta")
     for images, count in ((moved.train, 200), (moved.validation, 100), (moved.test, 1497)):
         assert isinstance(images, Images)
         assert (len(images), images.pixels.device.type, images.labels.device.type) == (count, "meta", "meta")
     assert moved.normalise(moved.test.pixels).device.type == "meta"
-    assert found.to("cpu").fingerprint == found.fingerprint
+    assert actual.to("cpu").fingerprint == actual.fingerprint
     assert pickle.loads(pickle.dumps(functools.partial(load, "digits", size=4)))().train.pixels.shape == (300, 1, 4, 4)
 
 

@@ -55,36 +55,36 @@ def words(text):
 
 def test_parts_equal_slow_twins(runs, capsys):
     assert main(["evaluate", str(runs / "so/0"), "--images", "60", "--jobs", "1"]) == 0
-    said = capsys.readouterr().out
-    assert "accuracy by strength" in said
-    assert "PGD L2, radius" in said
-    found = json.loads((runs / "so/0/evaluation.json").read_text())["parts"]
-    assert list(found) == list(evaluate.PARTS)
+    text = capsys.readouterr().out
+    assert "accuracy by strength" in text
+    assert "PGD L2, radius" in text
+    actual = json.loads((runs / "so/0/evaluation.json").read_text())["parts"]
+    assert list(actual) == list(evaluate.PARTS)
     model, data = network(runs / "so/0")
 
     with torch.no_grad():
         logits = model(data.normalise(data.test.pixels))
     labels = data.test.labels
-    assert found["accuracy"]["accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item(), abs=1e-6)
-    assert found["accuracy"]["nll"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert actual["accuracy"]["accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item(), abs=1e-6)
+    assert actual["accuracy"]["nll"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     confidence, guess = logits.double().softmax(1).max(1)
     bins = (confidence * 15).long().clamp(max=14)
     gaps = [
         (bins == k).double().mean() * ((guess == labels).double()[bins == k].mean() - confidence[bins == k].mean()).abs()
         for k in bins.unique()
     ]
-    assert found["accuracy"]["ece"] == pytest.approx(float(sum(gaps)), abs=1e-4)
+    assert actual["accuracy"]["ece"] == pytest.approx(float(sum(gaps)), abs=1e-4)
 
     report = ok.report(model, where=ok.convs).totals
-    assert found["orthogonality"]["under"]["mean_cos"] == pytest.approx(next(iter(report.values()))["mean_cos"])
-    assert set(found["orthogonality"]) == {"settings", "under", "over", "all"}
+    assert actual["orthogonality"]["under"]["mean_cos"] == pytest.approx(next(iter(report.values()))["mean_cos"])
+    assert set(actual["orthogonality"]) == {"settings", "under", "over", "all"}
 
-    clean = found["attacks"]
+    clean = actual["attacks"]
     assert [len(clean[key]) for key in ("linf", "fgsm", "pgd", "l2", "pgd_l2")] == [6, 6, 6, 5, 5]
     assert all(a >= b for key in ("pgd", "pgd_l2") for a, b in zip(clean[key], clean[key][1:], strict=False))
     assert clean["pgd"][-1] <= clean["fgsm"][-1] + 1e-6
-    assert len(found["noise"]["accuracy"]) == len(found["noise"]["sigma"])
-    assert {len(each) for each in found["corruptions"]["accuracy"].values()} == {5}
+    assert len(actual["noise"]["accuracy"]) == len(actual["noise"]["sigma"])
+    assert {len(each) for each in actual["corruptions"]["accuracy"].values()} == {5}
     some = evaluate.some(data, 60)
     x, y = some.pixels.float() / 255, some.labels
     pixels = attacks.Pixels(model, data.mean, data.std)
@@ -92,13 +92,13 @@ def test_parts_equal_slow_twins(runs, capsys):
     assert 0 < int(right.sum()) < len(y)
     assert clean["clean"] == pytest.approx(float(right.float().mean()), abs=1e-6)
     assert clean["fgsm_kept"] == pytest.approx([float(each[right].float().mean()) for each in nudged], abs=1e-6)
-    assert found["noise"]["kept"] == pytest.approx(
+    assert actual["noise"]["kept"] == pytest.approx(
         [float(each[right].float().mean()) for each in attacks.noisy(pixels, x, y)], abs=1e-6
     )
     for name in ("pgd", "pgd_l2"):  # what is wrong clean counts as fooled: the one is the other in a share of the images
         assert clean[name] == pytest.approx([share * clean["clean"] for share in clean[f"{name}_kept"]], abs=2e-6)
-    kept = found["corruptions"]["kept"]
-    assert {name: len(each) for name, each in kept.items()} == dict.fromkeys(found["corruptions"]["accuracy"], 5)
+    kept = actual["corruptions"]["kept"]
+    assert {name: len(each) for name, each in kept.items()} == dict.fromkeys(actual["corruptions"]["accuracy"], 5)
     assert all(0 <= share <= 1 for each in kept.values() for share in each)
 
     seen = []
@@ -109,8 +109,8 @@ def test_parts_equal_slow_twins(runs, capsys):
     eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
     share = eigenvalues.sqrt() / eigenvalues.sqrt().sum()
     rank = float((-(share * share.clamp(min=1e-300).log()).sum()).exp())
-    assert found["features"]["penultimate"]["effective_rank"] == pytest.approx(rank, rel=1e-3)
-    assert list(found["features"]["stages"]) == ["stage 1 (8x8)", "stage 2 (4x4)", "stage 3 (2x2)"]
+    assert actual["features"]["penultimate"]["effective_rank"] == pytest.approx(rank, rel=1e-3)
+    assert list(actual["features"]["stages"]) == ["stage 1 (8x8)", "stage 2 (4x4)", "stage 3 (2x2)"]
 
 
 def test_full_confidence_belongs_to_the_last_bin():
@@ -213,9 +213,9 @@ def test_any_checkpoint_with_a_recipe(tmp_path, capsys):
     assert "--recipe" in capsys.readouterr().err
     command = ["evaluate", str(tmp_path / "own.pt"), "--recipe", str(tmp_path / "own.toml"), "--jobs", "1", "--images", "30"]
     assert main(command) == 0
-    found = json.loads((tmp_path / "own.pt.evaluation.json").read_text())["parts"]
-    assert set(found) == set(evaluate.PARTS)
-    assert not any(isinstance(value, float) and math.isnan(value) for value in found["accuracy"].values())
+    actual = json.loads((tmp_path / "own.pt.evaluation.json").read_text())["parts"]
+    assert set(actual) == set(evaluate.PARTS)
+    assert not any(isinstance(value, float) and math.isnan(value) for value in actual["accuracy"].values())
 
 
 def test_measurements_are_of_a_network_and_its_images(tmp_path, capsys):
@@ -225,12 +225,12 @@ def test_measurements_are_of_a_network_and_its_images(tmp_path, capsys):
         data = f'[data]\nname = "synthetic"\nvalidation = 0\nsize = {size}\n'
         text = data + '[network]\nkind = "test_evaluate:Plain"\n[train]\nepochs = 1\n'
         (tmp_path / f"{size}.toml").write_text(text)
-    found = []
+    actual = []
     for size in (8, 16, 8):
         command = ["evaluate", str(tmp_path / "own.pt"), "--recipe", str(tmp_path / f"{size}.toml"), "--jobs", "1"]
         assert main([*command, "--parts", "accuracy"]) == 0
-        found.append(json.loads((tmp_path / "own.pt.evaluation.json").read_text())["parts"]["accuracy"]["nll"])
-    assert found[0] == found[2] != found[1]
+        actual.append(json.loads((tmp_path / "own.pt.evaluation.json").read_text())["parts"]["accuracy"]["nll"])
+    assert actual[0] == actual[2] != actual[1]
 
 
 def test_another_recipe_is_refused(runs, tmp_path, capsys):
@@ -278,9 +278,9 @@ def test_what_goes_wrong_is_told_and_the_rest_is_done(trained, runs, tmp_path, c
     for run in ("so/0", "so/1"):
         without_digest(runs / run)
     assert main(["evaluate", str(runs), "--parts", "accuracy", "--jobs", "1"]) == 4
-    said = words(capsys.readouterr().out)
-    assert "so/0 accuracy: ValueError:" in said
-    assert "does not fit the network of its recipe" in said
+    text = words(capsys.readouterr().out)
+    assert "so/0 accuracy: ValueError:" in text
+    assert "does not fit the network of its recipe" in text
     assert (runs / "so/1/evaluation.json").is_file()
     weights = load_file(runs / "so/1/last.safetensors")
     weights["fc.bias"][0] = math.nan

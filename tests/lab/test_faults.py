@@ -428,8 +428,8 @@ def test_compare_tells_what_it_cannot_read_and_follows_links(tmp_path, monkeypat
     for arm in arms[1:]:
         (runs / arm.name).symlink_to(arm)
     (arms[1] / "back").symlink_to(runs)  # in a circle
-    found, said = collect.read([runs])
-    assert (len(found), len({run.summary["name"] for run in found}), said) == (9, 3, [])
+    actual, text = collect.read([runs])
+    assert (len(actual), len({run.summary["name"] for run in actual}), text) == (9, 3, [])
 
     scandir = os.scandir
 
@@ -439,8 +439,8 @@ def test_compare_tells_what_it_cannot_read_and_follows_links(tmp_path, monkeypat
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", forbidding)
-    found, said = collect.read([runs])
-    assert len(found) == 6
-    assert said == [f"cannot be read, hence left out with all runs in it: [Errno 13] Permission denied: '{runs / arms[2].name}'"]
+    actual, text = collect.read([runs])
+    assert len(actual) == 6
+    assert text == [f"cannot be read, hence left out with all runs in it: [Errno 13] Permission denied: '{runs / arms[2].name}'"]
     assert main(["compare", str(runs)]) == 0
     assert "cannot be read, hence left out with all runs in it" in " ".join(capsys.readouterr().out.split())

@@ -35,12 +35,12 @@ def constructed(eigenvalues, count=200, seed=0):
 
 @pytest.mark.parametrize("d", [2, 7, 32])
 def test_isotropic_features_fill_their_space(d):
-    found = figures(constructed(np.full(d, 3.0)))
-    assert found.effective_rank == pytest.approx(d, rel=1e-9)
-    assert found.participation_ratio == pytest.approx(d, rel=1e-9)
-    assert found.mean_correlation == pytest.approx(0, abs=1e-9)
-    assert (found.features, found.samples, found.dead) == (d, 200, 0)
-    assert (found.nc1, found.within_between) == (None, None)
+    actual = figures(constructed(np.full(d, 3.0)))
+    assert actual.effective_rank == pytest.approx(d, rel=1e-9)
+    assert actual.participation_ratio == pytest.approx(d, rel=1e-9)
+    assert actual.mean_correlation == pytest.approx(0, abs=1e-9)
+    assert (actual.features, actual.samples, actual.dead) == (d, 200, 0)
+    assert (actual.nc1, actual.within_between) == (None, None)
     sample = figures(torch.randn(20_000, d, generator=torch.Generator().manual_seed(0)))
     # An unbiased covariance of n samples has E tr(S^2) = d + d (d + 1) / n.
     assert sample.participation_ratio == pytest.approx(d / (1 + (d + 1) / 20_000), rel=0.003)
@@ -50,16 +50,16 @@ def test_isotropic_features_fill_their_space(d):
 
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_rank(k):
-    found = figures(constructed([2.0] * k + [0.0] * (10 - k)))
-    assert found.effective_rank == pytest.approx(k, rel=1e-5)
-    assert found.participation_ratio == pytest.approx(k, rel=1e-9)
+    actual = figures(constructed([2.0] * k + [0.0] * (10 - k)))
+    assert actual.effective_rank == pytest.approx(k, rel=1e-5)
+    assert actual.participation_ratio == pytest.approx(k, rel=1e-9)
 
 
 def test_a_spectrum_in_closed_form():
     """Singular values 4, 2, 1, 1: p = 1/2, 1/4, 1/8, 1/8 with an entropy of 7/4 bits; 22^2 / (256 + 16 + 1 + 1)."""
-    found = figures(constructed([16.0, 4.0, 1.0, 1.0]))
-    assert found.effective_rank == pytest.approx(2**1.75, rel=1e-9)
-    assert found.participation_ratio == pytest.approx(22**2 / 274, rel=1e-9)
+    actual = figures(constructed([16.0, 4.0, 1.0, 1.0]))
+    assert actual.effective_rank == pytest.approx(2**1.75, rel=1e-9)
+    assert actual.participation_ratio == pytest.approx(22**2 / 274, rel=1e-9)
 
 
 def test_correlation_of_constructed_channels():
@@ -68,10 +68,10 @@ def test_correlation_of_constructed_channels():
     orthogonal = np.linalg.qr(np.stack(unit, 1))[0].T
     first, second = orthogonal
     x = np.stack([first, 0.6 * first + 0.8 * second, -3 * first + 5, np.full_like(a, 7.0)], 1)
-    found = figures(x)
-    assert found.dead == 1
-    assert found.features == 4
-    assert found.mean_correlation == pytest.approx((0.6 + 1 + 0.6) / 3)
+    actual = figures(x)
+    assert actual.dead == 1
+    assert actual.features == 4
+    assert actual.mean_correlation == pytest.approx((0.6 + 1 + 0.6) / 3)
 
 
 def simplex(classes, within, each=50):
@@ -85,25 +85,25 @@ def simplex(classes, within, each=50):
 @pytest.mark.parametrize(("classes", "within"), [(2, 0.5), (5, 0.01), (10, 4.0)])
 def test_collapse_in_closed_form(classes, within):
     """S_W = v I and S_B has C - 1 eigenvalues 1 / C, so tr(S_W S_B^+) / C = v (C - 1); tr S_W / tr S_B = v C / (1 - 1 / C)."""
-    found = figures(*simplex(classes, within), classes=classes)
-    assert found.nc1 == pytest.approx(within * (classes - 1), rel=1e-9)
-    assert found.within_between == pytest.approx(within * classes / (1 - 1 / classes), rel=1e-9)
+    actual = figures(*simplex(classes, within), classes=classes)
+    assert actual.nc1 == pytest.approx(within * (classes - 1), rel=1e-9)
+    assert actual.within_between == pytest.approx(within * classes / (1 - 1 / classes), rel=1e-9)
 
 
 def test_collapsed_classes():
     x, labels = simplex(5, 0.0)
-    found = figures((x * 3 + 1).float(), labels, classes=5)
-    assert found.nc1 == pytest.approx(0, abs=1e-12)
-    assert found.within_between == pytest.approx(0, abs=1e-12)
-    assert found.effective_rank == pytest.approx(4, rel=1e-5)
+    actual = figures((x * 3 + 1).float(), labels, classes=5)
+    assert actual.nc1 == pytest.approx(0, abs=1e-12)
+    assert actual.within_between == pytest.approx(0, abs=1e-12)
+    assert actual.effective_rank == pytest.approx(4, rel=1e-5)
 
 
 def test_classes_of_unequal_size_weigh_the_same_between():
     x = torch.tensor([[-1.0], [1.0], [9.0], [10.0], [11.0], [10.0]])
-    found = figures(x, torch.tensor([0, 0, 2, 2, 2, 2]), classes=3)  # class 1 has no images
+    actual = figures(x, torch.tensor([0, 0, 2, 2, 2, 2]), classes=3)  # class 1 has no images
     within, between = (1 + 1 + 1 + 1) / 6, 25
-    assert found.nc1 == pytest.approx(within / between / 2)
-    assert found.within_between == pytest.approx(within / between)
+    assert actual.nc1 == pytest.approx(within / between / 2)
+    assert actual.within_between == pytest.approx(within / between)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
@@ -113,19 +113,19 @@ def test_streaming_equals_one_shot(split, offset, monkeypatch):
     rng = np.random.default_rng(0)
     labels = torch.from_numpy(rng.integers(0, 4, 300))
     x = rng.standard_normal((300, 6)) @ rng.standard_normal((6, 6)) + rng.standard_normal((4, 6))[labels] + offset
-    found = figures(x, labels, 4, split)
+    actual = figures(x, labels, 4, split)
     covariance = np.cov(x.T, bias=True)
     sigma = np.linalg.svd(x - x.mean(0), compute_uv=False)
     p = sigma / sigma.sum()
-    assert found.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-7)
-    assert found.participation_ratio == pytest.approx(np.trace(covariance) ** 2 / (covariance**2).sum(), rel=1e-7)
+    assert actual.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-7)
+    assert actual.participation_ratio == pytest.approx(np.trace(covariance) ** 2 / (covariance**2).sum(), rel=1e-7)
     correlation = np.abs(np.corrcoef(x.T))[np.triu_indices(6, 1)].mean()
-    assert found.mean_correlation == pytest.approx(correlation, rel=1e-7)
+    assert actual.mean_correlation == pytest.approx(correlation, rel=1e-7)
     means = np.stack([x[labels == k].mean(0) for k in range(4)])
     inside = x - means[labels]
     within, between = inside.T @ inside / 300, np.cov(means.T, bias=True)
-    assert found.nc1 == pytest.approx(np.trace(within @ np.linalg.pinv(between, rcond=1e-10)) / 4, rel=1e-7)
-    assert found.within_between == pytest.approx(np.trace(within) / np.trace(between), rel=1e-7)
+    assert actual.nc1 == pytest.approx(np.trace(within @ np.linalg.pinv(between, rcond=1e-10)) / 4, rel=1e-7)
+    assert actual.within_between == pytest.approx(np.trace(within) / np.trace(between), rel=1e-7)
 
 
 def test_what_is_undefined_is_none():
@@ -271,9 +271,9 @@ def test_networks(name):
     model.train()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
-    found = collect(model, batches(images, labels, 48), classes=5)
-    assert {key: (part.where, part.features) for key, part in found.items()} == expected
-    for key, part in found.items():
+    actual = collect(model, batches(images, labels, 48), classes=5)
+    assert {key: (part.where, part.features) for key, part in actual.items()} == expected
+    for key, part in actual.items():
         area = math.prod(map(int, key.split("(")[1][:-1].split("x"))) if "stage" in key else 1
         assert part.samples == 48 * area
         assert 1 <= part.effective_rank <= part.features
@@ -281,7 +281,7 @@ def test_networks(name):
         assert 0 < part.mean_correlation <= 1
         assert (part.nc1 is None) == ("stage" in key)
     again = collect(model, batches(images, labels, 7), classes=5)
-    for key, part in found.items():
+    for key, part in actual.items():
         for figure in ("effective_rank", "participation_ratio", "mean_correlation", "nc1", "within_between"):
             if getattr(part, figure) is not None:
                 assert getattr(again[key], figure) == pytest.approx(getattr(part, figure), rel=2e-4)
@@ -293,32 +293,32 @@ def test_networks(name):
 
 def test_the_features_are_those_of_the_network():
     model, (images, labels) = ResNet(8, 3, 5), data()
-    found = collect(model, batches(images, labels, 10), classes=5)
+    actual = collect(model, batches(images, labels, 10), classes=5)
     model.eval()
     with torch.no_grad():
         x = F.relu(model.bn(model.conv(images)))
         for stage, block in enumerate(model.blocks, 1):
             x = block(x)
             expected = figures(x.permute(0, 2, 3, 1).flatten(0, 2))
-            part = found[f"stage {stage} ({16 >> stage - 1}x{16 >> stage - 1})"]
+            part = actual[f"stage {stage} ({16 >> stage - 1}x{16 >> stage - 1})"]
             assert part.effective_rank == pytest.approx(expected.effective_rank, rel=1e-4)
             assert part.mean_correlation == pytest.approx(expected.mean_correlation, rel=1e-4)
             assert part.dead == expected.dead
         expected = figures(x.mean((-2, -1)), labels, 5)
-        assert found["penultimate"].nc1 == pytest.approx(expected.nc1, rel=1e-3)
+        assert actual["penultimate"].nc1 == pytest.approx(expected.nc1, rel=1e-3)
 
 
 def test_in_place_functions_do_not_reach_what_was_seen():
     model, (images, labels) = plain(), data()
-    found = collect(model, batches(images, labels, 48), classes=5)["stage 1 (7x7)"]
+    actual = collect(model, batches(images, labels, 48), classes=5)["stage 1 (7x7)"]
     with torch.no_grad():
         expected = figures(model.one(images).permute(0, 2, 3, 1).flatten(0, 2))
-    assert found.effective_rank == pytest.approx(expected.effective_rank, rel=1e-5)
+    assert actual.effective_rank == pytest.approx(expected.effective_rank, rel=1e-5)
 
 
 def test_bottlenecks_end_within_the_next_stage():
-    found = collect(ImageNetResNet(50, 3, 5), [data(4)], classes=5)
-    assert found["stage 1 (16x16)"].where == "output of blocks.3.bn1"
+    actual = collect(ImageNetResNet(50, 3, 5), [data(4)], classes=5)
+    assert actual["stage 1 (16x16)"].where == "output of blocks.3.bn1"
 
 
 def test_a_hook_that_was_there_stays_and_none_stays_after_an_error():

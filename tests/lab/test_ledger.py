@@ -37,9 +37,9 @@ def stored(summary):
 
 def again(ledger, summary):
     """The same summary from the ledger."""
-    found = ledger.get(recipe_of(summary), summary["seed"])
-    assert found.recipe == recipe_of(summary)
-    return {key: value for key, value in found.small().items() if key not in OWN}
+    actual = ledger.get(recipe_of(summary), summary["seed"])
+    assert actual.recipe == recipe_of(summary)
+    return {key: value for key, value in actual.small().items() if key not in OWN}
 
 
 def lines(ledger, summary):
@@ -131,17 +131,17 @@ def test_evaluations_with_other_settings_stay_beside(ledger):
     run = summaries(1)[0]
     few, many = otherwise(run, 10), otherwise(run, 1000)
     put(ledger, few, many)
-    found = ledger.get(recipe_of(run), 0)
-    assert found.parts["noise"]["settings"] == {"images": 1000}
-    assert [each["settings"] for each in found.summary["otherwise"]["noise"]] == [{"images": 10}]
+    actual = ledger.get(recipe_of(run), 0)
+    assert actual.parts["noise"]["settings"] == {"images": 1000}
+    assert [each["settings"] for each in actual.summary["otherwise"]["noise"]] == [{"images": 10}]
     ledger.put(few)
-    found = ledger.get(recipe_of(run), 0)
-    assert found.parts == few["evaluation"]
-    assert found.summary["otherwise"] == {"noise": [many["evaluation"]["noise"]]}
+    actual = ledger.get(recipe_of(run), 0)
+    assert actual.parts == few["evaluation"]
+    assert actual.summary["otherwise"] == {"noise": [many["evaluation"]["noise"]]}
     ledger.put(run | {"evaluation": {"accuracy": run["evaluation"]["accuracy"]}})
-    found = ledger.get(recipe_of(run), 0)
-    assert set(found.parts) == {"accuracy", "noise"}
-    assert found.summary["otherwise"] == {"noise": [many["evaluation"]["noise"]]}
+    actual = ledger.get(recipe_of(run), 0)
+    assert set(actual.parts) == {"accuracy", "noise"}
+    assert actual.summary["otherwise"] == {"noise": [many["evaluation"]["noise"]]}
     ledger.put(run | {"evaluation": {}})  # trained again, not evaluated
     assert set(ledger.get(recipe_of(run), 0).parts) == {"accuracy", "noise"}
 
@@ -221,9 +221,9 @@ def test_a_damaged_line_is_a_sentence_and_the_others_go_on(ledger, name):
     assert "\n" not in why
     assert [run.seed for run in ledger.of([recipe], range(4))] == [0, 2]
     assert ledger.get(recipe, 1) is None
-    runs_found, said = read([ledger.folder])
-    assert ([run.seed for run in runs_found], len(said)) == ([0, 2], 1)
-    assert why in said[0]
+    runs_found, words_said = read([ledger.folder])
+    assert ([run.seed for run in runs_found], len(words_said)) == ([0, 2], 1)
+    assert why in words_said[0]
 
     ledger.put(runs[3])
     assert text[2] in file.read_text().splitlines()
@@ -250,10 +250,10 @@ def test_what_is_no_ledger_is_told_and_left_alone(ledger, content, message):
     ledger.folder.mkdir()
     file.write_bytes(content)
     for reading in (lambda: ledger.get(recipe_of(run), 0), lambda: ledger.put(run), lambda: entries(file)):
-        with pytest.raises(DamagedError, match=message) as told:
+        with pytest.raises(DamagedError, match=message) as note:
             reading()
-        assert str(file) in str(told.value)
-        assert "\n" not in str(told.value)
+        assert str(file) in str(note.value)
+        assert "\n" not in str(note.value)
     assert file.read_bytes() == content
     assert not is_ledger(file)
 
@@ -263,9 +263,9 @@ def test_a_file_under_the_name_of_another_recipe_is_refused(ledger):
     ledger.put(run)
     other = Recipe.of(RAW)
     ledger.file(recipe_of(run)).rename(ledger.file(other))
-    with pytest.raises(DamagedError, match=r"holds runs of another recipe \(.*train\.") as told:
+    with pytest.raises(DamagedError, match=r"holds runs of another recipe \(.*train\.") as message:
         ledger.get(other, 0)
-    assert str(ledger.file(other)) in str(told.value)
+    assert str(ledger.file(other)) in str(message.value)
     assert len(read([ledger.folder])[0]) == 1  # by itself it is one
 
 

@@ -153,12 +153,12 @@ def test_one_run_and_several_find_the_module_beside_the_recipe(mine, capfd):
 )
 def test_misfits_are_one_line_before_anything_is_trained(mine, network, message, capsys):
     assert main(["train", recipe(mine, network), "--device", "cpu", "--seeds", "0", "1"]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert re.search(message, said[-1])
+    text = capsys.readouterr().err.splitlines()
+    assert re.search(message, text[-1])
     if "five" in network:
         assert main(["train", str(mine / "r.toml"), "--device", "cpu"]) == 2
-        assert capsys.readouterr().err.splitlines()[-1] == said[-1]
-    assert all("importing" in line for line in said[:-1])
+        assert capsys.readouterr().err.splitlines()[-1] == text[-1]
+    assert all("importing" in line for line in text[:-1])
     assert not list(Path().rglob("metrics.jsonl"))
 
 
@@ -231,13 +231,13 @@ OWN = '[data]\nkind = "mynet:images"\nvalidation = 0\npad = 1\n{}'
 
 @pytest.mark.parametrize("kind", ["tensors", "pairs", "arrays", "set"])
 def test_images_that_a_function_returns(mine, kind):
-    found = load(Path(recipe(mine, 'kind = "resnet"', data=OWN.format(f'options = {{ kind = "{kind}" }}\n')))).images(mine)
-    assert (len(found.train), found.classes, found.name) == (
+    actual = load(Path(recipe(mine, 'kind = "resnet"', data=OWN.format(f'options = {{ kind = "{kind}" }}\n')))).images(mine)
+    assert (len(actual.train), actual.classes, actual.name) == (
         (300, 10, "mynet:images") if kind == "set" else (80, 4, "mynet:images")
     )
     if kind != "set":
         again = load(Path(recipe(mine, 'kind = "resnet"', data=OWN.format("size = 4\nname = 'noise'\n")))).images(mine)
-        assert again.fingerprint == found.fingerprint
+        assert again.fingerprint == actual.fingerprint
         assert again.train.pixels.shape[-1] == 4
         assert again.name == "noise"
 
@@ -308,16 +308,16 @@ def images(mine, data=FOLDER, root=Path("nowhere")):
 
 
 def test_a_folder_of_images(mine, pets):
-    found = images(mine)
-    assert (len(found.train), len(found.validation), len(found.test), found.classes) == (24, 6, 9, 3)
-    assert found.test.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
-    assert found.test.pixels.shape == (9, 3, 8, 8)
-    assert found.test.pixels.float().mean((-2, -1)).argmax(1).tolist() == found.test.labels.tolist()
+    actual = images(mine)
+    assert (len(actual.train), len(actual.validation), len(actual.test), actual.classes) == (24, 6, 9, 3)
+    assert actual.test.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert actual.test.pixels.shape == (9, 3, 8, 8)
+    assert actual.test.pixels.float().mean((-2, -1)).argmax(1).tolist() == actual.test.labels.tolist()
     smaller = images(mine, FOLDER + "size = 4\n")
     assert smaller.test.pixels.shape == (9, 3, 4, 4)
-    assert smaller.fingerprint == found.fingerprint
+    assert smaller.fingerprint == actual.fingerprint
     picture(pets / "train/cat/0.JPG", (1, 2, 3))
-    assert images(mine).fingerprint != found.fingerprint
+    assert images(mine).fingerprint != actual.fingerprint
 
 
 def test_parts_of_a_folder(mine, pets):

@@ -72,7 +72,7 @@ def text(comparison, drawn):
 def test_figures_are_there(drawn):
     panels = {"training", "accuracy", "fgsm", "pgd", "pgd_l2", "noise", "severity", "kinds", "rank"}
     of_panels = {re.search(r"-(\w+?)-ResNet_(8|20)$", name) for name in drawn} - {None}
-    assert {found[1] for found in of_panels} == panels
+    assert {actual[1] for actual in of_panels} == panels
     assert len(of_panels) == 2 * len(panels)
     assert {"result-accuracy", "result-differences", "result-contrasts", "cost-share", "cost-speed"} <= set(drawn)
     assert "mean difference, disentangled +" in drawn["result-contrasts"].alt

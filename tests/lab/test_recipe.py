@@ -51,8 +51,8 @@ def composed(base, name, arm):
 
 @pytest.mark.parametrize(("base", "name"), DIGESTS)
 def test_recipes_are_what_they_were(base, name):
-    said = "".join(load("+".join(composed(base, name, arm))).to_toml() for arm in ARMS)
-    assert hashlib.sha256(said.encode()).hexdigest()[:16] == DIGESTS[base, name]
+    text = "".join(load("+".join(composed(base, name, arm))).to_toml() for arm in ARMS)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == DIGESTS[base, name]
 
 
 def test_order_does_not_matter_between_kinds():
@@ -214,10 +214,10 @@ def test_blame(tmp_path):
     common = '[data]\nname="synthetic"\n[network]\nkind="resnet"\n[train]\n'
     base.write_text(f"{common}epoch=2\nlr=-1.0\nwarmup=3.0\n[train.sub]\nx=1\n")
     over.write_text('extends = "base.toml"\n[train]\nepochs=2\nwd=1\n')
-    with pytest.raises(ValueError, match=r"a\.toml: in .*base\.toml, train\.lr") as told:
+    with pytest.raises(ValueError, match=r"a\.toml: in .*base\.toml, train\.lr") as message:
         load(over)
     for wrong in (f"in {base}, unknown key train.epoch;", f"in {base}, unknown key train.sub;", "; unknown key train.wd;"):
-        assert wrong in str(told.value)
+        assert wrong in str(message.value)
     with pytest.raises(ValueError, match=r"train\.lr: [^;]*; got -2\.0;"):
         load(over, ["train.lr=-2.0"])
     base.write_text(f"{common}warmup=3.0\n")

@@ -112,21 +112,21 @@ def test_no_document_is_executed(runs, canary, tmp_path, capsys, name):
     (hostile_file,) = kept.folder.glob("*.jsonl")
     for arm in ("base", "relaxed"):
         shutil.copy(hostile_file, kept.file(load(f"{arm}.toml")))
-    status, said = main(COMMANDS[name]), capsys.readouterr()
+    status, text = main(COMMANDS[name]), capsys.readouterr()
     assert not canary.exists()
-    assert "importing" not in said.err
+    assert "importing" not in text.err
     assert status in (0, 2)
     if name == "study":
-        assert "holds runs of another recipe" in said.err
+        assert "holds runs of another recipe" in text.err
     if name in ("train", "resume", "sweep"):
         assert status == 2
-        assert "holds a run of another recipe" in said.err
+        assert "holds a run of another recipe" in text.err
     if name.startswith("evaluate") or name == "features":
         assert status == 2
-        assert "canary:build is code, and this recipe came with data" in said.err
+        assert "canary:build is code, and this recipe came with data" in text.err
     if name == "compare":
-        assert "plans of" in said.out
-        assert "canary:build is not imported here" in " ".join(said.out.split())
+        assert "plans of" in text.out
+        assert "canary:build is not imported here" in " ".join(text.out.split())
 
 
 def test_a_recipe_in_a_runs_folder_reads_no_other_file(trained, tmp_path):
@@ -197,8 +197,8 @@ def test_permission_belongs_to_whole_recipes(canary, tmp_path):
 def test_mixed_runs_are_evaluated_but_for_those_of_unnamed_code(runs, trained, canary, tmp_path, capsys):
     shutil.copytree(trained / "base/0", runs / "plain/0")
     assert main(["evaluate", "runs", "--parts", "orthogonality", "--jobs", "1"]) == 4
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.count("canary:build is code") == 2
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("canary:build is code") == 2
     assert not canary.exists()
     assert (runs / "plain/0/evaluation.json").is_file()
 

@@ -72,11 +72,11 @@ def test_what_is_written(sheet, tmp_path, capsys):
     file = sheet(as_csv(made_up(ARMS, depths=(8, 20), seeds=3, parts=False)))
     outputs = {option: tmp_path / f"out{option}" for option in ("--html", "--csv", "--markdown", "--latex")}
     assert main(["compare", str(file), *(str(each) for pair in outputs.items() for each in pair)]) == 0
-    said = line(capsys.readouterr().out)
-    assert "so is better than none: +1." in said
-    assert "From results.csv. accuracy: more is better; test_loss: less is better." in said
-    assert "Wide layers" not in said
-    assert "power: ResNet-8: with 3 seeds an arm, only gains above" in said
+    words_said = line(capsys.readouterr().out)
+    assert "so is better than none: +1." in words_said
+    assert "From results.csv. accuracy: more is better; test_loss: less is better." in words_said
+    assert "Wide layers" not in words_said
+    assert "power: ResNet-8: with 3 seeds an arm, only gains above" in words_said
     text = outputs["--html"].read_text()
     assert "18 runs, 2 panels, 3 arms, 3 seeds an arm" in text
     assert "<svg" not in text
@@ -161,18 +161,18 @@ def test_mistakes_are_told(sheet, capsys, old, new, options, message):
     if message.startswith("there is only one"):
         text = "arm,seed,accuracy\nnone,0,1\nnone,1,2\n"
     assert main(["compare", str(sheet(text)), *options]) == 2
-    said = capsys.readouterr().err
-    assert message in line(said)
-    assert "Traceback" not in said
+    words_said = capsys.readouterr().err
+    assert message in line(words_said)
+    assert "Traceback" not in words_said
 
 
 def test_names_of_strangers_do_nothing(sheet, tmp_path, capsys):
     file = sheet(GOOD.replace("so,", "=1+1\x1b[31m<b>,").replace("accuracy", "x\u202ey"))
     out = tmp_path / "out.csv"
     assert main(["compare", str(file), "--csv", str(out), "--html", str(tmp_path / "out.html")]) == 0
-    said = capsys.readouterr().out
-    assert "\x1b[31m" not in said
-    assert "\u202e" not in said
+    text = capsys.readouterr().out
+    assert "\x1b[31m" not in text
+    assert "\u202e" not in text
     assert "'=1+1" in out.read_text()
     assert "<b>" not in (tmp_path / "out.html").read_text()
 
@@ -191,21 +191,21 @@ def test_a_typical_sd_for_power(sheet, tmp_path, monkeypatch, capsys):
         place = tmp_path / "results/mine/runs" / run.summary["name"] / str(run.seed)
         place.mkdir(parents=True)
         (place / "summary.json").write_text(to_json(run.summary))
-    heading, found = spreads([tmp_path / "results"])
-    assert (heading, [(each.where, each.arms, each.runs) for each in found]) == (
+    heading, actual = spreads([tmp_path / "results"])
+    assert (heading, [(each.where, each.arms, each.runs) for each in actual]) == (
         "test accuracy, %",
         [(f"runs, resnet {depth}, 20 epochs of 10000 images of cifar10", 3, 12) for depth in (20, 8)],
     )
     comparison = compare(runs)
-    for each in found:
+    for each in actual:
         cells = comparison.cells(comparison.primary)[f"ResNet-{each.where.split()[2].rstrip(',')}"].values()
         assert each.sd**2 == pytest.approx(sum(cell.sample.sd**2 for cell in cells) / 3)
     file = sheet(as_csv(runs))
-    assert typical(spreads([file])[1]) == pytest.approx(typical(found))
+    assert typical(spreads([file])[1]) == pytest.approx(typical(actual))
     monkeypatch.chdir(tmp_path)
-    said = f"sd = {typical(found):.3g} of test accuracy, %: the median of 2, from "
+    text = f"sd = {typical(actual):.3g} of test accuracy, %: the median of 2, from "
     assert main(["power", "--effect", "0.5"]) == 0
-    assert said in line(capsys.readouterr().out)
+    assert text in line(capsys.readouterr().out)
     assert main(["power", "--seeds", "4", "--like", str(file), "--metric", "test_loss"]) == 0
     assert "of test_loss: the median of 2" in line(capsys.readouterr().out)
     for wrong, message in (

@@ -57,19 +57,19 @@ def test_a_study_from_one_file(lab, capsys):
     recipes = dict.fromkeys(task.run.recipe.digest for task in outcome.plan.tasks)
     assert {path.name for path in ledger.glob("*.jsonl")} == {f"{each}.jsonl" for each in recipes}
     assert not kept.exists()
-    found = outcome.plan.tasks[-1].result()
-    assert found.summary["study"] == {"arm": "so", "panel": ""}
-    assert set(found.parts) == {"accuracy", "noise", "orthogonality"}
-    assert "platform" not in found.summary["environment"]
+    actual = outcome.plan.tasks[-1].result()
+    assert actual.summary["study"] == {"arm": "so", "panel": ""}
+    assert set(actual.parts) == {"accuracy", "noise", "orthogonality"}
+    assert "platform" not in actual.summary["environment"]
     before = contents(ledger)
 
     # Nothing is left to do, with or without the weights; the command line draws it.
     shutil.rmtree(lab.folder / "runs")
     command = ["study", "tiny.toml", "--jobs", "1"]
     assert main(command) == 0
-    said = line(capsys.readouterr().out)
+    text = line(capsys.readouterr().out)
     for part in ("Tiny: all is done", "SO² against none is", "power: with 2 seeds an arm"):
-        assert part in said
+        assert part in text
     assert f"orthokit study {lab.folder.name}/tiny.toml" in (kept / "README.md").read_text()
     drawn = contents(kept)
     pictures = [path for path in drawn if path.suffix == ".svg"]
@@ -119,17 +119,17 @@ def test_the_command_trains_what_is_missing(lab, capsys, forked):
 def test_without_training(lab, capsys):
     command = ["study", "tiny.toml", "--jobs", "1"]
     assert main([*command, "--no-train"]) == 4
-    said = line(capsys.readouterr().out)
-    assert "Tiny: 4 of 4 runs to train" in said
-    assert "nothing to compare yet: none of the 4 runs has a result" in said
+    text = line(capsys.readouterr().out)
+    assert "Tiny: 4 of 4 runs to train" in text
+    assert "nothing to compare yet: none of the 4 runs has a result" in text
     assert not (lab.folder / "results").exists()
     lab.write(NOTHING)
     for task in lab.plan().tasks[:3]:
         lab.train_one(task.run)  # as another process might
     assert main([*command, "--no-train"]) == 4
-    said = line(capsys.readouterr().out)
-    assert "Tiny: 1 of 4 runs to train" in said
-    assert "! 1 of 4 runs are missing" in said
+    text = line(capsys.readouterr().out)
+    assert "Tiny: 1 of 4 runs to train" in text
+    assert "! 1 of 4 runs are missing" in text
     assert len(read([lab.folder / "results/ledger"])[0]) == 3
     lab.trained.clear()
     assert lab.run().status == 0
@@ -320,8 +320,8 @@ def test_the_ledger_is_compared_and_tells_how_much_seeds_vary(lab, capsys):
     assert main(["compare", *map(str, sorted(ledger.glob("*.jsonl")))]) == 0
     assert "against none is" in line(capsys.readouterr().out)
     assert main(["compare", "tiny.toml"]) == 2
-    assert "tiny.toml is not a run" in (said := line(capsys.readouterr().err))
-    assert "orthokit study tiny.toml --no-train" in said
+    assert "tiny.toml is not a run" in (text := line(capsys.readouterr().err))
+    assert "orthokit study tiny.toml --no-train" in text
     (lab.folder / "other.jsonl").write_text('{"epoch": 1}\n')
     assert main(["compare", "other.jsonl"]) == 2
     assert "other.jsonl is not a run" in line(capsys.readouterr().err)

@@ -174,8 +174,8 @@ def test_a_grid(recipe, tmp_path):
     assert all(s["recipe"]["train"]["batch"] == 100 for s in summaries)
     for point in points:
         assert point.settings[0] == "train.batch=100"
-        wanted = float(point.settings[1].partition("=")[2])
-        mine = sorted(s["validation"]["accuracy"] for s in summaries if s["recipe"]["regularizer"]["strength"] == wanted)
+        expected = float(point.settings[1].partition("=")[2])
+        mine = sorted(s["validation"]["accuracy"] for s in summaries if s["recipe"]["regularizer"]["strength"] == expected)
         assert sorted(point.accuracies) == mine
     best = sweep.best(points)[str(recipe)]
     assert best.mean == max(point.mean for point in points)

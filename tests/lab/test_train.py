@@ -97,9 +97,9 @@ def test_a_run_is_the_loop_one_would_write(tmp_path):
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-    found = weights(run)
+    actual = weights(run)
     for name, value in model.state_dict().items():
-        assert torch.allclose(found[name].float(), value.float(), atol=2e-5), name
+        assert torch.allclose(actual[name].float(), value.float(), atol=2e-5), name
     model.eval()
     with torch.no_grad():
         logits = model(data.normalise(data.test.pixels))
@@ -158,9 +158,9 @@ def test_what_is_in_the_folder(tmp_path):
     )
     assert environment["cpu"]["machine"] == platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
-        said = info.read_text().split()
-        assert {*environment["cpu"]["instructions"]} <= {*said}
-        assert environment["cpu"]["model"] is None or environment["cpu"]["model"] in said
+        text = info.read_text().split()
+        assert {*environment["cpu"]["instructions"]} <= {*text}
+        assert environment["cpu"]["model"] is None or environment["cpu"]["model"] in text
     assert ok.report(weights(run)).rows
     assert main(["report", str(run.folder / "last.ckpt")]) == 0  # the library's own instrument reads it
 
@@ -432,8 +432,8 @@ def test_bad_folders_and_files(tmp_path, capsys):
 def test_edited_files(tmp_path, name, change):
     run = run_in(tmp_path, train__epochs=1)
     train(run, hardware=HARDWARE)
-    found = json.loads((run.folder / name).read_text()) | change
-    (run.folder / name).write_text(json.dumps({key: value for key, value in found.items() if value is not ...}))
+    actual = json.loads((run.folder / name).read_text()) | change
+    (run.folder / name).write_text(json.dumps({key: value for key, value in actual.items() if value is not ...}))
     if name == "environment.json":
         (run.folder / "summary.json").unlink()
     with pytest.raises(ValueError, match=r"is not what a run writes .*; remove it to run again"):

@@ -45,16 +45,16 @@ def choice(**tried):
     ],
 )
 def test_the_strongest_within_a_standard_error_of_the_best(tried, error, best, chosen, warned):
-    found = choice(**tried)
-    assert found.error == pytest.approx(error)
-    assert (found.best.strength, found.chosen.strength) == (best, chosen)
-    assert found.edge == warned
+    actual = choice(**tried)
+    assert actual.error == pytest.approx(error)
+    assert (actual.best.strength, actual.chosen.strength) == (best, chosen)
+    assert actual.edge == warned
 
 
 def test_strengths_are_chosen_first(lab, capsys):
     outcome = lab.run(STUDY + TUNE)
-    (found,) = outcome.plan.choices
-    strength = found.chosen.strength
+    (actual,) = outcome.plan.choices
+    strength = actual.chosen.strength
     assert outcome.status == 0
     assert lab.trained[:4] == [f"so+strength={value}/{seed}" for seed in (100, 101) for value in (0.01, 0.1)]
     assert lab.trained[4:] == [name for s in (0, 1) for name in (f"none/{s}", f"so+strength={strength:g}/{s}")]
@@ -65,7 +65,7 @@ def test_strengths_are_chosen_first(lab, capsys):
     ]
 
     # What is kept: accuracies by which it was chosen; validation's.
-    for trial in found.trials:
+    for trial in actual.trials:
         tried = [task for task in outcome.plan.tuning if task.run.recipe.regularizer.strength == trial.strength]
         assert [task.run.seed for task in tried] == [100, 101]
         results = [task.result() for task in tried]
@@ -82,13 +82,13 @@ def test_strengths_are_chosen_first(lab, capsys):
     out = words(capsys.readouterr().out)
     assert "Tiny: all is done" in out
     assert f"chosen: so: strength = {strength:g}" in out  # in every sitting, not in the first alone
-    means = {trial.strength: f"{trial.sample.mean:.2f} ± {trial.sample.sd:.2f}" for trial in found.trials}
+    means = {trial.strength: f"{trial.sample.mean:.2f} ± {trial.sample.sd:.2f}" for trial in actual.trials}
     cells = " | ".join(means[each] + " *" * (each == strength) for each in (0.01, 0.1))
     kept = lab.folder / "results/tiny"
     written = (kept / "README.md").read_text()
-    assert f"| SO² | {strength:g} | 2 | {found.error:.2f} | {cells} |" in written
+    assert f"| SO² | {strength:g} | 2 | {actual.error:.2f} | {cells} |" in written
     assert RULE in written
-    assert f"> **Caution.** {cautions([found])[0]}" in written
+    assert f"> **Caution.** {cautions([actual])[0]}" in written
     assert "tuning" in figures.figures(outcome.comparison)
     assert f"<td>{means[strength]} *</td>" in (lab.folder / "page.html").read_text()
     assert "Strengths: validation accuracy" in (lab.folder / "tables.tex").read_text()
@@ -144,8 +144,8 @@ def test_what_diverges_is_out(lab, capsys):
     assert why.endswith("in epoch 1, step 2")
     assert str(lab.folder) not in task.ledger.file(task.run.recipe).read_text()
     assert (task.result(), task.is_done()) == (None, True)
-    (found,) = outcome.plan.choices
-    assert found.chosen.strength == 0.01
+    (actual,) = outcome.plan.choices
+    assert actual.chosen.strength == 0.01
     assert "| diverged |" in markup.markdown(outcome.comparison)
     assert ",diverged," in tables.numbers(outcome.comparison).to_csv()
 
@@ -203,16 +203,16 @@ def test_panels_choose_for_themselves_or_one_for_all(lab):
     assert (plan.tuning[0].arm, plan.tuning[0].panel) == ("so, strength=0.01", "a, batch=50")
     plan = planned('network = "a"\n')
     assert [task.panel for task in plan.tuning] == [f"a, batch={size}" for size in (50, 100) for _ in range(4)]
-    wanted = {50: 0.01, 100: 0.1}
+    expected = {50: 0.01, 100: 0.1}
 
     for task in plan.tuning:  # the validation images say so; the test images say otherwise
         recipe = task.run.recipe
-        right = recipe.regularizer.strength == wanted[recipe.train.batch]
+        right = recipe.regularizer.strength == expected[recipe.train.batch]
         keep(task, 0.7 + 0.1 * right + 0.01 * (task.run.seed - 100), 0.9 - 0.1 * right)
     plan = planned('network = "a"\n')
     assert [each.panel for each in plan.choices] == [f"a, batch={size}, for every network" for size in (50, 100)]
     for task in plan.tasks:
-        assert task.arm == "none" or task.run.recipe.regularizer.strength == wanted[task.run.recipe.train.batch]
+        assert task.arm == "none" or task.run.recipe.regularizer.strength == expected[task.run.recipe.train.batch]
         keep(task, 0.6, 0.6 + 0.01 * task.run.seed)
     assert plan.remaining() == []
     comparison = plan.comparison()

@@ -45,8 +45,8 @@ def row(network: Network) -> str:
     read = unread.total - unread.numbers
     computed = sum(is_overridden(layer.module) and plain_view(layer.module, layer.weight) is None for layer in layers)
     alone, _ = open_network(copy.copy(model.state_dict()))
-    wanted, found = ({(layer.name, layer.size) for layer in chosen} for chosen in (layers, ok.select(alone, ok.layers)))
-    agreement = "same" if wanted == found else f"{len(wanted - found)} differ, {len(found - wanted)} more, noted"
+    expected, actual = ({(layer.name, layer.size) for layer in chosen} for chosen in (layers, ok.select(alone, ok.layers)))
+    agreement = "same" if expected == actual else f"{len(expected - actual)} differ, {len(actual - expected)} more, noted"
     kinds = ", ".join(f"{count} {kind}" for kind, count in unread.kinds.items()) or "–"
     digits = 1 if unread.total >= 1e6 else 3
     numbers = f"{read / 1e6:.{digits}f} of {unread.total / 1e6:.{digits}f}"

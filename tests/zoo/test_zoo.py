@@ -84,15 +84,15 @@ def test_each_row_is_that_of_numpy(network):
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.1)
-    wanted = dict(matrices(model))
+    expected = dict(matrices(model))
     layers = ok.select(model, ok.layers)
-    assert {layer.name: layer.size for layer in layers} == {name: array.shape for name, array in wanted.items()}
-    products = {name: array.shape[1] * array.size for name, array in wanted.items()}
+    assert {layer.name: layer.size for layer in layers} == {name: array.shape for name, array in expected.items()}
+    products = {name: array.shape[1] * array.size for name, array in expected.items()}
     small = {name for name, count in products.items() if count < LARGE} | set(sorted(products, key=products.__getitem__)[:4])
     table = ok.report(model, where=lambda name, module: ok.layers(name, module) and name in small, spectrum=False)
     assert {row["layer"] for row in table.rows} == small
     for row in table.rows:
-        for key, value in measured(wanted[row["layer"]]).items():
+        for key, value in measured(expected[row["layer"]]).items():
             assert row[key] == (None if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)), (row["layer"], key)
 
 
