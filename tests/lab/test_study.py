@@ -16,7 +16,7 @@ from orthokit.lab.runs.collect import read
 from tiny import NOTHING, STUDY, TINY
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
-UNFINISHED = {"large", "large-full", "fit", "near-squared", "parts"}
+UNFINISHED = {"large", "large-full", "fit", "near-squared"}
 DIGESTS = {
     "cifar100": "219819d4b652aae5",
     "decay-alone": "f46f1b18a9906b66",
@@ -32,6 +32,7 @@ DIGESTS = {
     "nano": "39fd9da5fc0ae1c3",
     "near-strict": "9b4883c85b529165",
     "near": "8824c54e7e48a267",
+    "parts": "2971c89bd028b36c",
     "scale": "dece0d6bde9dd637",
     "transfer-wide": "f8d2f636cb8d7a08",
     "transfer": "8e6a240531d4d4e3",
