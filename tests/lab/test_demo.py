@@ -73,7 +73,7 @@ def test_the_words_follow_the_numbers():
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are looked up in /proc")
-def test_terminated_it_leaves_no_process(tmp_path, forked):
+def test_terminated_it_leaves_no_process(tmp_path):
     command = [sys.executable, "-m", "orthokit.cli", "demo", "--seeds", "1", "--epochs", "2000", "--workers", "2"]
     process = subprocess.Popen([*command, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("*/0/metrics.jsonl")):
