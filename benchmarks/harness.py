@@ -26,7 +26,7 @@ from orthokit.lab.runs.run import Run
 from orthokit.lab.training.hardware import Hardware
 from orthokit.lab.training.loop import train
 
-ARMS = ("none", "so", "strict", "relaxed")
+ARMS = ("none", "so", "strict", "welch")
 PARTS = ("network", "penalty", "data", "record")
 
 

@@ -47,7 +47,7 @@ def test_the_demo(tmp_path, capsys, monkeypatch):
 def test_its_runs_are_those_of_the_command(tmp_path):
     """Arms share everything but the penalty, and each is the recipe whose name the demo prints."""
     arms = demo.runs("digits", 3, None, tmp_path)
-    assert list(arms) == ["none", "SO", "strict", "pairs", "relaxed"]
+    assert list(arms) == ["none", "SO", "strict", "pairs", "welch"]
     for runs in arms.values():
         assert [run.seed for run in runs] == [0, 1, 2]
         assert runs[0].recipe == load(runs[0].folder.parent.name)

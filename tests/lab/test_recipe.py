@@ -13,7 +13,7 @@ from orthokit.lab.recipes.recipe import Recipe, differences
 
 BUDGETS = ("nano", "quick", "standard-200", "standard-30")
 NETWORKS = ("resnet20", "resnet56", "resnet110", "resnet18", "resnet34", "wrn16-8", "wrn28-10")
-ARMS = ("none", "so", "srip", "ocnn", "eadk", "strict", "relaxed")
+ARMS = ("none", "so", "srip", "ocnn", "eadk", "strict", "welch")
 SETS = ("cifar10", "cifar100")
 DIGESTS = {
     ("nano", "cifar10"): "0bde2750473ce8e3",
@@ -82,7 +82,7 @@ def test_every_part_is_listed_and_fits_the_others():
         assert penalty == "none" or recipe.regularizer.build(model)().item() > 0
         assert recipe.model_copy(update={"regularizer": None}) == load("nano+digits")
     assert load("nano+cifar10").network.depth == 8
-    assert load("quick+cifar100+relaxed").network.depth == 20
+    assert load("quick+cifar100+welch").network.depth == 20
 
 
 def test_digits_fit_every_budget():
@@ -158,7 +158,7 @@ def test_bad_references_in_files_name_the_file(tmp_path):
 
 
 def test_round_trip():
-    recipe = load("standard-200+resnet56+cifar100+relaxed", ["regularizer.where=convs & ~stem", "train.ema=0.99"])
+    recipe = load("standard-200+resnet56+cifar100+welch", ["regularizer.where=convs & ~stem", "train.ema=0.99"])
     assert Recipe.of(tomllib.loads(recipe.to_toml())) == recipe
     assert Recipe.of(recipe.to_dict()) == recipe
     assert "train = " not in recipe.to_toml().split("[network]")[0]  # absent, not null

@@ -25,7 +25,7 @@ from orthokit.tables import Column, Table
 
 __all__ = ["ARMS", "runs", "show", "train_all"]
 
-ARMS = {"none": "none", "SO": "so", "strict": "strict", "pairs": "pairs", "relaxed": "relaxed"}
+ARMS = {"none": "none", "SO": "so", "strict": "strict", "pairs": "pairs", "welch": "welch"}
 """The arms: name -> part of a recipe."""
 COLUMNS = (
     Column("arm", "arm", ""),
