@@ -16,7 +16,7 @@ from orthokit.lab.runs.collect import read
 from tiny import NOTHING, STUDY, TINY
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
-UNFINISHED = {"large", "large-full", "fit", "fit-bottleneck", "fit-depth", "fit-policies", "near-squared"}
+UNFINISHED = {"large", "large-full", "fit", "near-squared"}
 DIGESTS = {
     "cifar100": "219819d4b652aae5",
     "decay-alone": "f46f1b18a9906b66",
@@ -27,6 +27,7 @@ DIGESTS = {
     "depth-tuned": "92e44cd7181eb370",
     "depth": "698470b6c66aa98f",
     "every": "fbc369640fcc7d3e",
+    "fit-bottleneck": "4eb3fa5c1c5c74bb",
     "full": "12fe76fd755bef4d",
     "memorise": "0e99c2a9c1cfe9f0",
     "nano": "39fd9da5fc0ae1c3",
