@@ -28,6 +28,7 @@ DIGESTS = {
     "depth": "698470b6c66aa98f",
     "every": "fbc369640fcc7d3e",
     "fit-bottleneck": "4eb3fa5c1c5c74bb",
+    "fit-depth": "d28d7ddb7f317e06",
     "fit-policies": "f062c590b391d02a",
     "full": "12fe76fd755bef4d",
     "memorise": "0e99c2a9c1cfe9f0",
