@@ -16,7 +16,7 @@ from orthokit.lab.runs.collect import read
 from tiny import NOTHING, STUDY, TINY
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
-UNFINISHED = {"large", "large-full", "fit", "near-squared", "full-evaluated", "stronger"}
+UNFINISHED = {"large", "large-full", "fit", "near-squared", "full-evaluated", "stronger", "rates"}
 DIGESTS = {
     "cifar100": "219819d4b652aae5",
     "decay-alone": "f46f1b18a9906b66",
