@@ -66,6 +66,12 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
 }
 
+
+def setup(app):
+    """Pages link to files of the repository, so that they can be read there; on the site these are pages."""
+    app.connect("source-read", lambda app, name, content: content.__setitem__(0, generate.on_site(content[0])))
+
+
 generate.commands()
 generate.evidence()
 generate.cards()

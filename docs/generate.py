@@ -18,7 +18,8 @@ from orthokit.lab.reporting import markup, page, tables
 DOCS = Path(__file__).parent
 ITEM = re.compile(r"[│ ] (?P<name>(?:-|[A-Z{\[])\S*(?: \S+)*?)(?: {2,}(?P<text>.*))?")
 """A line of a help text that begins an option or a positional argument."""
-TUTORIAL = re.compile(r"\.\./\.\./\.\./docs/tutorials/(\w+)\.py")
+TUTORIAL = re.compile(r"\btutorials/(\w+)\.py\)")
+"""The end of a link to a tutorial."""
 MARKUP, MASKED = re.compile(r"[<>*_`|~\[\]\\]"), r"\\\g<0>"
 
 COMMANDS_PAGE = """\
@@ -39,6 +40,15 @@ package first. Begin with `orthokit demo`, or with `orthokit report` on a checkp
 COMMANDS_END = "Next: [look at a checkpoint](report.md), or [train and compare](lab.md).\n"
 
 
+def on_site(text: str) -> str:
+    """A page with its links to tutorials, results and cards changed to those of the site.
+
+    ``](../results/STUDY.md)`` becomes ``](evidence/STUDY.md)``, and the same from a folder deeper.
+    """
+    text = TUTORIAL.sub(r"learn/\1.rst)", text)
+    return text.replace("../results/", "evidence/").replace("../src/orthokit/cards/", "penalties/")
+
+
 def help_of(name: str) -> str:
     """What ``orthokit NAME --help`` prints, on lines that are not broken."""
     printed = io.StringIO()
@@ -57,11 +67,12 @@ def command(name: str) -> str:
             items.append((match["name"], match["text"] or ""))
         elif items and line[1:].startswith(" " * 5) and line.strip(" │"):
             items[-1] = items[-1][0], f"{items[-1][1]} {line.strip(' │')}".strip()
-        elif not items and line.strip() and not line.startswith((" ", "╭", "│")):
+        elif not items and not line.startswith((" ", "╭", "│")):
             description.append(line)
     if len(items) < 2:
         raise ValueError(f"no options could be read from the help of {name!r}")
-    parts = [f"## orthokit {name}", f"```text\n{usage.removeprefix('usage: ')}\n```", *description]
+    usage = usage.removeprefix("usage: ").replace("{None}|", "")
+    parts = [f"## orthokit {name}", f"```text\n{usage}\n```", "\n".join(description).strip()]
     return "\n\n".join([*parts, *(_definition(option, text) for option, text in items if option != "-h, --help")]) + "\n"
 
 
@@ -112,7 +123,6 @@ def cards() -> None:
     for card in fill.CARDS.glob("*.md"):
         if card.stem == "recommended":  # a part of other pages
             continue
-        text = TUTORIAL.sub(r"../learn/\1.rst", fill.fill(card.read_text("utf-8")))
-        text = text.replace("../../../docs/", "../").replace("../../../results/", "../evidence/")
+        text = fill.fill(card.read_text("utf-8")).replace("../../../docs/", "../").replace("../../../results/", "../../results/")
         pages = "\n```{toctree}\n:glob:\n:hidden:\n\n*\n```\n" if card.stem == "index" else ""
         (DOCS / "penalties" / card.name).write_text(text + pages, encoding="utf-8")

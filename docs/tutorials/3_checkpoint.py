@@ -91,7 +91,7 @@ print(plain.action)
 # %%
 # Our studies regularize convolutions only, so we leave the classifier out and write ``where=ok.convs``, the default.
 #
-# Which strength, and why lengths matter: an unsquared penalty pulls each layer by about the strength, whatever its size. That
+# Which strength, and why lengths matter: this penalty pulls each layer by about 2.5 times the strength, whatever its size. That
 # suits filters of length about 1. Longer ones come from pretraining, and need :doc:`another treatment <5_fine_tune>`.
 
 for row in plain.rows:

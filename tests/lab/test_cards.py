@@ -74,13 +74,24 @@ def test_a_card_has_all_its_parts(penalty):
 
 @pytest.mark.results
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "src/orthokit/cards").glob("*.md"))], ids=lambda p: p.name)
-def test_links_and_cells(path):
+def test_cells(path):
     text = path.read_text("utf-8")
     assert not re.findall(r"\b[Nn]o (?:measure|CSV)\b", text)
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
-        assert (path.parent / target).exists(), target
     cells = [cell for line in re.sub(r"<!--.*?-->", "", text).splitlines() if line.startswith("|") for cell in line.split("|")]
     assert [cell for cell in cells if len(cell.split()) > 40] == []
+
+
+@pytest.mark.results
+@pytest.mark.parametrize("folder", [".", "docs", "docs/reference", "results", "results/questions", "src/orthokit/cards"])
+def test_links_lead_to_files_of_the_repository(folder):
+    """As pages are read there, too, and not on the site alone."""
+    built = [ROOT / "docs/commands.md", *(ROOT / "docs" / name for name in ("evidence", "penalties", "learn"))]
+    for path in sorted((ROOT / folder).glob("*.md")):
+        if path not in built:
+            for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", path.read_text("utf-8")):
+                file = (path.parent / target).resolve()
+                assert file.exists(), f"{path}: {target}"
+                assert not any(file.is_relative_to(each) for each in built), f"{path}: {target}"
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "src/orthokit/cards").glob("*.md"))], ids=lambda p: p.name)
