@@ -112,8 +112,9 @@ for depth in (8, 20, 56):
 # Way 2: add the gradient after clipping
 # --------------------------------------
 # Clipping the sum of loss and penalty lets one shrink the other. ``add_grad_()`` adds the penalty's gradient after clipping, so
-# that only the task is clipped. The same place serves mixed precision with a ``GradScaler``: after ``unscale_``. For this
-# penalty it also builds no graph, so it is the fastest way. The average of weights (EMA) needs no line: it averages what the optimizer made.
+# that only the task is clipped. The same place serves mixed precision with a ``GradScaler``: after ``unscale_``. For this penalty
+# it also builds no graph, so it is the fastest way. The average of weights (EMA) needs no line: it averages what the optimizer
+# made.
 
 model = network()
 averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))

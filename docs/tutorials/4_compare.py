@@ -146,8 +146,8 @@ for gain in (2.0, 1.0, 0.5):
 # The three values of an arm also give a rough estimate of the spread only. Take the numbers as an order of magnitude, and look
 # again when more seeds are there. Write more ``seeds`` into the study and run it again: what is trained is not trained again.
 #
-# For more on one page: ``orthokit study study.toml --html page.html`` writes figures and all metrics; ``orthokit power`` plans without
-# runs.
+# For more on one page: ``orthokit study study.toml --html page.html`` writes figures and all metrics; ``orthokit power`` plans
+# without runs.
 
 print("kept:", *sorted(path.name for path in (folder / "results/ledger").iterdir()))
 

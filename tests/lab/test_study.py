@@ -21,6 +21,8 @@ DIGESTS = {
     "cifar100": "219819d4b652aae5",
     "decay-alone": "f46f1b18a9906b66",
     "decay": "c77284ae4d329191",
+    "depth-tuned-strict": "27f36de5d69a3cd8",
+    "full-strict": "9e6900de19e7f333",
     "depth-short-strict": "e89ae37450d7e25d",
     "depth-short": "1b9e9cd43af6a705",
     "depth-strict": "20c176e6838b2a69",
