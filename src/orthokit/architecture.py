@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orthokit import checkpoint
+from orthokit.checkpoint.gaps import Gap
 from orthokit.checkpoint.kind import regular
 from orthokit.checkpoint.pickles import plain_name
 from orthokit.checkpoint.shapes import some
@@ -59,12 +60,13 @@ def open_network(network: Network, like: nn.Module | None = None, key: str | Non
         return layers, notes + list(layers.notes)
     state, more = pick(network, key)
     model, remarks = fill(like, state)
-    whole = {
-        name: module
-        for name, module in unwrap(model).named_modules()
-        if not (has_kernel(module) and any(parameter.is_meta for parameter in module.parameters()))
-    }
+    whole = {name: module for name, module in unwrap(model).named_modules() if not _is_lost(module)}
     return Layers(whole), notes + more + remarks
+
+
+def _is_lost(module: nn.Module) -> bool:
+    """Whether a layer lacks weights, of which the meta device has shapes only."""
+    return has_kernel(module) and any(parameter.is_meta for parameter in module.parameters())
 
 
 def _of_folder(folder: Path) -> tuple[nn.Module | None, str]:
@@ -125,7 +127,8 @@ def fill(like: nn.Module, state: Mapping[str, Any]) -> tuple[nn.Module, list[str
             (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = replacements[id(tensor)]  # type: ignore[assignment]
     missing = [name for name, tensor in names.items() if isinstance(tensor, nn.Parameter) and id(tensor) not in replacements]
     strange = [name for name in entries if name not in names and isinstance(entries[name], Tensor)]
-    notes = [f"not in the file, left out: {some(missing, 3)}"] if missing else []
+    lost = {name: "not in the file" for name, module in unwrap(model).named_modules() if _is_lost(module)}
+    notes: list[str] = [Gap(f"not in the file, left out: {some(missing, 3)}", lost)] if missing else []
     notes += [f"not in {type(like).__name__}, not read: {some(strange, 3)}"] if strange else []
     return model, notes
 

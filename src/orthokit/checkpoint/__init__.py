@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from orthokit.checkpoint.gaps import Gap
 from orthokit.checkpoint.kind import HEADER, kind_of, regular
 from orthokit.checkpoint.pickles import DamagedError, Thing, plain_name
 from orthokit.checkpoint.shapes import natural, some
@@ -53,7 +54,8 @@ def read(path: str | os.PathLike[str], key: str | None = None) -> tuple[dict[str
     path = Path(path)
     content = _folder(path) if path.is_dir() else _index(path) if path.name.lower().endswith(".index.json") else _file(path)
     if (part := re.search(r"-(\d+)-of-(\d+)$", path.stem)) and int(part[2]) > 1:
-        content.notes.append(f"part {int(part[1])} of {int(part[2])}: the other layers are not read; give the folder")
+        name, reason = f"part {int(part[1])} of {int(part[2])}", "the other layers are not read"
+        content.notes.append(Gap(f"{name}: {reason}; give the folder", {name: reason}))
     if isinstance(content.value, Thing) and is_module(content.value):
         raise ValueError(whole_module(path, content.value.name))
     if not isinstance(content.value, dict):
@@ -190,10 +192,10 @@ def _join(parts: list[Path]) -> Content:
         content.others |= one.others
         content.notes += one.notes
     if len(there) < len(parts):
-        missing = next(part.name for part in parts if part not in there)
+        missing = {f"file {plain_name(part.name)}": "a part that is missing" for part in parts if part not in there}
+        count = f"{len(parts) - len(there)} of {len(parts)} parts are missing"
         content.notes.append(
-            f"{len(parts) - len(there)} of {len(parts)} parts are missing, such as {plain_name(missing)}: their layers are "
-            "not read"
+            Gap(f"{count}, such as {next(iter(missing)).removeprefix('file ')}: their layers are not read", missing)
         )
     content.value = {name: content.value[name] for name in sorted(content.value, key=lambda name: natural(str(name)))}
     return content
@@ -220,7 +222,8 @@ def _folder(path: Path) -> Content:
             total = max(int(part[2]) for part in parts if part)
             content = _join(weights)
             if total > len(weights):
-                content.notes.append(f"{len(weights)} of {total} parts are in the folder: the other layers are not read")
+                name, reason = f"{len(weights)} of {total} parts", "the other layers are not read"
+                content.notes.append(Gap(f"{name} are in the folder: {reason}", {name: reason}))
             return content
         if len(weights) == 1:
             return _file(weights[0])

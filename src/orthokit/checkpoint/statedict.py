@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orthokit.checkpoint.gaps import Gap
 from orthokit.checkpoint.pickles import Thing, plain_name
 from orthokit.checkpoint.shapes import Reading, Unit, natural, some
 from orthokit.kernel import has_kernel, is_embedding
@@ -176,6 +177,8 @@ def _units(state: Mapping[str, Any], left_out: dict[str, str]) -> list[Unit]:
                 units.setdefault(module or "", Unit(module or "")).parts[leaf] = value
             elif leaf == "weight" or "weight" in leaf:
                 left_out[key] = reason
+        elif isinstance(value, tuple) and any(isinstance(part, Thing) or _is_quantized(part) for part in value):
+            left_out[key] = "packed, as quantized layers are"
     for unit in units.values():
         unit.weight, reason = _weight(unit.parts)
         if reason is not None:
@@ -200,6 +203,14 @@ def _reason(value: Tensor) -> str | None:
     if value.numel() > LARGEST or (value.numel() > EXPANDED and _elements_in_memory(value) < value.numel()):
         return f"of {value.numel():.1e} elements"
     return None
+
+
+_OF_LAYER = re.compile("weight|packed_params")
+"""Entries without which a layer is not read."""
+
+
+def _is_quantized(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_quantized
 
 
 def _elements_in_memory(value: Tensor) -> int:
@@ -256,7 +267,9 @@ def _not_read(units: list[Unit], modules: Mapping[str, nn.Module], row_parts: se
     notes = []
     if left_out:
         descriptions = [f"{plain_name(name)} ({plain_name(reason)})" for name, reason in left_out.items()]
-        notes.append(f"left out: {some(descriptions)}; report the model itself to see them")
+        text = f"left out: {some(descriptions)}; report the model itself to see them"
+        weights = {name.rpartition(".")[0] or name: reason for name, reason in left_out.items() if _OF_LAYER.search(name)}
+        notes.append(Gap(text, weights) if weights else text)
     kinds: dict[str, list[int]] = {}
     for unit in units:
         for leaf, part in unit.parts.items():

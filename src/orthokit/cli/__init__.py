@@ -8,7 +8,9 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -18,7 +20,7 @@ import orthokit as ok
 from orthokit import starting
 from orthokit.checks import printable
 from orthokit.cli.after import after
-from orthokit.cli.base import Terminal, UsageError, suggest
+from orthokit.cli.base import Terminal, UsageError, check_outputs, discard, suggest
 from orthokit.cli.evidence import Compare, Evaluate, Power, Study
 from orthokit.cli.lab import Demo, Sweep, Train
 from orthokit.cli.look import List, Plan, Report
@@ -97,21 +99,29 @@ def main(args: Sequence[str] | None = None) -> int:
     own.ANNOUNCED.clear()
     try:
         command = _parsed(args)
+        check_outputs(command)
         status: int | None = command.run(console := Terminal())
         if not status and getattr(command, "format", "table") == "table":
             suggest(console, after(command))
-        with contextlib.suppress(AttributeError):  # of no stdout at all
+        try:
             sys.stdout.flush()
+        except BrokenPipeError:  # the reader has seen enough
+            discard(sys.stdout)
+        except AttributeError:  # of no stdout at all
+            pass
         return status or 0
     except (UsageError, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("ORTHOKIT_DEBUG"):
             raise
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            _let_go_of_stdout()
-        if isinstance(error, BrokenPipeError):
-            return 0
+            discard(sys.stdout)
         errors.print(Text.assemble(("orthokit:", "bold red"), " ", _line(error)))
         return getattr(error, "status", 2)
+    except TypeError as error:
+        if os.environ.get("ORTHOKIT_DEBUG") or not _is_raised_here(error):
+            raise
+        errors.print(Text.assemble(("orthokit:", "bold red"), " ", _line(error)))
+        return 2
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("ORTHOKIT_DEBUG") or not _lacks_memory(error):
             raise
@@ -154,10 +164,10 @@ def _widen() -> None:
         os.environ["COLUMNS"] = str(NARROWEST)
 
 
-def _let_go_of_stdout() -> None:
-    """Discard what is left to print: Python would fail at it again as it ends."""
-    with contextlib.suppress(OSError, AttributeError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _is_raised_here(error: TypeError) -> bool:
+    """Whether a statement of orthokit raised the error, with a message for the caller. Python's own are faults of a program."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return Path(last.filename).is_relative_to(Path(ok.__file__).parent) and (last.line or "").startswith("raise ")
 
 
 def _lacks_memory(error: BaseException) -> bool:

@@ -2,9 +2,12 @@
 
 import contextlib
 import functools
+import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -19,8 +22,10 @@ __all__ = [
     "Format",
     "Terminal",
     "UsageError",
+    "check_outputs",
     "check_positive",
     "demo_images",
+    "discard",
     "needing",
     "say",
     "show",
@@ -39,7 +44,7 @@ class UsageError(Exception):
 class Terminal(Console):
     """A console that shows no character a terminal would act on, whatever a file or a name holds.
 
-    A closed pipe (``| head``) is treated as the reader having seen enough.
+    After a closed pipe (``| head``) it shows nothing more; the command goes on, and its status counts.
     """
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
@@ -48,8 +53,54 @@ class Terminal(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text, lines=True))
 
     def on_broken_pipe(self) -> None:
-        """Leave it to the command line."""
-        raise BrokenPipeError
+        """Show nothing from now on: the reader has seen enough."""
+        self.quiet = True
+        discard(self.file)
+
+    def write(self, text: str) -> None:
+        """Write text for a program, such as JSON: neither laid out nor changed."""
+        if self.quiet:
+            return
+        try:
+            self.file.write(text)
+            self.file.flush()
+        except BrokenPipeError:
+            self.on_broken_pipe()
+
+
+def discard(stream: IO[str]) -> None:
+    """Let what is left to print vanish: Python would fail at it again as it ends."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+OUTPUTS = ("html", "picture", "junit", "markdown", "latex", "csv")
+"""Options that name a file to write."""
+INPUTS = {".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".jsonl", ".toml", ".py"}
+"""Suffixes of what commands read: weights, settings, records, code. No output option replaces such a file."""
+
+
+def check_outputs(command: object) -> None:
+    """Raise ``UsageError`` where an output option of a command names one of its inputs, another output, or a saved network."""
+    values = {field.name: getattr(command, field.name) for field in fields(command)}  # type: ignore[arg-type]
+    outputs = {f"--{name}": path for name in OUTPUTS if isinstance(path := values.pop(name, None), Path)}
+    inputs = [path for value in values.values() for path in (value if isinstance(value, tuple) else (value,))]
+    for option, path in outputs.items():
+        if any(_is_same(path, each) for each in inputs if isinstance(each, Path)):
+            raise UsageError(f"{option} {path} would replace what the command reads; give another file")
+        if path.suffix.lower() in INPUTS and path.exists():
+            raise UsageError(f"{option} {path} would replace a {path.suffix} file that is there; give another file")
+    for (one, path), (two, other) in itertools.combinations(outputs.items(), 2):
+        if _is_same(path, other):
+            raise UsageError(f"{one} and {two} name the same file; give each its own")
+
+
+def _is_same(one: Path, two: Path) -> bool:
+    """Whether two paths lead to one file, which need not exist."""
+    try:
+        return one.resolve() == two.resolve() or one.samefile(two)
+    except (OSError, ValueError):
+        return False
 
 
 def check_positive(command: object, *names: str) -> None:
@@ -68,11 +119,11 @@ def needing(what: str) -> Iterator[None]:
         raise UsageError(f"{what} {error.name}: {install('lab')}") from None
 
 
-def show(table: Table, form: Format, console: Console) -> None:
+def show(table: Table, form: Format, console: Terminal) -> None:
     if form == "table":
         console.print(table)
     else:
-        print(table.to_json() if form == "json" else table.to_csv(), end="")
+        console.write(table.to_json() if form == "json" else table.to_csv())
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

@@ -60,7 +60,7 @@ class Evaluate:
     format: Format = "table"
     """Output format."""
 
-    def run(self, console: Console) -> int:
+    def run(self, console: Terminal) -> int:
         if not self.paths:
             raise UsageError("name a run's folder or a checkpoint, such as runs/nano+cifar10+strict")
         check_positive(self, "images", "jobs", "threads")
@@ -94,7 +94,7 @@ class Evaluate:
                 console.print(_curves(results[0]))
         else:
             as_json = self.format == "json"
-            print(json.dumps(table.rows, indent=2) if as_json else table.to_csv(), end="\n" * as_json)
+            console.write(json.dumps(table.rows, indent=2) + "\n" if as_json else table.to_csv())
         return 4 if failed or damaged else 0
 
 
@@ -208,8 +208,6 @@ class Compare:
             from orthokit.lab.reporting.terminal import Shown
             from orthokit.lab.runs import collect
         files = [path for path in (self.markdown, self.latex, self.csv, self.html) if path is not None]
-        if len({path.resolve() for path in files}) < len(files):
-            raise UsageError("--html, --markdown, --latex and --csv name the same file twice; give each its own")
         options: dict[str, Any] = {"title": self.title, "question": self.question, "baseline": self.baseline}
         options |= {"blocks": self.blocks, "contrasts": self.contrast}
         if any(path.suffix.lower() == ".csv" for path in self.runs):
@@ -373,11 +371,11 @@ class Study:
         if (comparison := outcome.comparison) is None:
             return outcome.status
         outcome.plan.draw(comparison)
-        console.print(Shown(comparison, secondary=False))
         for path, content in ((self.csv, lambda each: tables.numbers(each).to_csv()), (self.latex, markup.latex)):
             if path is not None:
                 write_text(path, content(comparison))
         if self.html is not None:
             write_text(self.html, page.page(comparison, command=outcome.plan.command))
+        console.print(Shown(comparison, secondary=False))
         say(console, f"tables: {outcome.plan.folder / 'README.md'}")
         return outcome.status

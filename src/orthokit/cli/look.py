@@ -1,8 +1,8 @@
 """Commands that look at penalties and at saved networks: ``list``, ``report``, ``plan``."""
 
+import fnmatch
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ import orthokit as ok
 from orthokit import cards, checkpoint
 from orthokit.architecture import build, open_network
 from orthokit.checks import printable
-from orthokit.cli.base import Format, UsageError, check_positive, demo_images, needing, say, show, write_text
+from orthokit.cli.base import Format, Terminal, UsageError, check_positive, demo_images, needing, say, show, write_text
 from orthokit.layers import Layer
 from orthokit.relax import Policy
 from orthokit.report import COLUMNS, compare
@@ -72,11 +72,20 @@ class List:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """Whether a layer passes a condition: ``why`` it does not, or nothing. All text is printable."""
+
+    condition: str
+    layer: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Report:
     """Show how orthogonal each layer of a saved network is.
 
     Each layer gets figures and a word; several networks are shown side by side. With --fail-if the command is a gate: exit status
-    1 if a layer meets a condition.
+    1 if a layer meets a condition or could not be read.
     """
 
     checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT...")]
@@ -113,7 +122,7 @@ class Report:
     junit: Path | None = None
     """Write failures as JUnit XML into this file, too."""
 
-    def run(self, console: Console) -> int:
+    def run(self, console: Terminal) -> int:
         check_positive(self, "top", "operator")
         if not self.checkpoints:
             raise UsageError("name a checkpoint, such as model.safetensors")
@@ -150,6 +159,9 @@ class Report:
             write_text(self.html, page(reports, top=self.top or 12, table=table if others else None))
         if not others and (self.sort is not None or self.top is not None):
             table = report.sorted(self.sort or "word", top=self.top)
+        verdicts = self._verdicts(report, conditions)
+        if self.junit is not None:
+            write_text(self.junit, _junit(report, verdicts))
         show(table, self.format, console)
         if self.format == "table" and not others:
             say(console, report.summary, "bold")
@@ -157,9 +169,8 @@ class Report:
                 say(console, f"to act on it: {report.action}")
             say(console, f"look closer: orthokit report {self.checkpoints[0]} --html report.html" if self.html is None else "")
         if self.html is not None:
-            errors = Console(stderr=True)
-            say(errors, f"page: {self.html}")
-        return self._judge(report, conditions) if conditions else 0
+            say(Terminal(stderr=True), f"page: {self.html}")
+        return self._tell(verdicts, console) if conditions else 0
 
     def _where(self) -> ok.Predicate:
         where = ok.layers if self.where is None else where_of(self.where)
@@ -173,41 +184,48 @@ class Report:
             if getattr(self, name) not in (None, (), False):
                 raise UsageError(f"--{name.replace('_', '-')} is of the layers' filters; it does not go with --operator")
 
-    def _judge(self, report: "ok.Report", conditions: list[Condition]) -> int:
-        """The exit status, 1 if a layer meets a condition. Failures go to stderr, and to the file or format asked for."""
-        errors = Console(stderr=True, soft_wrap=True)
-        failures = [
-            (printable(row["layer"]), printable(condition.text), why)
+    def _verdicts(self, report: "ok.Report", conditions: Sequence[Condition]) -> list[Verdict]:
+        """A verdict on each layer by each condition; a layer that was not read passes none, unless its name is left out."""
+        unread = {name: f"{why}: nothing to judge" for name, why in report.incomplete.items() if self._names(name)}
+        return [
+            Verdict(printable(condition.text), printable(name), printable(why))
             for condition in conditions
-            for row in report.rows
-            if (why := condition.failure(row))
+            for name, why in [*((row["layer"], condition.failure(row)) for row in report.rows), *unread.items()]
         ]
+
+    def _names(self, layer: str) -> bool:
+        """Whether --layers and --exclude leave a layer in. A part of a network, which has a space in its name, stays in."""
+        chosen, others = (any(fnmatch.fnmatchcase(layer, each) for each in patterns) for patterns in (self.layers, self.exclude))
+        return " " in layer or (chosen and not others)
+
+    def _tell(self, verdicts: Sequence[Verdict], console: Terminal) -> int:
+        """The exit status, 1 if a layer does not pass. Failures go to stderr, and to the format asked for."""
+        errors = Terminal(stderr=True, soft_wrap=True)
+        failures = [verdict for verdict in verdicts if verdict.why]
         # GitHub reads both streams; JSON and CSV must stay what they are.
-        stream = sys.stdout if self.format == "table" else sys.stderr
-        for layer, text, values in failures:
-            say(errors, f"failed: {text}: {layer} ({values})", "red")
+        stream = console if self.format == "table" else errors
+        for verdict in failures:
+            say(errors, f"failed: {verdict.condition}: {verdict.layer} ({verdict.why})", "red")
             if self.annotations == "github":
                 # A comma or colon would end a property, a newline the message.
-                message = f"{layer}: {text} ({values})".replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+                message = f"{verdict.layer}: {verdict.condition} ({verdict.why})"
+                message = message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
                 name = printable(self.checkpoints[0].name).replace(",", " ").replace(":", " ")
-                print(f"::error title=orthokit report {name}::{message}", file=stream)
-        if self.junit is not None:
-            write_text(self.junit, _junit(report, conditions))
+                stream.write(f"::error title=orthokit report {name}::{message}\n")
         if not failures:
-            say(errors, f"passed: no layer meets {' or '.join(repr(condition.text) for condition in conditions)}")
+            say(errors, f"passed: no layer meets {' or '.join(repr(text) for text in self.fail_if)}")
         return 1 if failures else 0
 
 
-def _junit(report: "ok.Report", conditions: list[Condition]) -> str:
-    """JUnit XML with a test case for each layer and condition."""
-    failed = sum(bool(condition.failure(row)) for condition in conditions for row in report.rows)
-    count = len(conditions) * len(report.rows)
-    suite = ElementTree.Element("testsuite", name=printable(report.title), tests=str(count), failures=str(failed), errors="0")
-    for condition in conditions:
-        for row in report.rows:
-            case = ElementTree.SubElement(suite, "testcase", classname=printable(condition.text), name=printable(row["layer"]))
-            if why := condition.failure(row):
-                ElementTree.SubElement(case, "failure", message=f"{printable(condition.text)}: {why}")
+def _junit(report: "ok.Report", verdicts: Sequence[Verdict]) -> str:
+    """JUnit XML with a test case for each verdict."""
+    failed = sum(bool(verdict.why) for verdict in verdicts)
+    count = str(len(verdicts))
+    suite = ElementTree.Element("testsuite", name=printable(report.title), tests=count, failures=str(failed), errors="0")
+    for verdict in verdicts:
+        case = ElementTree.SubElement(suite, "testcase", classname=verdict.condition, name=verdict.layer)
+        if verdict.why:
+            ElementTree.SubElement(case, "failure", message=f"{verdict.condition}: {verdict.why}")
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
 
@@ -224,13 +242,13 @@ def _names(paths: Sequence[Path]) -> dict[str, Path]:
 
 def _track(name: str) -> Callable[[Sequence[Layer]], Iterable[Layer]]:
     """A progress bar on stderr, if stderr is a terminal. The bar disappears at the end."""
-    errors = Console(stderr=True)
+    errors = Terminal(stderr=True)
     return lambda layers: track(layers, escape(name), console=errors, transient=True, disable=not errors.is_terminal)
 
 
 def _architecture(spec: str | None) -> nn.Module | None:
     """The model that ``--model`` names. A line on stderr says first what is imported."""
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = Terminal(stderr=True, soft_wrap=True)
     return None if spec is None else build(spec, lambda text: errors.print(escape(text), style="dim", highlight=False))
 
 
@@ -277,7 +295,7 @@ class Plan:
     format: Format = "table"
     """Output format."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Terminal) -> None:
         chosen = [
             ok.feasible(floor=self.floor) if self.relax.feasible else None,
             None if self.relax.fraction is None else ok.fraction(self.relax.fraction, floor=self.floor),

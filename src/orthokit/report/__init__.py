@@ -11,6 +11,7 @@ from torch import nn
 
 from orthokit.architecture import Network, open_network
 from orthokit.audit import unread_parameters
+from orthokit.checkpoint.gaps import Gap
 from orthokit.checks import check_count, check_number, did_you_mean
 from orthokit.diagnostics import COPY
 from orthokit.kernel import Kernel
@@ -42,6 +43,11 @@ class Report(Table):
     def summary(self) -> str:
         """One sentence: how many layers read as what, and which are the least orthogonal."""
         return sentence_of(self.rows)
+
+    @property
+    def incomplete(self) -> dict[str, str]:
+        """Layers and parts of the network that were not read, with the reasons; their orthogonality is not known."""
+        return {name: reason for note in self.notes if isinstance(note, Gap) for name, reason in note.missing.items()}
 
     @property
     def action(self) -> str:
