@@ -22,7 +22,7 @@ import torch
 
 from orthokit.checkpoint.gaps import Gap
 from orthokit.checkpoint.kind import HEADER, kind_of, regular
-from orthokit.checkpoint.pickles import DamagedError, Thing, plain_name
+from orthokit.checkpoint.pickles import ELEMENTS, DamagedError, Thing, plain_name
 from orthokit.checkpoint.shapes import natural, some
 from orthokit.checkpoint.statedict import networks, pick
 from orthokit.checkpoint.torchfiles import (
@@ -115,8 +115,10 @@ def _header(path: Path, file: io.BufferedReader, size: int) -> tuple[dict[str, A
         metadata_texts = header.pop("__metadata__", {})
         entries: dict[str, tuple[str, list[int], int, int]] = {}
         for name, entry in header.items():
-            start, end = map(int, entry["data_offsets"])
-            entries[name] = (str(entry["dtype"]), [int(n) for n in entry["shape"]], start, end)
+            start, end = entry["data_offsets"]
+            entries[name] = (str(entry["dtype"]), list(entry["shape"]), start, end)
+            if not all(type(number) is int for number in (*entries[name][1], start, end)):
+                raise ValueError("a size is not a whole number")
         if not all(isinstance(text, str) for text in metadata_texts.values()):
             raise ValueError("its header is not one of safetensors")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -140,7 +142,7 @@ def _safetensors(path: Path, file: io.BufferedReader, size: int) -> Content:
         dtype = _NAMES.get(kind)
         if dtype is None:
             state[name] = Thing(f"numbers of type {plain_name(kind, 20)}")
-        elif any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != end - start or len(shape) > 16:
+        elif not _is_possible(shape) or math.prod(shape) * dtype.itemsize != end - start:
             raise ValueError(f"{path} is a damaged safetensors file: {plain_name(name)} has an impossible shape; get it again")
         elif start == end:
             state[name] = torch.empty(shape, dtype=dtype)
@@ -148,6 +150,11 @@ def _safetensors(path: Path, file: io.BufferedReader, size: int) -> Content:
             numbers = as_tensor(view[begin + start : begin + end])
             state[name] = numbers.view(dtype).view(shape)
     return Content(state)
+
+
+def _is_possible(shape: list[int]) -> bool:
+    """Whether a tensor can have this shape; in an empty one, too, the other sizes are numbers of elements."""
+    return len(shape) <= 16 and all(n >= 0 for n in shape) and math.prod(n or 1 for n in shape) < ELEMENTS
 
 
 ORDER = "order"

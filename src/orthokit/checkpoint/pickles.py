@@ -18,7 +18,7 @@ from torch import Tensor
 
 from orthokit.checks import printable
 
-__all__ = ["DamagedError", "Global", "Storage", "Thing", "plain_name", "read", "storage_type"]
+__all__ = ["ELEMENTS", "DamagedError", "Global", "Storage", "Thing", "plain_name", "read", "storage_key", "storage_type"]
 
 LONGEST = 10_000_000
 """Most instructions of a pickle; a checkpoint of 20,000 layers has about a million."""
@@ -81,6 +81,19 @@ Opener = Callable[[tuple[Any, ...]], Any]
 def storage_type(value: object) -> torch.dtype | None:
     """The type of numbers that ``torch.FloatStorage`` and the like hold."""
     return _STORAGES.get(value.name) if isinstance(value, Global) else None
+
+
+def storage_key(identifier: tuple[Any, ...]) -> str | int | None:
+    """The name of a tensor's numbers in a persistent identifier; None if the identifier names something else.
+
+    Raises:
+        DamagedError: the name is not text. Hashing or printing a deeply nested tuple would end the process.
+    """
+    if identifier[:1] != ("storage",) or len(identifier) < 5:
+        return None
+    if not isinstance(identifier[2], (str, int)):
+        raise DamagedError("the name of a tensor's numbers is not text")
+    return identifier[2]
 
 
 def read(stream: Stream, storage: Opener, others: dict[str, None]) -> Any:

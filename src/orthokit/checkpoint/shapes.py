@@ -216,7 +216,8 @@ class Reading:
         """Groups of a transposed convolution ``(in, out / groups, ...)``; None of a convolution."""
         bias = unit.bias
         if bias is not None and bias != first:
-            return bias // second if bias % second == 0 and first % (bias // second) == 0 else None
+            groups = bias // second
+            return groups if groups and bias % second == 0 and first % groups == 0 else None
         if first == second:
             even = unit.taps % 2 == 0
             self.guesses["undecided"] += [unit.name] if even and not unit.words & _UPWARD else []

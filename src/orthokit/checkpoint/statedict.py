@@ -181,6 +181,8 @@ def _units(state: Mapping[str, Any], left_out: dict[str, str]) -> list[Unit]:
             left_out[key] = "packed, as quantized layers are"
     for unit in units.values():
         unit.weight, reason = _weight(unit.parts)
+        if unit.weight is not None and (why := _reason(unit.weight)) is not None:
+            unit.weight, reason = None, why
         if reason is not None:
             left_out[f"{unit.name}.weight" if unit.name else "weight"] = reason
     return list(units.values())
@@ -241,7 +243,7 @@ def _weight(parts: Mapping[str, Tensor]) -> tuple[Tensor | None, str | None]:
             return _spectral(parts["weight_orig"], parts["weight_u"], parts["weight_v"]), None
         if inner.keys() == {"original", "0._u", "0._v"}:
             return _spectral(inner["original"], inner["0._u"], inner["0._v"]), None
-    except (RuntimeError, ValueError, IndexError):
+    except (RuntimeError, ValueError, IndexError, TypeError):
         return None, "parametrized with parts that do not fit"
     return None, "parametrized in a way that is not recorded" if inner or "weight_orig" in parts else None
 

@@ -54,7 +54,7 @@ def zip_archive(path: Path, file: io.BufferedReader, size: int) -> Content:
     try:
         archive = zipfile.ZipFile(file)
         members = {info.filename: info for info in archive.infolist()}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, OSError, struct.error) as error:
         raise ValueError(
             f"{path} is a PyTorch file (or zip archive) that was cut off or damaged ({error}); get it again"
         ) from None
@@ -65,8 +65,6 @@ def zip_archive(path: Path, file: io.BufferedReader, size: int) -> Content:
     unpacked_size = sum(info.file_size for info in members.values() if info.compress_type != zipfile.ZIP_STORED)
     if unpacked_size > max(UNPACKED, 20 * size):
         raise ValueError(f"{path} has {size:,} bytes that unpack to {unpacked_size:,}; files that swell so are not read")
-    if f"{root}byteorder" in members and archive.read(members[f"{root}byteorder"])[:3] == b"big":
-        raise ValueError(f"{path} was saved on a big-endian machine; save it again on this one")
     view, wrong = mapped_bytes(file), 0
     bytes_of: dict[str, Tensor] = {}
 
@@ -76,7 +74,10 @@ def zip_archive(path: Path, file: io.BufferedReader, size: int) -> Content:
         if info.flag_bits & 1:
             raise DamagedError("it is encrypted")
         if info.compress_type != zipfile.ZIP_STORED:
-            return memoryview(bytearray(archive.read(info)))
+            try:
+                return memoryview(bytearray(archive.read(info)))
+            except Exception as error:  # each way of compressing has errors of its own
+                raise DamagedError(str(error) or type(error).__name__) from None
         lengths = struct.unpack("<HH", view[info.header_offset + 26 : info.header_offset + 30])
         start = info.header_offset + 30 + sum(lengths)
         if start + info.file_size > size:
@@ -86,17 +87,19 @@ def zip_archive(path: Path, file: io.BufferedReader, size: int) -> Content:
         return content
 
     def storage(identifier: tuple[Any, ...]) -> Any:
-        if identifier[:1] != ("storage",) or len(identifier) < 5:
+        if (key := pickles.storage_key(identifier)) is None:
             return Thing("an object outside the file")
-        dtype, name = pickles.storage_type(identifier[1]), f"{root}data/{identifier[2]}"
+        dtype, name = pickles.storage_type(identifier[1]), f"{root}data/{key}"
         if dtype is None:
             return Thing(f"a tensor of {getattr(identifier[1], 'name', '?')}")
         if name not in members:
-            raise DamagedError(f"it lacks the numbers {plain_name(str(identifier[2]), 20)}")
+            raise DamagedError(f"it lacks the numbers {plain_name(str(key), 20)}")
         if name not in bytes_of:
             bytes_of[name] = as_tensor(member(name))
         return Storage(bytes_of[name], dtype)
 
+    if f"{root}byteorder" in members and bytes(member(f"{root}byteorder")[:3]) == b"big":
+        raise ValueError(f"{path} was saved on a big-endian machine; save it again on this one")
     content = Content(None)
     if members[f"{root}data.pkl"].file_size > PICKLE:
         raise DamagedError(f"the description of its tensors has more than {PICKLE:,} bytes")
@@ -127,11 +130,11 @@ def _flat(value: Any) -> Any:
 
 def legacy(path: Path, file: io.BufferedReader, size: int) -> Content:
     """The content of the older format: pickles, then numbers, whose sizes only the pickles tell; hence these are read twice."""
-    view, content, keys = mapped_bytes(file), Content(None), {}
+    view, content, dtypes = mapped_bytes(file), Content(None), dict[str | int, torch.dtype]()
 
     def declare(identifier: tuple[Any, ...]) -> Any:
-        if identifier[:1] == ("storage",) and len(identifier) >= 5 and (dtype := pickles.storage_type(identifier[1])):
-            keys[identifier[2]] = dtype
+        if (key := pickles.storage_key(identifier)) is not None and (dtype := pickles.storage_type(identifier[1])):
+            dtypes[key] = dtype
         return Thing("a tensor's numbers")
 
     first = pickles.read(file, declare, content.others)
@@ -148,9 +151,11 @@ def legacy(path: Path, file: io.BufferedReader, size: int) -> Content:
     start = file.tell()
     pickles.read(file, declare, content.others)
     order = pickles.read(file, declare, content.others)
-    position, ranges = file.tell(), dict[Any, Tensor]()
+    position, ranges = file.tell(), dict[str | int, Tensor]()
     for key in order if isinstance(order, list) else []:
-        dtype = keys.get(key, torch.uint8) if isinstance(key, (str, int)) else torch.uint8
+        if not isinstance(key, (str, int)):
+            raise DamagedError("the name of a tensor's numbers is not text")
+        dtype = dtypes.get(key, torch.uint8)
         file.seek(position)
         count = int.from_bytes(file.read(8), "little")
         if count < 0 or position + 8 + count * dtype.itemsize > size:
@@ -161,9 +166,11 @@ def legacy(path: Path, file: io.BufferedReader, size: int) -> Content:
     def storage(identifier: tuple[Any, ...]) -> Any:
         if identifier[:1] == ("module",) and len(identifier) > 1:
             return identifier[1]
-        if identifier[:1] != ("storage",) or len(identifier) < 5 or identifier[2] not in ranges:
+        if (key := pickles.storage_key(identifier)) is None or key not in ranges:
             return Thing("an object outside the file")
-        dtype, numbers = keys[identifier[2]], ranges[identifier[2]]
+        if key not in dtypes:
+            return Thing(f"a tensor of {getattr(identifier[1], 'name', '?')}")
+        dtype, numbers = dtypes[key], ranges[key]
         if len(identifier) > 5 and isinstance(identifier[5], tuple) and len(identifier[5]) == 3:  # a part of another storage
             _, offset, count = identifier[5]
             numbers = numbers[offset * dtype.itemsize : (offset + count) * dtype.itemsize].clone()
