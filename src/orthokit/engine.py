@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from orthokit.advice import check_shape, name_layers
 from orthokit.audit import check_places, edges_to
 from orthokit.checks import warn_once
-from orthokit.gram import GramRule, Side, is_by_rows, is_differentiated, is_finite, outside_autocast, upcast
+from orthokit.grads import add_to_grads, grad_of
+from orthokit.gram import GramRule, Side, is_by_rows, is_differentiated, is_finite, is_transformed, outside_autocast, upcast
 from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources
 from orthokit.layers import Layer
 from orthokit.penalties.base import Relaxes, gram_rule_of, is_squared
@@ -153,7 +154,8 @@ class Engine:
 
     def value(self, only: Collection[int] | None = None) -> Tensor:
         """The sum over all layers, or over those at the indices ``only``; autograd knows its gradient."""
-        batches, stacks = self._sorted(self.read(only), by_rule=not torch.compiler.is_compiling())
+        by_rule = not (torch.compiler.is_compiling() or is_transformed())  # Note [transforms]
+        batches, stacks = self._sorted(self.read(only), by_rule=by_rule)
         values = [self.measure(stack).sum() for stack in stacks]
         if batches:
             weights = [weight for batch in batches for stack in batch.stacks for weight in stack.weights]
@@ -185,7 +187,7 @@ class Engine:
             parameters = leaves(value)
             gradients = torch.autograd.grad(value, parameters) if parameters else ()
         if gradients:
-            _add_to_grads(parameters, gradients, scale, wanted)
+            add_to_grads(parameters, gradients, scale, wanted)
         return value.detach()
 
     @torch.no_grad()
@@ -443,11 +445,11 @@ class Measured(NamedTuple):
                 if wanted is not None and not any(id(weight) in wanted for weight in piece.weights):
                     continue
                 if len(piece.weights) == 1 and not isinstance(scale, Tensor):
-                    matrix = piece.as_matrix(_grad_of(piece.weights[0]))
+                    matrix = piece.as_matrix(grad_of(piece.weights[0]))
                     if matrix is not None:
                         matrix.baddbmm_(*factors, alpha=scale)
                         continue
-                _add_to_grads(piece.weights, piece.split(torch.bmm(*factors)), scale, wanted)
+                add_to_grads(piece.weights, piece.split(torch.bmm(*factors)), scale, wanted)
 
 
 class _Total(torch.autograd.Function):
@@ -475,26 +477,3 @@ class _Total(torch.autograd.Function):
             measured = Measured(batch, of_value, slope, [_Piece(weights, order, next(saved)) for weights, order in shapes])
             gradients += measured.gradients(of_value.to(slope.device))
         return None, None, *gradients
-
-
-def _add_to_grads(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], scale: float | Tensor, wanted: Collection[int] | None
-) -> None:
-    """Add ``scale`` times the gradients to ``.grad`` of those parameters whose ``id`` is wanted; None: of all."""
-    grads, added = [], []
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if wanted is None or id(parameter) in wanted:
-            grads.append(_grad_of(parameter))
-            added.append(gradient)
-    if grads and isinstance(scale, Tensor):
-        torch._foreach_add_(grads, list(torch._foreach_mul(added, scale)))
-    elif grads:
-        torch._foreach_add_(grads, added, alpha=float(scale))
-
-
-def _grad_of(parameter: Tensor) -> Tensor:
-    """``parameter.grad``, zeros where there was none."""
-    if parameter.grad is None:
-        # Fused optimizers want the gradient laid out as the parameter, e.g. channels_last.
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad

@@ -186,6 +186,8 @@ class Regularizer:
             check_number("scale", scale, -math.inf)
         elif scale.numel() != 1:
             raise ValueError(f"scale must be one number; got a tensor of shape {tuple(scale.shape)}")
+        else:
+            scale = scale.reshape(())
         strength = self._due(self._first(wanted))
         value = self._engine.add_grads_(strength * scale, wanted) if strength > 0 else self._engine.sum(())
         return strength * value
@@ -202,7 +204,7 @@ class Regularizer:
 
         Call it after the optimizer's step: decoupled from the gradient, as AdamW decouples weight decay, so that neither
         momentum nor the optimizer's scaling touches it. Neither strength nor schedule applies. ``rate=1`` keeps the kernels
-        on the minimum; the optimizer's state is not changed.
+        on the minimum; the optimizer's state is not changed. Frozen layers do not move, counted or not.
 
         Raises:
             FloatingPointError: a weight is NaN or infinite; the message names the layers.
@@ -224,6 +226,8 @@ class Regularizer:
                 with torch.enable_grad():
                     own = layer.kernel
                 weight, behind = own.weight.detach(), sources(layer.module, layer.weight, own)
+                if not any(parameter.requires_grad for parameter in behind):
+                    continue  # frozen: with include_frozen=True it counts, but nothing may move it
                 if len(behind) != 1 or weight.data_ptr() != behind[0].data_ptr() or weight.numel() != behind[0].numel():
                     raise ValueError(f"the weight of layer {layer.name!r} is computed from others and cannot be set; see where=")
                 moves.append((weight, target.reshape(weight.shape).to(weight.dtype)))

@@ -312,6 +312,35 @@ def test_gradients_do_not_pile_up_in_the_graph():
     assert torch.allclose(twice, 2 * m[0].weight.grad)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_number_of_any_shape_scales(shape):
+    m, expected = model(), model()
+    expected.load_state_dict(m.state_dict())
+    for net, scale in ((m, torch.full(shape, 2.0)), (expected, 2.0)):
+        ortho = ok.Regularizer(net, STRICT, strength=1.0)
+        assert ortho.add_grad_(scale).shape == ()
+    for parameter, other in zip(m.parameters(), expected.parameters(), strict=True):
+        assert parameter.grad is None if other.grad is None else torch.allclose(parameter.grad, other.grad)
+
+
+@pytest.mark.parametrize("penalty", [STRICT, ok.SO(), ok.Coherence(), ok.SRIP()], ids=repr)
+@pytest.mark.parametrize("bag", [False, True])
+def test_a_sparse_gradient_becomes_that_of_the_loss(penalty, bag):
+    """SRIP goes through autograd, the others have their gradient in closed form."""
+    grads = []
+    for way in ("loss", "add_grad_"):
+        torch.manual_seed(0)
+        m = nn.EmbeddingBag(9, 4, sparse=True, mode="sum") if bag else nn.Embedding(9, 4, sparse=True)
+        ortho = ok.Regularizer(m, penalty, strength=0.1, where=ok.embeddings)
+        loss = m(torch.tensor([[1, 3, 3]])).square().sum()
+        (loss + ortho() if way == "loss" else loss).backward()
+        if way == "add_grad_":
+            assert m.weight.grad.is_sparse
+            ortho.add_grad_()
+        grads.append(m.weight.grad.to_dense())
+    assert torch.allclose(*grads, atol=1e-6)
+
+
 # Bad input
 
 

@@ -241,3 +241,21 @@ def test_other_refusals():
     for rate in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"rate must be a finite number in \(0, 1\]"):
             ortho.retract_(rate)
+
+
+@pytest.mark.parametrize("kind", ["plain", "parametrized", "all of one stack"])
+def test_frozen_layers_count_and_do_not_move(kind):
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 6, 1))
+    if kind == "parametrized":  # it could not be set, and need not be
+        nn.utils.parametrizations.weight_norm(m[1])
+    for layer in m if kind == "all of one stack" else [m[1]]:
+        layer.requires_grad_(False)
+    m[2].requires_grad_(True)
+    before = [layer.weight.detach().clone() for layer in m]
+    ortho = ok.Regularizer(m, ok.SO(), strength=1.0, include_frozen=True)
+    assert list(ortho.per_layer()) == ["0", "1", "2"]
+    ortho.retract_()
+    moved = [not torch.equal(layer.weight, old) for layer, old in zip(m, before, strict=True)]
+    assert moved == [kind != "all of one stack", False, True]
+    assert ortho.per_layer()["2"] == pytest.approx(2.0, abs=1e-5)  # 6 filters of 4 weights

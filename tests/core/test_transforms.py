@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.func import functional_call, grad, grad_and_value, hessian, jacrev, jvp, vmap
 
 import orthokit as ok
 from cases import CASES
@@ -75,6 +75,30 @@ def test_a_regularizer_inside_of_a_functional_call():
     actual = grad(lambda parameters: functional_call(m, parameters, (x,)))({k: v.detach() for k, v in m.named_parameters()})
     for name, parameter in m.named_parameters():
         assert torch.allclose(actual[name], parameter.grad, atol=1e-9), name
+
+
+@pytest.mark.parametrize("penalty", [ok.SO(), ok.Disentangled(), ok.SRIP(), ok.ConvOrth()], ids=repr)
+def test_layers_that_are_not_transformed_count_in_a_transform(penalty):
+    m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 8, 3), nn.Conv2d(8, 6, 3)).double()
+    ortho = ok.Regularizer(m, penalty, strength=0.3)
+    ortho().backward()
+    plain, x = ortho().detach(), torch.randn(5, 3, 12, 12, dtype=torch.float64)
+
+    def value(parameters):
+        with torch.nn.utils.stateless._reparametrize_module(m, parameters):
+            return ortho()
+
+    transformed = {"1.weight": m[1].weight.detach()}
+    gradients, transformed_value = grad_and_value(value)(transformed)
+    assert torch.allclose(transformed_value, plain)
+    assert torch.allclose(gradients["1.weight"], m[1].weight.grad, atol=1e-9)
+    assert torch.allclose(vmap(lambda each: m(each).mean() + ortho())(x), m(x).mean((1, 2, 3)) + plain)
+    loss = vmap(lambda each: m(each).mean() + ortho())(x).mean()  # a graph, to parameters that no transform knows
+    expected = torch.autograd.grad(m(x).mean() + ortho(), list(m.parameters()))
+    for actual, other in zip(torch.autograd.grad(loss, list(m.parameters())), expected, strict=True):
+        assert torch.allclose(actual, other, atol=1e-9)
+    with forward_ad.dual_level():
+        assert torch.allclose(ortho(), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
