@@ -7,6 +7,7 @@ closed form: no graph is built, and large weights are not copied. The other stac
 :func:`orthokit.gram.of_gram` does the same for one matrix that is part of somebody's graph.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
@@ -20,7 +21,7 @@ from orthokit.audit import check_places, edges_to
 from orthokit.checks import warn_once
 from orthokit.grads import add_to_grads, grad_of
 from orthokit.gram import GramRule, Side, is_by_rows, is_differentiated, is_finite, is_transformed, outside_autocast, upcast
-from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources
+from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources, sqrt_filters
 from orthokit.layers import Layer
 from orthokit.penalties.base import Relaxes, gram_rule_of, is_squared
 from orthokit.wrappers import reshard
@@ -79,6 +80,10 @@ class Plain:
         """The weights as one tensor, along a new first dimension."""
         return torch.stack(tuple(self.weights)) if len(self.weights) > 1 else self.weights[0].unsqueeze(0)
 
+    def each(self) -> Iterator[Kernel]:
+        """The kernel of each layer."""
+        return (self.form.reading.view.kernel(weight, self.form.reading.rank) for weight in self.weights)
+
     def kernel(self, joined: Tensor | None = None) -> Kernel:
         """The kernels as one, whose weights are ``joined``."""
         reading = self.form.reading
@@ -95,6 +100,10 @@ class Computed:
     def split(self) -> Iterator["Computed"]:
         """The whole stack: its kernels exist already."""
         yield self
+
+    def each(self) -> Iterator[Kernel]:
+        """The kernel of each layer."""
+        return (replace(kernel, weight=kernel.weight.detach()) for kernel in self.kernels)
 
     def kernel(self) -> Kernel:
         """The kernels as one."""
@@ -113,7 +122,7 @@ class Engine:
         model: the model; a layer that is no longer in its place there raises ``ValueError`` at the next call.
         layers: layers of the model.
         penalty: one value per leading dimension of a kernel.
-        scale: multiplies an unsquared penalty of each layer.
+        scale: multiplies an unsquared penalty of each layer, given the layer's own kernel.
         include_frozen: count layers that do not train.
 
     Attributes:
@@ -251,14 +260,14 @@ class Engine:
         batches: list[Batch] = []
         others: list[Stack] = []
         for stack in stacks:
-            batch = self._batch(stack) if by_rule and isinstance(stack, Plain) else None
-            if batch is None:
+            parts = self._batches(stack) if by_rule and isinstance(stack, Plain) else []
+            batches += parts
+            if not parts:
                 others += stack.split()
-            else:
-                batches.append(batch)
         return list(_joined(batches)), others
 
-    def _batch(self, stack: Plain) -> "Batch | None":
+    def _batches(self, stack: Plain) -> "list[Batch]":
+        """The stack in batches of one scale each; none where the penalty has no rule for it."""
         form, view = stack.form, stack.form.reading.view
         groups, o, n = view.size(form.size)
         key = form.reading, form.size
@@ -266,12 +275,15 @@ class Engine:
             is_adjoint = view.transposed and bool(view.stride)
             self._rules[key] = None if is_adjoint else gram_rule_of(self.penalty, o, n, form.reading.rank)
         if (rule_and_side := self._rules[key]) is None or form.dtype.itemsize < 4:
-            return None
+            return []
         rule, side = rule_and_side
         rows = is_by_rows((o, n), side)
-        scale = self._factor(groups, stack.part(slice(1)).kernel)
+        factors = self._factors(groups, stack)
         # The filters of a matrix that is stored the other way round are its columns.
-        return Batch([stack], groups, o if rows else n, rule, rows != view.transposed, scale)
+        size = groups, o if rows else n, rule, rows != view.transposed
+        if len(factors) == 1:
+            return [Batch([stack], *size, factors[0])]
+        return [Batch([stack.part(slice(i, i + 1))], *size, factor) for i, factor in enumerate(factors)]
 
     def measure(self, stack: Stack, joined: Tensor | None = None) -> Tensor:
         """The value of each layer of a stack, whose weights are ``joined``, by the penalty itself.
@@ -295,8 +307,10 @@ class Engine:
         except FloatingPointError as error:
             raise name_layers(stack.layers, error) from None
         values = values.flatten(1)
-        factor = self._factor(values.shape[-1], lambda: kernel)
-        return values.sum(-1) if factor == 1 else values.sum(-1) * factor
+        factors = self._factors(values.shape[-1], stack)
+        if len(factors) > 1:
+            return values.sum(-1) * values.new_tensor(factors)
+        return values.sum(-1) if factors[0] == 1 else values.sum(-1) * factors[0]
 
     def measure_batch(self, batch: "Batch") -> "Measured":
         """The sum over a batch, in closed form; raises as :meth:`measure`."""
@@ -315,11 +329,16 @@ class Engine:
             return torch.zeros((), device=self.layers[0].device)
         return torch.stack([value.to(values[0].device) for value in values]).sum()
 
-    def _factor(self, groups: int, kernel: Callable[[], Kernel]) -> float:
-        """Factor of a layer's values, given its number of groups."""
+    def _factors(self, groups: int, stack: Stack) -> list[float]:
+        """Factors of the values of a stack's layers of so many groups; a single one where all are equal."""
         if is_squared(self.penalty, otherwise=True):
-            return 1.0
-        return (float(self.scale(kernel())) if self.scale else 1.0) / float(groups**0.5)
+            return [1.0]
+        if self.scale is None:
+            return [1.0 / float(groups**0.5)]
+        kernels = itertools.islice(stack.each(), 1) if self.scale is sqrt_filters else stack.each()
+        with torch.no_grad():
+            factors = [float(self.scale(kernel)) / float(groups**0.5) for kernel in kernels]
+        return factors if len(set(factors)) > 1 else factors[:1]
 
 
 class _Piece(NamedTuple):

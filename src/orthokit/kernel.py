@@ -36,6 +36,7 @@ __all__ = [
     "plain_view",
     "plain_weight",
     "sources",
+    "sqrt_filters",
     "stored_sources",
     "stored_weight",
     "views",
@@ -129,6 +130,11 @@ class Kernel:
             rank = torch.stack([each.expand(first.leading) for each in ranks])
         weight = torch.stack([kernel.weight for kernel in kernels]) if len(kernels) > 1 else first.weight.unsqueeze(0)
         return replace(first, weight=weight, rank=rank)
+
+
+def sqrt_filters(kernel: Kernel) -> float:
+    """As ``scale=``: the root of the layer's number of filters; the pull on each filter is then the same at every width."""
+    return float((kernel.groups * kernel.o) ** 0.5)
 
 
 @functools.singledispatch

@@ -14,18 +14,13 @@ from orthokit.audit import warn_of_selection
 from orthokit.checks import check_count, check_flag, check_number, warn_once
 from orthokit.engine import Engine
 from orthokit.groups import param_groups
-from orthokit.kernel import Kernel, KernelMeasure, sources
+from orthokit.kernel import Kernel, KernelMeasure, sources, sqrt_filters
 from orthokit.layers import Where, convs, select
 from orthokit.penalties import PENALTIES
 from orthokit.penalties.base import HasNearest, is_squared
 from orthokit.schedules import Schedule, as_schedule, check_strength, constant
 
 __all__ = ["MOST_STEPS", "Regularizer", "sqrt_filters"]
-
-
-def sqrt_filters(kernel: Kernel) -> float:
-    """As ``scale=``: the root of the layer's number of filters; the pull on each filter is then the same at every width."""
-    return float((kernel.groups * kernel.o) ** 0.5)
 
 
 MOST_STEPS = 2**53
@@ -47,7 +42,8 @@ class Regularizer:
         penalty: a penalty of this package, or any callable ``Kernel -> Tensor`` with one value per leading dimension.
         strength: a number, or a schedule: a function from step to number.
         where: ``(name, module) -> bool``; every convolution by default.
-        scale: multiplies an unsquared penalty of each layer, e.g. :func:`sqrt_filters`; a function ``Kernel -> float``.
+        scale: multiplies an unsquared penalty of each layer, e.g. :func:`sqrt_filters`; a function ``Kernel -> float``
+            of the layer's own kernel, a constant to autograd.
         include_frozen: count layers none of whose parameters ask for a gradient, too. They are left out at each call otherwise.
         every: act at each ``every``-th call only, the first one included, then ``every`` times as hard; other calls give 0. Calls
             that can train are counted: not those under ``torch.no_grad()``, nor :meth:`per_layer`. A squared penalty overshoots,
@@ -102,8 +98,9 @@ class Regularizer:
         if scale is not None:
             if not callable(scale):
                 raise TypeError(f"scale must be a function Kernel -> float such as orthokit.sqrt_filters; got {scale!r}")
-            for layer in self.layers:
-                check_number(f"scale of layer {layer.name!r}", scale(layer.kernel))
+            with torch.no_grad():
+                for layer in self.layers:
+                    check_number(f"scale of layer {layer.name!r}", scale(layer.kernel))
         if scale is not None and is_squared(penalty, otherwise=True):
             warn_once(f"scale= does nothing here: it applies to unsquared penalties, and {penalty!r} is squared")
         self._engine = Engine(model, self.layers, penalty, scale=scale, include_frozen=include_frozen)

@@ -183,3 +183,41 @@ def test_malformed_states(unchecked, state):
     with pytest.raises((TypeError, ValueError), match=r"not the state of a Regularizer|steps must be|calls of"):
         ortho.load_state_dict(state)
     assert ortho.state_dict() == {"steps": 1, "calls": {}}
+
+
+SCALES = {
+    "length": lambda kernel: float(kernel.weight.norm()),
+    "shape": lambda kernel: kernel.weight.shape[0] + 2.0 * kernel.weight.ndim,
+    "filters": ok.sqrt_filters,
+}
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "penalty", [ok.SO(squared=False), ok.Disentangled(), ok.Disentangled(relax=ok.share(0.2)), ok.SRIP()], ids=repr
+)
+@pytest.mark.parametrize("kind", ["plain", "computed", "half"])
+def test_a_scale_gets_the_layers_own_kernel(penalty, groups, scale, kind):
+    """By rule, by autograd on plain weights, and on computed ones."""
+    torch.manual_seed(0)
+    m = nn.Sequential(*(nn.Conv2d(8, 8, 3, groups=groups) for _ in range(3)), nn.Conv2d(8, 8, 1, groups=groups))
+    m[1].weight.data.mul_(5)
+    if kind == "half":
+        m.bfloat16()
+    if kind == "computed":
+        for layer in m:
+            nn.utils.parametrizations.weight_norm(layer)
+    alone = ok.Regularizer(m, penalty, strength=1.0).per_layer()
+    with torch.no_grad():
+        by_hand = {name: scale(ok.kernel_of(layer)) * alone[name] for name, layer in m.named_children()}
+    ortho = ok.Regularizer(m, penalty, strength=0.5, scale=scale)
+    assert ortho.per_layer() == pytest.approx(by_hand, rel=1e-5)
+    assert ortho().item() == pytest.approx(0.5 * sum(by_hand.values()), rel=1e-5)
+    assert ortho.add_grad_().item() == pytest.approx(0.5 * sum(by_hand.values()), rel=1e-5)
+    added = [parameter.grad for parameter in m.parameters() if parameter.grad is not None]
+    m.zero_grad()
+    ortho().backward()
+    expected = [parameter.grad for parameter in m.parameters() if parameter.grad is not None]
+    for actual, other in zip(added, expected, strict=True):
+        assert torch.allclose(actual, other, rtol=2e-2 if kind == "half" else 1e-4, atol=1e-5)
