@@ -5,7 +5,9 @@ convolution or linear function is the weight in use, with its graph. So no list 
 (padding, casting, a branch beside) is told from one that uses another weight.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +36,10 @@ def is_overridden(layer: nn.Module) -> bool:
 def computed_weight(layer: nn.Module, stored: Tensor) -> Tensor | None:
     """The weight that the forward pass computes from ``stored``, the layer's weight; None where ``stored`` is used as it is.
 
-    The layer is left as it was: the copy has its own parameters and buffers, through which gradients reach the layer's.
+    The layer is left as it was. The copy has its own parameters and buffers, through which gradients reach the layer's; modules
+    that the layer holds, registered or not, are copied likewise, and so are its lists, dictionaries and sets. torch's random
+    numbers start from one seed, the same at each call, and go on afterwards as if nothing had happened. Not protected are other
+    objects that the layer holds, tensors in its lists, and the generators of Python and NumPy.
 
     Raises:
         TypeError: the forward pass cannot be followed; the message says how to register the layer.
@@ -45,7 +50,7 @@ def computed_weight(layer: nn.Module, stored: Tensor) -> Tensor | None:
     watch = _Watch(twin.weight)
     reason = "no convolution or linear function of torch gets a weight of that shape"
     try:
-        with watch:
+        with _repeatable(stored.device), watch:
             twin.forward(_tiny_input(layer, stored))
     except Exception as error:  # a forward pass can fail in any way
         if not watch.weights:
@@ -86,16 +91,55 @@ class _Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose tensors are computed from the module's."""
-    twin = type(module).__new__(type(module))  # `copy` would ask __getstate__, which parametrized modules refuse
-    vars(twin).update(vars(module))
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """The same random numbers each time, and torch's generators as they were afterwards."""
+    generators: list[torch.Generator] = []
+    if not torch.compiler.is_compiling():  # compiled code knows no generators
+        generators.append(torch.default_generator)
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(0)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _twin(module: nn.Module, twins: dict[int, Any] | None = None) -> nn.Module:
+    """A copy in evaluation mode whose tensors are computed from the module's; ``twins`` are by the ``id`` of the original."""
+    twins = {} if twins is None else twins
+    twin = twins[id(module)] = type(module).__new__(type(module))  # `copy` would ask __getstate__: parametrized modules refuse
+    own = vars(module)
+    vars(twin).update(own)
+    vars(twin).update({name: _copy(value, twins) for name, value in own.items() if type(value) not in ATOMS})
     for kind in ("_parameters", "_buffers"):
-        tensors = vars(module)[kind].items()
-        vars(twin)[kind] = {name: tensor if tensor is None else tensor.clone() for name, tensor in tensors}
-    vars(twin)["_modules"] = {name: part if part is None else _twin(part) for name, part in module._modules.items()}
+        vars(twin)[kind] = {name: tensor if tensor is None else tensor.clone() for name, tensor in own[kind].items()}
     vars(twin)["training"] = False
     return twin
+
+
+ATOMS: frozenset[type] = frozenset((bool, int, float, str, type(None), OrderedDict, Tensor, nn.Parameter))
+"""Types of attributes that a twin shares with its module: what does not change, tensors, and torch's tables of hooks."""
+
+
+def _copy(value: Any, twins: dict[int, Any]) -> Any:
+    """A module's twin, a container of copies; anything else itself."""
+    if id(value) in twins:
+        return twins[id(value)]
+    if isinstance(value, nn.Module) and "_parameters" in vars(value):  # one of TorchScript keeps its tensors elsewhere
+        return _twin(value, twins)
+    if type(value) not in (list, tuple, set, dict):
+        return value
+    if ATOMS.issuperset(map(type, value.values() if type(value) is dict else value)):
+        return value if type(value) is tuple else value.copy()
+    twins[id(value)] = value  # so that one that holds itself comes to an end
+    if type(value) is dict:
+        return {key: _copy(each, twins) for key, each in value.items()}
+    return type(value)([_copy(each, twins) for each in value])
 
 
 def _tiny_input(layer: nn.Module, weight: Tensor) -> Tensor:

@@ -260,6 +260,49 @@ def test_a_harmless_override_changes_nothing(layer):
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
+class Noted(nn.Conv2d):
+    """Draws random numbers, counts and takes notes, in containers and in modules that it has not registered."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.notes, self.by_name, self.seen, self.helpers = [], {"calls": 0, "shapes": []}, set(), [nn.BatchNorm2d(2)]
+        vars(self)["hidden"] = nn.BatchNorm2d(2)
+        self.helpers.append(self)
+        self.by_name["self"] = self.by_name
+        self.loop = [self.helpers]
+        self.loop.append(self.loop)
+
+    def forward(self, x):
+        self.notes.append(x.shape)
+        self.seen.add(x.shape)
+        self.by_name["calls"] += 1
+        self.by_name["shapes"].append(x.shape)
+        for norm in (self.helpers[0], self.hidden):
+            norm.running_mean.add_(1)
+            norm.calls = getattr(norm, "calls", 0) + 1
+        self.helpers[1].times = 2
+        return F.conv2d(x, self.weight * (1 + torch.rand(())))
+
+
+def test_a_forward_pass_that_is_asked_leaves_no_trace():
+    layer = Noted(2, 3, 1)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    ortho = ok.Regularizer(layer, ok.SO(), strength=1.0)
+    first, again = ortho(), ortho()
+    ortho.add_grad_()
+    ok.report(layer)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first, again)
+    assert (layer.notes, layer.seen) == ([], set())
+    assert (layer.by_name["calls"], layer.by_name["shapes"]) == (0, [])
+    for norm in (layer.helpers[0], layer.hidden):
+        assert not norm.running_mean.any()
+        assert not hasattr(norm, "calls")
+    assert not hasattr(layer, "times")
+
+
 class Masked(nn.Conv2d):
     def forward(self, x, mask):
         return super().forward(x * mask)
