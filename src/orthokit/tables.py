@@ -91,7 +91,8 @@ class Table:
         yield self._drawing(columns)
         yield from (Text(printable(note)) for note in self.notes)
         if left_out:
-            yield Text(f"not shown at this width: {', '.join(left_out)}; a wider terminal, to_dict() or --format json has them")
+            names = printable(", ".join(left_out))
+            yield Text(f"not shown at this width: {names}; a wider terminal, to_dict() or --format json has them")
 
     def _drawing(self, columns: list[Column], first: int | None = None) -> RichTable:
         """The table for rich; ``first`` limits the width of the first column, which is folded where it is longer."""
@@ -99,14 +100,17 @@ class Table:
         for index, column in enumerate(columns):
             most = None if index else first
             table.add_column(
-                column.header, justify="right" if index else "left", no_wrap=bool(index), overflow="fold", max_width=most
+                Text(printable(column.header)),
+                justify="right" if index else "left",
+                no_wrap=bool(index),
+                overflow="fold",
+                max_width=most,
             )
         for index, row in enumerate(self.rows, 1):
             table.add_row(*(Text(c.show(row.get(c.key))) for c in columns), end_section=index == len(self.rows))
         for name, row in self.totals.items():
-            table.add_row(
-                row.get("label", name), *(c.show(row[c.key]) if c.key in row else "" for c in columns[1:]), style="bold"
-            )
+            values = (c.show(row[c.key]) if c.key in row else "" for c in columns[1:])
+            table.add_row(*map(Text, (printable(row.get("label", name)), *values)), style="bold")
         return table
 
     def __str__(self) -> str:

@@ -19,6 +19,7 @@ from orthokit.report import compare, words
 from orthokit.report.gate import Condition
 from orthokit.report.measure import COLUMNS
 from orthokit.report.words import action_of, ranked, sentence_of
+from orthokit.tables import Column, Table
 
 
 def linear(matrix):
@@ -195,6 +196,23 @@ def test_side_by_side():
     assert any("after lacks 1 layers, such as fc" in note for note in table.notes)
     with pytest.raises(ValueError, match="two reports or more"):
         compare({"one": ok.report(before)})
+
+
+@pytest.mark.parametrize("name", ["net [v1].pt", "net [bold].pt", "[red]net.pt", "net [nats] x.pt"])
+def test_names_of_files_are_shown_as_they_are(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "400")
+    for each in (name, "other.pt"):
+        torch.save(trained().state_dict(), tmp_path / each)
+    assert main(["report", str(tmp_path / name), str(tmp_path / "other.pt")]) == 0
+    assert f"{name}: reads as" in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["report", str(tmp_path / name), str(tmp_path / "other.pt")]) == 0
+    assert f"{name}: copies" in " ".join(capsys.readouterr().out.split())
+    rows = ({"layer": "a", "x": 1},)
+    table = Table(
+        "t [x]", (Column("layer", "layer [l]", "s"), Column("x", "x [/s]", "d")), rows, {"t": {"label": "[all]", "x": 1}}
+    )
+    assert all(part in str(table) for part in ("t [x]", "layer [l]", "x [/s]", "[all]"))
 
 
 def test_order_and_top():

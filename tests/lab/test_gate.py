@@ -171,3 +171,108 @@ def test_a_layer_of_the_architecture_that_the_file_lacks_does_not_pass(folder, c
 def test_a_whole_network_has_no_gap():
     state = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)).state_dict()
     assert ok.report(state | {"embedding.weight": torch.ones(9, 3), "count": torch.ones(3).long()}).incomplete == {}
+
+
+MODULE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Odd(nn.Conv2d):
+    def forward(self, x):
+        return x.sum() * self.weight.sum()
+
+class Locked(nn.Linear):
+    def __deepcopy__(self, memo):
+        raise RuntimeError("locked")
+
+class Small(nn.Module):
+    def __init__(self, layer, features):
+        super().__init__()
+        self.layer, self.fc = layer, nn.Linear(features, 10)
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+NET = 3
+def net(): return nn.Sequential(nn.Linear(4, 4), Odd(3, 4, 3))
+def locked(): return nn.Sequential(Locked(4, 4))
+def plain(): return nn.Sequential(nn.Linear(4, 4))
+def odd(channels, classes): return Small(Odd(channels, 4, 3), channels)
+def number(channels, classes): return 3
+def broken(): return None + 1
+"""
+
+
+@pytest.fixture
+def module(folder, monkeypatch):
+    (folder / "gate_mine.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(folder)
+    linear = {"0.weight": torch.eye(4), "0.bias": torch.zeros(4)}
+    torch.save(linear | {"1.weight": torch.ones(4, 3, 3, 3), "1.bias": torch.ones(4)}, "odd.pt")
+    torch.save(linear, "plain.pt")
+    torch.save({name: value.to(torch.int8) for name, value in linear.items()}, "int8.pt")
+    yield
+    sys.modules.pop("gate_mine", None)
+
+
+def is_one_line(capsys, message):
+    *before, last = capsys.readouterr().err.splitlines()
+    assert message in last
+    assert all("importing" in line for line in before)
+
+
+@pytest.mark.parametrize("command", ["report", "plan --linears"])
+@pytest.mark.parametrize(
+    ("file", "make", "message"),
+    [
+        ("plain.pt", "locked", "Sequential cannot be copied"),
+        ("int8.pt", "plain", "weights must be real floating-point numbers; got torch.int8"),
+        ("plain.pt", "NET", "has no function 'NET'"),
+        ("plain.pt", "broken", "cannot be built on the meta device: TypeError"),
+    ],
+)
+def test_modules_that_cannot_be_used_are_one_line(module, capsys, unchecked, command, file, make, message):
+    assert main([*command.split(), file, "--model", f"gate_mine:{make}"]) == 2
+    is_one_line(capsys, message)
+
+
+def test_a_layer_whose_weight_cannot_be_read_is_one_line(module, capsys, unchecked):
+    assert main(["report", "odd.pt", "--model", "gate_mine:net"]) == 2
+    is_one_line(capsys, "Odd has a forward pass of its own")
+
+
+RECIPE = """
+[data]
+name = "synthetic"
+train = 200
+validation = 100
+size = 8
+pad = 1
+[train]
+epochs = 1
+batch = 50
+[regularizer]
+penalty = "SO"
+strength = 0.1
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("NET", "must be a function that makes a network; got int"),
+        ("number", "must return a torch.nn.Module"),
+        ("odd", "Odd has a forward pass of its own"),
+    ],
+)
+@pytest.mark.parametrize("seeds", [["0"], ["0", "1"]])
+def test_networks_that_cannot_be_trained_are_one_line(module, folder, capsys, unchecked, kind, message, seeds):
+    (folder / "r.toml").write_text(f'{RECIPE}[network]\nkind = "gate_mine:{kind}"\n')
+    assert main(["train", "r.toml", "--device", "cpu", "--seeds", *seeds, "--jobs", "1"]) == 2
+    is_one_line(capsys, message)
+
+
+def test_faults_of_the_program_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr("orthokit.cli.evidence.Evaluate.run", lambda self, console: None + 1)
+    with pytest.raises(TypeError):
+        main(["evaluate", "runs"])

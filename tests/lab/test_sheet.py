@@ -9,6 +9,7 @@ from made_up import made_up
 from orthokit.cli import main
 from orthokit.lab.atomic import to_json
 from orthokit.lab.comparison.comparison import compare
+from orthokit.lab.comparison.metrics import METRICS
 from orthokit.lab.comparison.sheet import compare_lines, direction
 from orthokit.lab.comparison.spread import spreads, typical
 from orthokit.lab.reporting import markup, words
@@ -219,3 +220,58 @@ def test_a_typical_sd_for_power(sheet, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "results/mine")
     assert main(["power", "--effect", "1"]) == 2
     assert "give --sd, or --like" in line(capsys.readouterr().err)
+
+
+def test_panels_are_told_apart_by_name_whatever_the_order(sheet, capsys):
+    values = {("none", 0): 90, ("none", 1): 91, ("so", 0): 92, ("so", 1): 94}
+    rows = [(arm, str(seed), "big", "r8", str(value)) for (arm, seed), value in values.items()]
+    first = sheet("arm,seed,panel,network,acc\n" + "".join(f"{','.join(row)}\n" for row in rows[:2]), "a.csv")
+    other = "arm,seed,network,panel,acc\n" + "".join(f"{a},{s},{n},{p},{v}\n" for a, s, p, n, v in rows[2:])
+    for by in ((), ("network", "panel")):
+        comparison = compare_lines([first, sheet(other, "b.csv")], by=by)
+        assert len(comparison.panels) == 1
+        assert list(comparison.panels[0].arms) == ["none", "so"]
+    for header in ("arm,seed,panel,acc", "arm,seed,network,acc", "arm,seed,acc"):
+        middle = "".join(f",{value}" for value in ("big",) * (header.count(",") - 2))
+        second = sheet(f"{header}\nso,0{middle},92\nso,1{middle},94\n", "c.csv")
+        for paths in ([first, second], [second, first]):
+            assert main(["compare", *map(str, paths)]) == 2
+            message = capsys.readouterr().err
+            assert "tell panels apart by different columns" in message
+            assert "c.csv" in message
+            assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["loss [nats]", "rate [/s]", "[bold]x[/bold]", "a [/] b", "cost [$]", "$x_$ loss", "[link=x]y"])
+def test_a_header_is_shown_as_it_is(sheet, tmp_path, capsys, name):
+    file = sheet(GOOD.replace("accuracy", name))
+    assert main(["compare", str(file), "--html", str(tmp_path / "p.html")]) == 0
+    assert name in line(capsys.readouterr().out)
+    assert main(["power", "--like", str(file), "--seeds", "3"]) == 0
+    assert name in line(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.key)
+def test_columns_named_as_what_the_lab_records_are_only_columns(sheet, tmp_path, capsys, metric):
+    for name in (metric.path, metric.key):
+        assert main(["compare", str(sheet(GOOD.replace("accuracy", name))), "--html", str(tmp_path / "p.html")]) == 0
+        text = line(capsys.readouterr().out)
+        assert name in text
+        for note in (words.FITTED, words.COST, *words.MEASURED.values()):
+            assert line(note)[:40] not in text
+        comparison = compare_lines([sheet(GOOD.replace("accuracy", name))])
+        assert len(words.notes(comparison)) == 1
+        assert comparison.primary.part is None
+    assert main(["compare", str(sheet("arm,seed,evaluation.noise.x,y\nnone,0,,1\nso,0,,2\n"))]) == 2
+    assert "orthokit evaluate" not in capsys.readouterr().err
+
+
+def test_numbers_are_written_whole(sheet, tmp_path):
+    values = ["90.123456789012", "0.1", "1e-300", "123456789.25"]
+    rows = [
+        f"{arm},{seed},{value}" for arm, pair in (("none", values[:2]), ("so", values[2:])) for seed, value in enumerate(pair)
+    ]
+    assert main(["compare", str(sheet("\n".join(["arm,seed,acc", *rows]))), "--csv", str(tmp_path / "n.csv")]) == 0
+    with (tmp_path / "n.csv").open() as file:
+        cells = [row["values"].split() for row in csv.DictReader(file) if row["metric"] == "acc"]
+    assert [[*map(float, cell)] for cell in cells[:2]] == [[*map(float, pair)] for pair in (values[:2], values[2:])]

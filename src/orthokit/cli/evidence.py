@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import TaskID
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from orthokit.cli.base import Format, Terminal, UsageError, check_positive, needing, say, to_compare, write_text
 from orthokit.cli.lab import Machine
@@ -150,7 +151,7 @@ def _curves(found: "Result") -> RichTable:
     table = RichTable(title="accuracy by strength, %", title_justify="left", box=box.SIMPLE, show_header=False)
     for label, points in curves.items():
         if points:
-            table.add_row(label, *(f"{strength:g}" for strength in points), style="dim")
+            table.add_row(Text(label), *(f"{strength:g}" for strength in points), style="dim")
             table.add_row("", *(f"{100 * value:.1f}" for value in points.values()))
     return table
 
@@ -275,11 +276,11 @@ class Power:
         if not self.like and not paths[0].is_dir():
             raise UsageError("give --sd, or --like with a folder of runs or a CSV file whose runs vary as yours will")
         heading, found = spreads(paths, self.metric)
-        table = RichTable(title=f"standard deviation of seeds, {heading}", title_justify="left", box=box.SIMPLE_HEAD)
+        table = RichTable(title=Text(f"standard deviation of seeds, {heading}"), title_justify="left", box=box.SIMPLE_HEAD)
         for header in ("network", "arms", "runs", "sd"):
             table.add_column(header, justify="left" if header == "network" else "right")
         for each in found:
-            table.add_row(escape(each.where), str(each.arms), str(each.runs), f"{each.sd:.3g}")
+            table.add_row(Text(each.where), str(each.arms), str(each.runs), f"{each.sd:.3g}")
         console.print(table)
         sd = typical(found)
         least, most = min(each.sd for each in found), max(each.sd for each in found)

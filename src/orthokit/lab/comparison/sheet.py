@@ -28,10 +28,12 @@ from orthokit.lab.comparison.metrics import METRICS, Metric
 from orthokit.lab.comparison.panels import baseline_of, pair_of
 from orthokit.lab.runs.results import Row
 
-__all__ = ["Line", "compare_lines", "direction", "lines_of"]
+__all__ = ["COLUMN", "Line", "compare_lines", "direction", "lines_of"]
 
 KEYS = ("arm", "seed")
 PANELS = ("panel", "network")
+COLUMN = "column."
+"""Beginning of a column's path, by which no column is taken for a number that the lab records, such as ``train.loss``."""
 MORE = {
     "accuracy",
     "acc",
@@ -70,22 +72,27 @@ def lines_of(paths: Sequence[Path], by: Sequence[str] = ()) -> tuple[list[str], 
         FileNotFoundError: no such file.
         ValueError: a column is missing or stands twice, a value is not a number, a run stands twice, or there is no run.
     """
-    panels, metrics = dict[str, None](), dict[str, None]()
+    panels, metrics = list[str](), dict[str, None]()
     lines: list[Line] = []
     firsts: dict[tuple[tuple[str, ...], str, int], str] = {}
-    for path in paths:
+    for index, path in enumerate(paths):
         panel_columns, columns, rows = _table(path, by)
-        panels |= dict.fromkeys(panel_columns)
+        panels = panels if index else panel_columns
+        if panel_columns != panels:
+            ours, theirs = (" and ".join(names) or "none" for names in (panel_columns, panels))
+            raise ValueError(
+                f"{path} and {paths[0]} tell panels apart by different columns, {ours} and {theirs}; give both the same columns"
+            )
         metrics |= dict.fromkeys(columns)
         for where, cells in rows:
-            line = _line(where, cells, panel_columns, columns, path)
+            line = _line(where, cells, panels, columns, path)
             key = line.panel, line.arm, line.row.seed
             if (first := firsts.setdefault(key, where)) != where:
                 raise ValueError(f"{where}: {', '.join([line.arm, *line.panel])}, seed {line.row.seed} stands in {first} already")
             lines.append(line)
     if not lines:
         raise ValueError(f"{', '.join(map(str, paths))}: a header, and no runs below it")
-    return list(panels), list(metrics), lines
+    return panels, list(metrics), lines
 
 
 def _table(path: Path, by: Sequence[str]) -> tuple[list[str], list[str], Iterator[tuple[str, dict[str, str]]]]:
@@ -108,7 +115,7 @@ def _table(path: Path, by: Sequence[str]) -> tuple[list[str], list[str], Iterato
         raise ValueError(f"{path} needs a column {missing[0]!r}{did_you_mean(missing[0], names)}")
     if unknown := [key for key in by if key not in names]:
         raise ValueError(f"{path} has no column {unknown[0]!r} to tell panels apart{did_you_mean(unknown[0], names)}")
-    panels = list(by) or [name for name in names if name in PANELS]
+    panels = list(dict.fromkeys(by)) or [name for name in PANELS if name in names]
     metrics = [name for name in names if name and name not in (*KEYS, *panels)]
     if not metrics:
         raise ValueError(f"{path} has no column with a metric, such as accuracy; it has {', '.join(filter(None, names))}")
@@ -143,7 +150,7 @@ def _line(where: str, cells: dict[str, str], panels: Sequence[str], metrics: Seq
                     f"{where}: {name} must be a number; got {cells[name]!r}; leave the cell empty if there is no value, or "
                     f"say --by {name} if this column tells panels apart"
                 )
-            values[name] = value
+            values[COLUMN + name] = value
     return Line(where, cells["arm"], tuple(cells[name] for name in panels), Row.of(path, int(seed), values))
 
 
@@ -249,7 +256,7 @@ def _plain(value: str) -> float | int | str:
 
 def _metric(name: str, better: Literal[-1, 0, 1], panels: Sequence[Panel]) -> Metric:
     """A metric with as many decimals as two digits of the standard deviation of seeds need."""
-    metric = Metric(name, name, "result", better, name)
+    metric = Metric(name, name, "result", better, COLUMN + name)
     values = [[metric.read(row) for row in rows] for panel in panels for rows in panel.arms.values()]
     sd = pooled_sd([Sample(tuple(value for value in numbers if value is not None)) for numbers in values])
     decimals = 1 - math.floor(math.log10(sd)) if sd else 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orthokit.lab.comparison.inference import Sample, pooled_sd
 from orthokit.lab.comparison.metrics import Metric, metric_of
-from orthokit.lab.comparison.sheet import lines_of
+from orthokit.lab.comparison.sheet import COLUMN, lines_of
 from orthokit.lab.runs import collect
 
 __all__ = ["Spread", "spreads", "typical"]
@@ -60,7 +60,7 @@ def _of_sheets(paths: Sequence[Path], metric: str | None) -> tuple[str, Values]:
         raise ValueError(f"no column {name!r} with a metric; there are {', '.join(names)}")
     values: Values = {}
     for line in lines:
-        values.setdefault((", ".join(line.panel) or line.row.source.stem, line.arm), []).extend(line.row.numbers(name))
+        values.setdefault((", ".join(line.panel) or line.row.source.stem, line.arm), []).extend(line.row.numbers(COLUMN + name))
     return name, values
 
 

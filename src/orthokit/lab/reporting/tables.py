@@ -317,7 +317,7 @@ def _raw(cell: Cell) -> Row:
     sample, difference = cell.sample, cell.difference
     row: Row = {"n": sample.n, "mean": sample.mean, "sd": sample.sd, "verdict": cell.verdict}
     row |= dict(zip(("low", "high"), sample.interval or (None, None), strict=True))
-    row["values"] = " ".join(f"{value:g}" for value in sample.values)
+    row["values"] = " ".join(repr(float(value)) for value in sample.values)
     if difference is None:
         return row
     return row | _raw_effect(difference) | {"p_welch": difference.welch, "p_dunnett": difference.dunnett}

@@ -1,6 +1,7 @@
 """A comparison on a terminal, from the tables and words that every other form uses."""
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -85,10 +86,9 @@ def _drawn(table: Table, columns: Sequence[Column], title: str | None, *, fold: 
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for place, column in enumerate(columns):
-        drawn.add_column(
-            column.header, justify="left" if column.format == TEXT else "right", no_wrap=place > 0 and not fold, overflow="fold"
-        )
+    for index, column in enumerate(columns):
+        justify: Literal["left", "right"] = "left" if column.format == TEXT else "right"
+        drawn.add_column(Text(column.header), justify=justify, no_wrap=index > 0 and not fold, overflow="fold")
     for panel, rows in panels:
         if len(named) > 1:
             drawn.add_row(Text(panel, style="bold"))

@@ -237,6 +237,8 @@ def legend(comparison: Comparison) -> str:
 
 def notes(comparison: Comparison) -> list[str]:
     """Sentences on how everything besides accuracy was measured, and where the numbers are from."""
+    if not comparison.recorded:
+        return _sources(comparison)
     parts = dict.fromkeys(metric.part for metric in comparison.metrics if metric.part in MEASURED)
     results = [result for panel in comparison.panels for result in panel.results]
     first = {part: next(result.parts[part] for result in results if part in result.parts) for part in parts}
