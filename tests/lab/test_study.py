@@ -358,7 +358,9 @@ def digest(comparison: Comparison) -> str:
         return f"{0.0 if abs(number) < 1e-9 else number:.6g}"
 
     rows = [
-        row for row in csv.DictReader(io.StringIO(tables.numbers(comparison).to_csv())) if row["metric"] not in ("speed", "share")
+        row | {"values": " ".join(f"{float(value):g}" for value in row["values"].split())}
+        for row in csv.DictReader(io.StringIO(tables.numbers(comparison).to_csv()))
+        if row["metric"] not in ("speed", "share")
     ]
     assert len(rows) > 10
     return hashlib.sha256(repr([[rounded(cell) for cell in row.values()] for row in rows]).encode()).hexdigest()[:16]
