@@ -169,6 +169,15 @@ class Regularizer:
             scale: factor of the gradient, for whoever scales gradients by hand.
             only: parameters to serve; by default all.
         """
+        return self._add_grad_(scale, only, self._due)
+
+    def _add_grad_(
+        self,
+        scale: float | Tensor,
+        only: Collection[Tensor] | None,
+        due: Callable[[str], float],
+    ) -> Tensor:
+        """:meth:`add_grad_` with the strength that ``due`` gives for the name under which the call is counted."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "add_grad_ needs autograd, which torch.inference_mode() switches off for good; use torch.no_grad()"
@@ -185,7 +194,7 @@ class Regularizer:
             raise ValueError(f"scale must be one number; got a tensor of shape {tuple(scale.shape)}")
         else:
             scale = scale.reshape(())
-        strength = self._due(self._first(wanted))
+        strength = due(self._first(wanted))
         value = self._engine.add_grads_(strength * scale, wanted) if strength > 0 else self._engine.sum(())
         return strength * value
 

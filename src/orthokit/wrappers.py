@@ -18,8 +18,13 @@ def _inner(module: nn.Module) -> nn.Module | None:
     """The module in a wrapper; None if this is not one."""
     if isinstance(module, (DataParallel, DistributedDataParallel, AveragedModel)):
         return cast(nn.Module, module.module)
-    names = list(module._modules)
-    return module._modules[names[0]] if names and all(name in SHELLS for name in names) else None
+    parts = _parts(module)
+    return next(iter(parts.values())) if parts and all(name in SHELLS for name in parts) else None
+
+
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    """The submodules by name; TorchScript's table of them is not a dictionary."""
+    return {name: part for name, part in module._modules.items() if part is not None}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -32,8 +37,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the bare model, each once, by the names that they have without any wrapper."""
     bare = unwrap(model)
-    while list(bare._modules) == ["module"] and not bare._parameters:  # wrappers of other libraries
-        bare = unwrap(cast(nn.Module, bare._modules["module"]))
+    while list(parts := _parts(bare)) == ["module"] and not bare._parameters:  # wrappers of other libraries
+        bare = unwrap(parts["module"])
     waiting, seen = [("", bare)], set[nn.Module]()
     while waiting:
         path, module = waiting.pop()
@@ -44,8 +49,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             waiting.append((path, inner))
             continue
         yield path, module
-        parts = [(f"{path}.{name}" if path else name, part) for name, part in module._modules.items() if part is not None]
-        waiting += reversed(parts)
+        waiting += reversed([(f"{path}.{name}" if path else name, part) for name, part in _parts(module).items()])
 
 
 def reshard(model: nn.Module) -> None:

@@ -290,3 +290,20 @@ def test_names_inside_fabric_and_checkpointing():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), checkpoint_wrapper(nn.Sequential(nn.Conv2d(4, 4, 1))))
     wrapped = fabric.Fabric(accelerator="cpu", devices=1).setup(model)
     assert names(wrapped) == ["0", "1.0"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("part", [False, True])
+def test_modules_of_torchscript_have_no_kernel_view(part):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1)))
+    scripted = torch.jit.trace(net.eval(), torch.randn(1, 3, 8, 8))
+    for m in (scripted, torch.jit.script(net)):
+        m = nn.Sequential(m) if part else m
+        for call in (ok.report, lambda m: ok.Regularizer(m, ok.SO(), strength=0.1)):
+            with pytest.raises(ValueError, match=r"(convs|layers) selects no layer of .*which has: no layer with a kernel view"):
+                call(m)
+    if part:  # beside layers that can be read
+        beside = nn.Sequential(nn.Conv2d(3, 3, 1), scripted)
+        ortho = ok.Regularizer(beside, ok.SO(), strength=0.1)
+        assert list(ortho.per_layer()) == ["0"]
+        assert ortho().item() > 0

@@ -2,9 +2,11 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -15,6 +17,7 @@ from torch import nn
 
 import orthokit as ok
 from orthokit.cli import main
+from orthokit.integrations import logs
 from orthokit.integrations.logs import measure
 from orthokit.lab.recipes.recipe import Recipe
 from orthokit.lab.runs.logs import Log, check_installed
@@ -159,6 +162,64 @@ def test_open_files(tmp_path, ortho):
     assert [(row["step"], row["ortho/wide/copies"]) for row in rows_of(pipe.getvalue())] == [("0", "0.0"), ("1", "")]
     with pytest.raises(ValueError, match="an open file keeps its header, which lacks other/0, other/1"):
         ok.log(ortho, pipe, 2, prefix="other")
+
+
+def test_new_columns_never_cost_rows(tmp_path, ortho, monkeypatch):
+    """The disk is full while the file is written anew."""
+    path, link = tmp_path / "log.csv", tmp_path / "link.csv"
+    for step in range(3):
+        ok.log(ortho, path, step)
+    path.chmod(0o640)
+    link.symlink_to(path)
+    before = path.read_bytes()
+    write = logs._add_rows
+
+    def fill_the_disk(file, columns, rows, *, header):
+        write(file, columns, rows[:1], header=header)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logs, "_add_rows", fill_the_disk)
+        with pytest.raises(OSError, match="No space"):
+            ok.log(ortho, link, 3, prefix="other")
+    assert path.read_bytes() == before
+    ok.log(ortho, link, 3, prefix="other")
+    assert [row["step"] for row in rows_of(path.read_text())] == ["0", "1", "2", "3"]
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert sorted(tmp_path.iterdir()) == [link, path]
+
+
+def test_an_open_file_keeps_the_columns_that_it_has(tmp_path, ortho):
+    path = tmp_path / "log.csv"
+    values = ok.log(ortho, path, 0)
+    with path.open("a", newline="") as file:  # fewer columns
+        ok.log(ortho, file, 1, report=False)
+        ok.log(ortho, file, 2)
+    rows = rows_of(path.read_text())
+    assert [row["step"] for row in rows] == ["0", "1", "2"]
+    assert [float(row["ortho/strength"]) for row in rows] == [values["ortho/strength"]] * 3
+    assert rows[1]["ortho/wide/copies"] == ""
+    before = path.read_text()
+    with path.open("a", newline="") as file:
+        with pytest.raises(ValueError, match="which lacks other/0"):
+            ok.log(ortho, file, 3, prefix="other")
+        ok.log(ortho, file, 3)  # nothing of the refused call is remembered
+    assert rows_of(path.read_text())[:-1] == rows_of(before)
+
+
+@pytest.mark.parametrize("kind", ["notes", "memory", "nameless"])
+def test_an_open_file_whose_header_is_not_known_is_refused(tmp_path, ortho, kind):
+    path = tmp_path / "notes.txt"
+    path.write_text("some notes\n" if kind == "notes" else "step,other\n")
+    if kind == "memory":
+        file = io.StringIO("step,other\n")
+        file.seek(0, io.SEEK_END)
+    else:
+        file = path.open("a") if kind == "notes" else os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "a")
+    with file, pytest.raises(ValueError, match=r"no header could be read .* log to a path"):
+        ok.log(ortho, file, 0)
+    assert len(path.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

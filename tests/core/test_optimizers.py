@@ -166,6 +166,37 @@ def test_what_is_no_optimizer(unchecked, what):
         ok.attach(ok.Regularizer(m, STRICT, strength=0.1), what)
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_closure_sees_one_penalty_in_a_step(every):
+    """A line search compares values within a step; ``every=`` counts steps."""
+    m = model().double()
+    ortho = ok.Regularizer(m, STRICT, strength=0.1, every=every)
+    optimizer = torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=4, line_search_fn="strong_wolfe")
+    losses = []
+
+    class Noted(ok.Regularizer):
+        def _add_grad_(self, *args):
+            losses.append((ortho.steps, super()._add_grad_(*args).item()))
+            return torch.tensor(losses[-1][1])
+
+    ortho.__class__ = Noted
+    ok.attach(ortho, optimizer)
+    x, y = batches(1)[0]
+    for _ in range(2 * every):
+
+        def closure():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(m(x.double()), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        ortho.step()
+    by_step = [[value > 0 for step, value in losses if step == index] for index in range(2 * every)]
+    assert all(len(values) > 1 for values in by_step)
+    assert [set(values) for values in by_step] == [{index % every == 0} for index in range(2 * every)]
+
+
 # Optimizers of other kinds
 
 

@@ -4,6 +4,7 @@ import csv
 import inspect
 import io
 import os
+import shutil
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -54,7 +55,8 @@ def log(ortho: Regularizer, writer: Any, step: int, *, prefix: str = "ortho", re
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: the file at the path is not such a log, or an open file would need other columns than its header has.
+        ValueError: the file at the path is not such a log, or an open file would need other columns than its header
+            has, or has a header that cannot be read.
         FloatingPointError: a weight is NaN or infinite.
 
     >>> layer = nn.Conv2d(2, 2, 1)
@@ -163,17 +165,38 @@ def _add_to_path(path: Path, row: dict[str, float]) -> None:
     """Append a row to a CSV file; where it has columns that the file lacks, the file is written anew."""
     header: list[str] = []
     if path.exists() and path.stat().st_size:
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            header = next(csv.reader(file), [])
+        header = _header(path)
         if header[:1] != ["step"]:
             raise ValueError(f"{path} is not a log to append to, whose first column is 'step'; name another file")
-    columns, rows = list(dict.fromkeys([*header, *row])), [row]
-    if anew := len(header) < len(columns):
-        rows = [*_rows(path), row] if header else rows
-    is_torn = not anew and _is_torn(path)
-    with path.open("w" if anew else "a", encoding="utf-8", newline="") as file:
+    columns = list(dict.fromkeys([*header, *row]))
+    if len(header) < len(columns):
+        _write_anew(path, columns, [*_rows(path), row] if header else [row])
+        return
+    is_torn = _is_torn(path)
+    with path.open("a", encoding="utf-8", newline="") as file:
         file.write("\n" * is_torn)
-        _add_rows(file, columns, rows, header=anew)
+        _add_rows(file, columns, [row], header=False)
+
+
+def _header(path: Path) -> list[str]:
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        return next(csv.reader(file), [])
+
+
+def _write_anew(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """Replace the file by one of these rows, once all of them are on the disk."""
+    path = path.resolve()  # a link stays one
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            _add_rows(file, columns, rows, header=True)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _is_torn(path: Path) -> bool:
@@ -194,11 +217,28 @@ _columns: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
 
 def _add_to_file(file: Any, row: dict[str, float]) -> None:
     """Append a row to an open file, after a header if nothing is in the file yet."""
-    header = _columns.get(file)
-    columns = _columns.setdefault(file, list(row))
+    columns, is_new = _columns.get(file), False
+    if columns is None:
+        is_new = not _position(file)
+        columns = list(row) if is_new else _header_of(file)
     if new := [name for name in row if name not in columns]:
         raise ValueError(f"an open file keeps its header, which lacks {', '.join(new)}; log to a path, or to another file")
-    _add_rows(file, columns, [row], header=header is None and not _position(file))
+    _columns[file] = columns
+    _add_rows(file, columns, [row], header=is_new)
+
+
+def _header_of(file: Any) -> list[str]:
+    """The columns of an open file that others wrote to before, read from the path that it was opened with."""
+    name, header = getattr(file, "name", None), list[str]()
+    if isinstance(name, str | PathLike) and Path(name).is_file():
+        file.flush()
+        header = _header(Path(name))
+    if header[:1] != ["step"]:
+        raise ValueError(
+            "the open file has content, and no header could be read whose first column is 'step'; log to a path, or to an empty "
+            "file"
+        )
+    return header
 
 
 def _position(file: Any) -> int:

@@ -1,5 +1,6 @@
 """Any framework that steps a ``torch.optim.Optimizer``: the penalty's gradient is added in the optimizer's step."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ def attach(ortho: Regularizer, optimizer: Any) -> RemovableHandle:
     """Add the gradient of ``ortho`` whenever ``optimizer.step()`` runs, as if the penalty were part of the loss.
 
     The gradient comes after gradient clipping, once per step however many batches were accumulated, and obeys a ``GradScaler``
-    (fused optimizers too). A step that takes a closure gets the penalty inside the closure. Advancing the schedule stays with
+    (fused optimizers too). A step that takes a closure gets the penalty inside the closure, with
+    one strength at all of its calls, and counts once for ``every=``. Advancing the schedule stays with
     you: call ``ortho.step()`` once a batch or an epoch.
 
     An optimizer in the wrapper of a framework (Accelerate's, or one as Lookahead's) is found inside of it. A SAM that is used in
@@ -109,10 +111,13 @@ class _BeforeStep:
             self.ortho.add_grad_(1.0 if scale is None else scale, only=_parameters(optimizer))
             return None
 
+        # One strength for all calls of the closure: a line search compares the values of one loss.
+        due = functools.cache(self.ortho._due)
+
         def with_penalty() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            penalty = self.ortho.add_grad_(only=_parameters(optimizer))
+            penalty = self.ortho._add_grad_(1.0, _parameters(optimizer), due)
             return loss if loss is None else loss + penalty
 
         return args[:1], {**kwargs, "closure": with_penalty}
