@@ -16,12 +16,13 @@ from orthokit.lab.runs.collect import read
 from tiny import NOTHING, STUDY, TINY
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
-UNFINISHED = {"large", "large-full", "fit", "near-squared", "full-evaluated", "stronger", "rates"}
+UNFINISHED = {"large", "large-full", "fit", "near-squared", "stronger", "rates"}
 DIGESTS = {
     "cifar100": "219819d4b652aae5",
     "decay-alone": "f46f1b18a9906b66",
     "decay": "c77284ae4d329191",
     "depth-tuned-strict": "27f36de5d69a3cd8",
+    "full-evaluated": "d38ee3e7a024e5f2",
     "full-strict": "9e6900de19e7f333",
     "depth-short-strict": "e89ae37450d7e25d",
     "depth-short": "1b9e9cd43af6a705",
