@@ -9,7 +9,7 @@ closed form: no graph is built, and large weights are not copied. The other stac
 
 import itertools
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,96 +21,22 @@ from orthokit.audit import check_places, edges_to
 from orthokit.checks import warn_once
 from orthokit.grads import add_to_grads, grad_of
 from orthokit.gram import GramRule, Side, is_by_rows, is_differentiated, is_finite, is_transformed, outside_autocast, upcast
-from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources, sqrt_filters
+from orthokit.in_use import Facts
+from orthokit.kernel import Kernel, KernelMeasure, View, leaves, plain_view, plain_weight, sources, sqrt_filters, views
 from orthokit.layers import Layer
 from orthokit.penalties.base import Relaxes, gram_rule_of, is_squared
+from orthokit.stacks import Computed, Form, Plain, Reading, Stack
 from orthokit.wrappers import reshard
 
-__all__ = ["GRAMS", "STACKED", "Batch", "Computed", "Engine", "Measured", "Plain", "Stack", "large"]
+__all__ = ["GRAMS", "Batch", "Engine", "Measured", "large"]
 
 GRAMS = 2**21
 """Bytes of Gram matrices up to which they are worked on together, small enough for a core's cache."""
-STACKED = 2**21
-"""Bytes up to which weights of one form are copied into one tensor for autograd: small enough for a core's cache, large enough
-for products."""
 
 
 def large(device: torch.device) -> int:
     """Weights with at least this many elements are used in place; smaller ones are stacked."""
     return 2**14 if device.type == "cpu" else 2**19
-
-
-@dataclass(frozen=True, eq=False)
-class _Reading:
-    """The reading of a weight and the transition dimension chosen for its shape; the same object for equal ones."""
-
-    view: View
-    rank: int | None
-    shape: torch.Size | None
-
-
-class _Form(NamedTuple):
-    """Properties that parameters share where they can be stacked."""
-
-    reading: _Reading
-    size: torch.Size
-    trains: bool
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True, eq=False)
-class Plain:
-    """Layers of one form whose weights are parameters as they are."""
-
-    form: _Form
-    layers: list[Layer] = field(default_factory=list)
-    weights: list[nn.Parameter] = field(default_factory=list)
-
-    def part(self, which: slice) -> "Plain":
-        """Some of the layers."""
-        return Plain(self.form, self.layers[which], self.weights[which])
-
-    def split(self) -> Iterator["Plain"]:
-        """Stacks of at most :data:`STACKED` bytes, and of at least one layer."""
-        many = max(1, STACKED // max(1, self.form.size.numel() * self.form.dtype.itemsize))
-        yield from (self.part(slice(start, start + many)) for start in range(0, len(self.layers), many))
-
-    def joined(self) -> Tensor:
-        """The weights as one tensor, along a new first dimension."""
-        return torch.stack(tuple(self.weights)) if len(self.weights) > 1 else self.weights[0].unsqueeze(0)
-
-    def each(self) -> Iterator[Kernel]:
-        """The kernel of each layer."""
-        return (self.form.reading.view.kernel(weight, self.form.reading.rank) for weight in self.weights)
-
-    def kernel(self, joined: Tensor | None = None) -> Kernel:
-        """The kernels as one, whose weights are ``joined``."""
-        reading = self.form.reading
-        return reading.view.kernel(self.joined() if joined is None else joined, reading.rank)
-
-
-@dataclass(frozen=True, eq=False)
-class Computed:
-    """Layers whose kernels are computed from parameters, and have one layout."""
-
-    layers: list[Layer] = field(default_factory=list)
-    kernels: list[Kernel] = field(default_factory=list)
-
-    def split(self) -> Iterator["Computed"]:
-        """The whole stack: its kernels exist already."""
-        yield self
-
-    def each(self) -> Iterator[Kernel]:
-        """The kernel of each layer."""
-        return (replace(kernel, weight=kernel.weight.detach()) for kernel in self.kernels)
-
-    def kernel(self) -> Kernel:
-        """The kernels as one."""
-        return Kernel.stack(self.kernels)
-
-
-Stack = Plain | Computed
 
 
 class Engine:
@@ -145,18 +71,20 @@ class Engine:
         self.costs: list[int] = []
         self.zeros: list[Layer] = []
         self._shapes: list[torch.Size] = []
-        self._readings: list[_Reading | None] = []
-        self._rules: dict[tuple[_Reading, torch.Size], tuple[GramRule, Side] | None] = {}
+        self._readings: list[Reading | None] = []
+        self._facts: list[Facts] = []
+        # A reading that a user registered may make different kernels of one parameter.
+        self._owns = [layer.weight if layer.weight in views(layer.module) else "" for layer in layers]
+        self._rules: dict[tuple[Reading, torch.Size], tuple[GramRule, Side] | None] = {}
         self._edges = edges_to(model, layers)
-        readings: dict[tuple[View, int | None, torch.Size | None], _Reading] = {}
+        self._known: dict[tuple[View, int | None, torch.Size | None], Reading] = {}
         for layer in layers:
             kernel = layer.kernel
             if isinstance(penalty, Relaxes):
                 self.ranks[layer.name] = penalty.transition(kernel.o, kernel.n, layer.name)
-            view, rank = plain_view(layer.module, layer.weight), self.ranks.get(layer.name)
-            shape = getattr(plain_weight(layer.module, layer.weight), "shape", None)
             self._shapes.append(kernel.weight.shape)
-            self._readings.append(None if view is None else readings.setdefault((view, rank, shape), _Reading(view, rank, shape)))
+            self._facts.append(Facts(layer.module))
+            self._readings.append(self._reading(layer, getattr(plain_weight(layer.module, layer.weight), "shape", None)))
             self.costs.append(kernel.groups * kernel.o * kernel.n * min(kernel.o, kernel.n))
             if not kernel.weight.detach().any():
                 self.zeros.append(layer)
@@ -218,20 +146,26 @@ class Engine:
         """
         reshard(self.model)
         if not torch.compiler.is_compiling():
-            self._check_places()
-        plain: dict[_Form, Plain] = {}
+            self._check_model()
+        plain: dict[Form, Plain] = {}
         computed: dict[tuple[object, ...], Computed] = {}
+        ties: set[int] = set()
         for index, (layer, reading) in enumerate(zip(self.layers, self._readings, strict=True)):
+            own = layer.module._parameters.get(self._owns[index])
+            if own is not None:
+                if id(own) in ties:  # tied since: it counts once
+                    continue
+                ties.add(id(own))
             if only is not None and index not in only:
                 continue
             if reading is not None and (weight := plain_weight(layer.module, layer.weight)) is not None:
                 trains = weight.requires_grad
                 if trains or self.include_frozen:
-                    # A plain tuple hashes like a _Form and is cheaper to build.
+                    # A plain tuple hashes like a Form and is cheaper to build.
                     form = reading, weight.shape, trains, weight.dtype, weight.device
-                    if (stack := plain.get(cast(_Form, form))) is None:
+                    if (stack := plain.get(cast(Form, form))) is None:
                         check_shape(layer, reading.rank, reading.shape, weight.shape)
-                        stack = plain[_Form(*form)] = Plain(_Form(*form))
+                        stack = plain[Form(*form)] = Plain(Form(*form))
                     stack.layers.append(layer)
                     stack.weights.append(weight)
                 continue
@@ -248,12 +182,27 @@ class Engine:
             warn_once(f"all {len(self.layers)} selected layers are frozen now, so the penalty is 0; see include_frozen")
         return [*plain.values(), *computed.values()]
 
-    def _check_places(self) -> None:
+    def _reading(self, layer: Layer, shape: torch.Size | None) -> Reading | None:
+        """How the layer's weight is read, with the shape for which its transition dimension was chosen; None if computed."""
+        view, rank = plain_view(layer.module, layer.weight), self.ranks.get(layer.name)
+        return None if view is None else self._known.setdefault((view, rank, shape), Reading(view, rank, shape))
+
+    def _check_model(self) -> None:
         for entries, name, module in self._edges:
             if entries.get(name) is not module:
                 check_places(self.model, self.layers)
                 self._edges = edges_to(self.model, self.layers)  # something harmless, such as torch.compile of a part
-                return
+                break
+        for index, facts in enumerate(self._facts):
+            if facts.are_stale():
+                layer, before = self.layers[index], self._readings[index]
+                now = self._reading(layer, None if before is None else before.shape)
+                if before and now and before.rank is not None and before.view.groups != now.view.groups:
+                    raise ValueError(
+                        f"layer {layer.name!r} had {before.view.groups} groups when this Regularizer was made, and has "
+                        f"{now.view.groups} now; its transition dimension was chosen for the former: make a new Regularizer"
+                    )
+                self._facts[index], self._readings[index] = Facts(layer.module), now
 
     def _sorted(self, stacks: Iterable[Stack], *, by_rule: bool = True) -> tuple[list["Batch"], list[Stack]]:
         """Stacks for which the penalty is a rule, joined into batches; and the others."""

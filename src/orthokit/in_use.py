@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["computed_weight", "is_overridden"]
+__all__ = ["Facts", "computed_weight", "is_overridden"]
 
+METHODS = "forward", "_conv_forward"
 TORCH = "torch.nn.modules.conv", "torch.nn.modules.linear"
 WEIGHTED: frozenset[Any] = frozenset(
     (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -29,8 +30,56 @@ def is_overridden(layer: nn.Module) -> bool:
     """Whether anyone but torch wrote the forward pass of this Linear or convolution."""
     if not isinstance(layer, (nn.Linear, _ConvNd)):
         return False
-    methods = (getattr(type(layer), name, None) for name in ("forward", "_conv_forward"))
-    return "forward" in vars(layer) or any(method is not None and method.__module__ not in TORCH for method in methods)
+    methods = [getattr(type(layer), name, None) for name in METHODS]
+    return any(name in vars(layer) for name in METHODS) or any(
+        method is not None and method.__module__ not in TORCH for method in methods
+    )
+
+
+class Facts:
+    """Notes what the reading of a layer's weight depends on, to see cheaply at each call whether that has changed.
+
+    Of any layer: its class, stride, dilation, groups and a forward pass of the instance. Of one with a forward pass of its own
+    also the attributes of it and its parts, what lists, dictionaries and plain objects among them hold, and how often each
+    buffer was changed in place.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        parts = [vars(part) for part in layer.modules()] if is_overridden(layer) else []
+        values = [value for part in parts for name, value in part.items() if name != "_parameters" and type(value) not in ATOMS]
+        self.layer, self.own = layer, _own_facts(layer)
+        self.tables = [*parts, *(value if type(value) is dict else _members(value) for value in values)]
+        self.lists = [value for value in values if type(value) is list]
+        self.buffers = [part["_buffers"] for part in parts if part["_buffers"]]
+        self.all = self._read()
+
+    def are_stale(self) -> bool:
+        """Whether any of them has changed."""
+        try:
+            return _own_facts(self.layer) != self.own or bool(self.tables and self._read() != self.all)
+        except (RuntimeError, ValueError):  # other tensors or arrays, of which nobody knows whether they are equal
+            return True
+
+    def _read(self) -> list[object]:
+        facts: list[object] = []
+        for table in self.tables:
+            facts += table.values()
+        for each in self.lists:
+            facts += each
+        for buffers in self.buffers:
+            facts += [tensor._version for tensor in buffers.values() if tensor is not None and not tensor.is_inference()]
+        return facts
+
+
+def _own_facts(layer: nn.Module) -> tuple[object, ...]:
+    get = vars(layer).get
+    return type(layer), get("forward"), get("_conv_forward"), get("stride"), get("dilation"), get("groups")
+
+
+def _members(value: object) -> dict[str, object]:
+    """The attributes of a plain object."""
+    members = {} if isinstance(value, (nn.Module, type)) else getattr(value, "__dict__", {})
+    return members if type(members) is dict else {}
 
 
 def computed_weight(layer: nn.Module, stored: Tensor) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 import warnings
 
 import pytest
@@ -307,3 +308,91 @@ def test_modules_of_torchscript_have_no_kernel_view(part):
         ortho = ok.Regularizer(beside, ok.SO(), strength=0.1)
         assert list(ortho.per_layer()) == ["0"]
         assert ortho().item() > 0
+
+
+# Facts that change after the Regularizer was made
+
+
+class Switched(nn.Conv2d):
+    """Standardises its weight where a switch says so, which may lie anywhere."""
+
+    def __init__(self, where):
+        super().__init__(3, 6, 3)
+        self.where, self.on, self.by_name, self.switches = where, False, {"on": False}, [False]
+        self.config, self.part = types.SimpleNamespace(on=False), nn.Identity()
+        self.part.on = False
+        self.register_buffer("flag", torch.zeros(1))
+
+    def turn(self, on):
+        self.flag[0] = on if self.where == "buffer" else 0
+        if self.where == "attribute":
+            self.on = on
+        self.by_name["on"] = on and self.where == "dictionary"
+        self.switches[0] = on and self.where == "list"
+        self.config.on = on and self.where == "object"
+        self.part.on = on and self.where == "part"
+
+    def forward(self, x):
+        on = self.on or self.by_name["on"] or self.switches[0] or self.config.on or self.part.on or bool(self.flag.item())
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True) if on else self.weight
+        return self._conv_forward(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("where", ["attribute", "buffer", "dictionary", "list", "object", "part"])
+def test_a_forward_pass_that_is_switched_is_followed(where):
+    m = nn.Sequential(nn.Conv2d(3, 6, 3), Switched(where))
+    ortho = ok.Regularizer(m, ok.SO(), strength=0.1)
+    first = ortho().item()
+    for on in (True, False, True):
+        m[1].turn(on)
+        expected = ok.Regularizer(m, ok.SO(), strength=0.1)
+        assert ortho().item() == pytest.approx(expected().item(), rel=1e-6)
+        assert (ortho().item() == pytest.approx(first, rel=1e-6)) is not on
+
+
+@pytest.mark.parametrize("later", ["stride", "dilation", "class", "forward"])
+def test_what_a_layer_is_is_read_at_each_call(later):
+    m = nn.Sequential(nn.Conv2d(3, 6, 5), nn.Conv2d(6, 6, 5, stride=2))
+    ortho = ok.Regularizer(m, ok.ConvOrth(), strength=0.1)
+    first = ortho().item()
+    if later in ("stride", "dilation"):
+        setattr(m[1], later, (2, 2) if later == "dilation" else (3, 3))
+    elif later == "class":
+        m[1].__class__ = Twice
+    else:
+        m[1].forward = types.MethodType(Twice.forward, m[1])
+    expected = ok.Regularizer(m, ok.ConvOrth(), strength=0.1)
+    assert ortho().item() == pytest.approx(expected().item(), rel=1e-6) != pytest.approx(first, rel=1e-6)
+    assert ortho.per_layer() == pytest.approx(expected.per_layer())
+
+
+class Twice(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, 2 * self.weight, self.bias)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, Twice])
+@pytest.mark.parametrize("penalty", [ok.SO(), ok.SRIP()], ids=repr)
+def test_weights_that_are_tied_later_count_once(kind, penalty):
+    m = nn.Sequential(kind(4, 4, 3), kind(4, 4, 3), nn.Conv2d(4, 4, 1))
+    ortho = ok.Regularizer(m, penalty, strength=0.5)
+    m[1].weight = m[0].weight
+    expected = ok.Regularizer(m, penalty, strength=0.5)
+    assert list(ortho.per_layer()) == ["0", "2"]
+    assert ortho().item() == pytest.approx(expected().item()) == pytest.approx(0.5 * sum(ortho.per_layer().values()))
+    ortho.add_grad_()
+    added = m[0].weight.grad.clone()
+    m.zero_grad()
+    expected().backward()
+    assert torch.allclose(added, m[0].weight.grad)
+    m[1].weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+    assert list(ortho.per_layer()) == ["0", "1", "2"]
+
+
+def test_groups_that_change_after_a_transition_dimension_was_chosen():
+    m = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3))
+    ortho = ok.Regularizer(m, ok.Disentangled(relax=ok.share(0.2)), strength=0.1)
+    m[1].groups = 2
+    for call in (ortho, ortho.per_layer):
+        with pytest.raises(ValueError, match=r"layer '1' had 1 groups .* and has 2 now; .* make a new Regularizer"):
+            call()

@@ -11,7 +11,7 @@ from torch import nn
 import compiled as here
 import orthokit as ok
 from cases import CASES
-from orthokit import engine, regularizer
+from orthokit import engine, regularizer, stacks
 from orthokit.integrations.optimizer import add_in_step
 
 PENALTIES = [case.penalty for case in CASES]
@@ -63,7 +63,7 @@ def test_both_ways_give_what_each_layer_alone_gives(penalty):
 @pytest.mark.parametrize("size", [1, 2500, 2**40])
 def test_the_size_of_stacks_changes_nothing(size, monkeypatch):
     expected = penalised(model(), "add_grad_", ok.Disentangled())
-    monkeypatch.setattr(engine, "STACKED", size)
+    monkeypatch.setattr(stacks, "STACKED", size)
     value, actual = penalised(model(), "add_grad_", ok.Disentangled())
     assert torch.allclose(value, expected[0])
     assert all(torch.allclose(actual[name], gradient, atol=1e-6) for name, gradient in expected[1].items())
