@@ -45,27 +45,33 @@ class Facts:
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        parts = [vars(part) for part in layer.modules()] if is_overridden(layer) else []
-        values = [value for part in parts for name, value in part.items() if name != "_parameters" and type(value) not in ATOMS]
+        parts = [*layer.modules()] if is_overridden(layer) else []
+        values = [
+            value for part in parts for name, value in vars(part).items() if name != "_parameters" and type(value) not in ATOMS
+        ]
         self.layer, self.own = layer, _own_facts(layer)
-        self.tables = [*parts, *(value if type(value) is dict else _members(value) for value in values)]
+        # Not their dictionaries: a copy of this would not have those of the copied layer.
+        self.objects = [*parts, *(value for value in values if _is_plain_object(value))]
+        self.tables = [value for value in values if type(value) is dict]
         self.lists = [value for value in values if type(value) is list]
-        self.buffers = [part["_buffers"] for part in parts if part["_buffers"]]
+        self.buffers = [part._buffers for part in parts if part._buffers]
         self.all = self._read()
 
     def are_stale(self) -> bool:
         """Whether any of them has changed."""
         try:
-            return _own_facts(self.layer) != self.own or bool(self.tables and self._read() != self.all)
+            return _own_facts(self.layer) != self.own or bool(self.objects and self._read() != self.all)
         except (RuntimeError, ValueError):  # other tensors or arrays, of which nobody knows whether they are equal
             return True
 
     def _read(self) -> list[object]:
         facts: list[object] = []
+        for each in self.objects:
+            facts += vars(each).values()
         for table in self.tables:
             facts += table.values()
-        for each in self.lists:
-            facts += each
+        for values in self.lists:
+            facts += values
         for buffers in self.buffers:
             facts += [tensor._version for tensor in buffers.values() if tensor is not None and not tensor.is_inference()]
         return facts
@@ -76,10 +82,8 @@ def _own_facts(layer: nn.Module) -> tuple[object, ...]:
     return type(layer), get("forward"), get("_conv_forward"), get("stride"), get("dilation"), get("groups")
 
 
-def _members(value: object) -> dict[str, object]:
-    """The attributes of a plain object."""
-    members = {} if isinstance(value, (nn.Module, type)) else getattr(value, "__dict__", {})
-    return members if type(members) is dict else {}
+def _is_plain_object(value: object) -> bool:
+    return not isinstance(value, (nn.Module, type)) and type(getattr(value, "__dict__", None)) is dict
 
 
 def computed_weight(layer: nn.Module, stored: Tensor) -> Tensor | None:

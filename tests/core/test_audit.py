@@ -343,6 +343,7 @@ def test_a_forward_pass_that_is_switched_is_followed(where):
     m = nn.Sequential(nn.Conv2d(3, 6, 3), Switched(where))
     ortho = ok.Regularizer(m, ok.SO(), strength=0.1)
     first = ortho().item()
+    m, ortho = copy.deepcopy((m, ortho))
     for on in (True, False, True):
         m[1].turn(on)
         expected = ok.Regularizer(m, ok.SO(), strength=0.1)
