@@ -59,8 +59,12 @@ class Facts:
 
     def are_stale(self) -> bool:
         """Whether any of them has changed."""
+        if _own_facts(self.layer) != self.own:
+            return True
+        if not self.objects:
+            return False
         try:
-            return _own_facts(self.layer) != self.own or bool(self.objects and self._read() != self.all)
+            return self._read() != self.all
         except (RuntimeError, ValueError):  # other tensors or arrays, of which nobody knows whether they are equal
             return True
 
@@ -78,7 +82,7 @@ class Facts:
 
 
 def _own_facts(layer: nn.Module) -> tuple[object, ...]:
-    get = vars(layer).get
+    get = layer.__dict__.get
     return type(layer), get("forward"), get("_conv_forward"), get("stride"), get("dilation"), get("groups")
 
 
