@@ -72,7 +72,7 @@ class List:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class _Verdict:
     """Whether a layer passes a condition: ``why`` it does not, or nothing. All text is printable."""
 
     condition: str
@@ -184,11 +184,11 @@ class Report:
             if getattr(self, name) not in (None, (), False):
                 raise UsageError(f"--{name.replace('_', '-')} is of the layers' filters; it does not go with --operator")
 
-    def _verdicts(self, report: "ok.Report", conditions: Sequence[Condition]) -> list[Verdict]:
+    def _verdicts(self, report: "ok.Report", conditions: Sequence[Condition]) -> list[_Verdict]:
         """A verdict on each layer by each condition; a layer that was not read passes none, unless its name is left out."""
         unread = {name: f"{why}: nothing to judge" for name, why in report.incomplete.items() if self._names(name)}
         return [
-            Verdict(printable(condition.text), printable(name), printable(why))
+            _Verdict(printable(condition.text), printable(name), printable(why))
             for condition in conditions
             for name, why in [*((row["layer"], condition.failure(row)) for row in report.rows), *unread.items()]
         ]
@@ -198,7 +198,7 @@ class Report:
         chosen, others = (any(fnmatch.fnmatchcase(layer, each) for each in patterns) for patterns in (self.layers, self.exclude))
         return " " in layer or (chosen and not others)
 
-    def _tell(self, verdicts: Sequence[Verdict], console: Terminal) -> int:
+    def _tell(self, verdicts: Sequence[_Verdict], console: Terminal) -> int:
         """The exit status, 1 if a layer does not pass. Failures go to stderr, and to the format asked for."""
         errors = Terminal(stderr=True, soft_wrap=True)
         failures = [verdict for verdict in verdicts if verdict.why]
@@ -217,7 +217,7 @@ class Report:
         return 1 if failures else 0
 
 
-def _junit(report: "ok.Report", verdicts: Sequence[Verdict]) -> str:
+def _junit(report: "ok.Report", verdicts: Sequence[_Verdict]) -> str:
     """JUnit XML with a test case for each verdict."""
     failed = sum(bool(verdict.why) for verdict in verdicts)
     count = str(len(verdicts))
