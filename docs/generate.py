@@ -46,7 +46,9 @@ def on_site(text: str) -> str:
     ``](../results/STUDY.md)`` becomes ``](evidence/STUDY.md)``, and the same from a folder deeper.
     """
     text = TUTORIAL.sub(r"learn/\1.rst)", text)
-    return text.replace("../results/", "evidence/").replace("../src/orthokit/cards/", "penalties/")
+    for source, target in {"results": "evidence", "src/orthokit/cards": "penalties"}.items():
+        text = re.sub(rf"\]\(((?:\.\./)*)\.\./{source}/", rf"](\1{target}/", text)
+    return text
 
 
 def help_of(name: str) -> str:
