@@ -15,6 +15,7 @@ from torch import nn
 
 import orthokit as ok
 from orthokit.cli import main
+from tiny import TINY
 
 FAIL = ["--fail-if", "max_cos > 0.99"]
 
@@ -241,20 +242,7 @@ def test_a_layer_whose_weight_cannot_be_read_is_one_line(module, capsys, uncheck
     is_one_line(capsys, "Odd has a forward pass of its own")
 
 
-RECIPE = """
-[data]
-name = "synthetic"
-train = 200
-validation = 100
-size = 8
-pad = 1
-[train]
-epochs = 1
-batch = 50
-[regularizer]
-penalty = "SO"
-strength = 0.1
-"""
+RECIPE = TINY.replace('"resnet"\ndepth = 8', '"gate_mine:KIND"') + '[regularizer]\npenalty = "SO"\nstrength = 0.1\n'
 
 
 @pytest.mark.parametrize(
@@ -267,7 +255,7 @@ strength = 0.1
 )
 @pytest.mark.parametrize("seeds", [["0"], ["0", "1"]])
 def test_networks_that_cannot_be_trained_are_one_line(module, folder, capsys, unchecked, kind, message, seeds):
-    (folder / "r.toml").write_text(f'{RECIPE}[network]\nkind = "gate_mine:{kind}"\n')
+    (folder / "r.toml").write_text(RECIPE.replace("KIND", kind))
     assert main(["train", "r.toml", "--device", "cpu", "--seeds", *seeds, "--jobs", "1"]) == 2
     is_one_line(capsys, message)
 

@@ -266,12 +266,12 @@ def _spectral(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 def _not_read(units: list[Unit], modules: Mapping[str, nn.Module], row_parts: set[int], left_out: Mapping[str, str]) -> list[str]:
     """Notes on the weights that are not rows: how many, of which names, and what share of all."""
-    notes = []
+    notes: list[str] = []
     if left_out:
         descriptions = [f"{plain_name(name)} ({plain_name(reason)})" for name, reason in left_out.items()]
         text = f"left out: {some(descriptions)}; report the model itself to see them"
         weights = {name.rpartition(".")[0] or name: reason for name, reason in left_out.items() if _OF_LAYER.search(name)}
-        notes.append(Gap(text, weights) if weights else text)
+        notes.append(Gap(text, weights))
     kinds: dict[str, list[int]] = {}
     for unit in units:
         for leaf, part in unit.parts.items():

@@ -110,18 +110,13 @@ def main(args: Sequence[str] | None = None) -> int:
         except AttributeError:  # of no stdout at all
             pass
         return status or 0
-    except (UsageError, ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
-        if os.environ.get("ORTHOKIT_DEBUG"):
+    except (UsageError, ValueError, FloatingPointError, OSError, ModuleNotFoundError, TypeError) as error:
+        if os.environ.get("ORTHOKIT_DEBUG") or (isinstance(error, TypeError) and not _is_raised_here(error)):
             raise
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             discard(sys.stdout)
         errors.print(Text.assemble(("orthokit:", "bold red"), " ", _line(error)))
         return getattr(error, "status", 2)
-    except TypeError as error:
-        if os.environ.get("ORTHOKIT_DEBUG") or not _is_raised_here(error):
-            raise
-        errors.print(Text.assemble(("orthokit:", "bold red"), " ", _line(error)))
-        return 2
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("ORTHOKIT_DEBUG") or not _lacks_memory(error):
             raise
